@@ -1,0 +1,55 @@
+# Each target creates .venv and installs what it needs; `make PYTHON=python3.12 test` picks another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
+
+.PHONY: demo test test-all check format step-time train clean
+
+demo: $(VENV)/.benchmarks
+	$(BIN)/python -m benchmarks.demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/.check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.check
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+step-time: $(VENV)/.benchmarks
+	$(BIN)/python -m benchmarks.step_time
+
+train: $(VENV)/.benchmarks
+	$(BIN)/python -m benchmarks.train
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch first and alone: pip then keeps the pinned build when the other packages ask for "torch".
+$(VENV)/.torch: $(VENV)/.created constraints.txt
+	$(BIN)/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(PIP_INSTALL) -e ".[test,benchmarks]"
+	touch $@
+
+$(VENV)/.benchmarks: $(VENV)/.torch pyproject.toml
+	$(PIP_INSTALL) -e ".[benchmarks]"
+	touch $@
+
+$(VENV)/.check: $(VENV)/.torch pyproject.toml
+	$(PIP_INSTALL) -e ".[check]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,16 @@
+"""torchcurv: the curvature of a network's loss, layer by layer, in a form an optimizer can use."""
+
+from torchcurv.curv.layers import register_view
+from torchcurv.curv.losses import register_loss
+from torchcurv.curv.operator import CurvatureSet, curvature
+from torchcurv.optim.preconditioner import Preconditioner
+from torchcurv.optim.second_order import SecondOrderOptimizer
+
+__all__ = [
+    "CurvatureSet",
+    "Preconditioner",
+    "SecondOrderOptimizer",
+    "curvature",
+    "register_loss",
+    "register_view",
+]

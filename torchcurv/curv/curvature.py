@@ -1,0 +1,363 @@
+"""Curvature: one block of the loss's curvature. Plain tensors in, plain tensors out.
+
+It holds what was measured since the last step (`pending`), the running average (`tensors`), and the factor.
+A block is one layer, or for "full" all the layers that ask for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchcurv.curv.approx import Approximation, Dense, Diagonal, Kronecker, Tensors
+from torchcurv.curv.factor import Eigen, Factor, factor_from_state
+from torchcurv.curv.kinds import KINDS
+from torchcurv.curv.layers import Layer
+from torchcurv.curv.rows import RowSpace
+from torchcurv.curv.schedule import Interval, check_interval
+from torchcurv.curv.stats import Stats
+
+APPROXIMATIONS: dict[str, Callable[[Options], Approximation]] = {
+    "full": lambda options: Dense(),
+    "block": lambda options: Dense(),
+    "unit": lambda options: Dense(per_unit=True),
+    "kfac": lambda options: Kronecker(options.sharing),
+    "ekfac": lambda options: Kronecker(options.sharing, corrected=True),
+    "diag": lambda options: Diagonal(),
+}
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "curv_type": tuple(KINDS),
+    "approx": (*APPROXIMATIONS, None),
+    "sharing": ("expand", "reduce"),
+    "damping_type": ("factored", "exact"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The curvature options of one block.
+
+    curv_type: "ggn", "fisher" or "empirical_fisher".
+    approx: "full", "block", "unit", "kfac", "ekfac", "diag", or None for the plain gradient.
+    samples: signals drawn per pass (random signs for the ggn, labels for the Fisher); None sends all of them.
+    sharing: "expand" or "reduce", how K-FAC treats positions that share a weight.
+    damping: λ of (C + λ I)^-1, in units of the loss per squared parameter; > 0 for a step.
+    damping_type: "exact" Tikhonov through eigenvectors, or "factored" over the Kronecker factors by Cholesky.
+    ema_decay: the fraction ρ of the old that a running average keeps, 0 <= ρ <= 1; 1 is the plain mean.
+    update_every, refactor_every: steps between two measurements, and between two factorisations.
+    rows_limit: a dense block with more parameters than this goes through the Gram matrix of its rows (one row
+        per sample and signal) and never forms its matrix. Such a block has no running average.
+    """
+
+    curv_type: str = "ggn"
+    approx: str | None = "kfac"
+    samples: int | None = 1
+    sharing: str = "expand"
+    damping: float | Tensor = 0.1
+    damping_type: str = "factored"
+    ema_decay: float = 0.95
+    update_every: Interval = 1
+    refactor_every: Interval = 1
+    rows_limit: int = 2048
+
+    def __post_init__(self) -> None:
+        for key, allowed in _ALLOWED.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(
+                    f"{key}={getattr(self, key)!r} is unknown; allowed are {', '.join(map(repr, allowed))}"
+                )
+        samples = self.samples
+        if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
+            raise ValueError(f"samples={samples!r}; pass an int of at least 1, or None for the exact curvature")
+        for key in ("update_every", "refactor_every"):
+            check_interval(key, getattr(self, key))
+        if not 0 <= self.ema_decay <= 1:
+            raise ValueError(f"ema_decay={self.ema_decay!r}; pass a number between 0 (no memory) and 1 (plain mean)")
+        if not isinstance(self.damping, Tensor) and not self.damping >= 0:
+            raise ValueError(f"damping={self.damping!r}; pass a number >= 0")
+        if isinstance(self.rows_limit, bool) or not isinstance(self.rows_limit, int) or self.rows_limit < 1:
+            raise ValueError(f"rows_limit={self.rows_limit!r}; pass an int of at least 1")
+
+
+OPTION_NAMES = tuple(f.name for f in fields(Options))
+
+
+class Curvature:
+    """One block: its layers, options, measurements, running average and factor."""
+
+    def __init__(self, name: str, layers: list[Layer], options: Options) -> None:
+        assert options.approx is not None
+        self.name, self.layers, self.options = name, layers, options
+        self.approx = APPROXIMATIONS[options.approx](options)
+        self.size = sum(torch.Size(layer.shape).numel() for layer in layers)
+        dense = options.approx in ("full", "block")
+        self.uses_rows = dense and self.size > options.rows_limit
+        self.pending: Tensors = {}
+        self.pending_rows: list[Stats] = []
+        self.task: int | None = None  # the backward call that the last measurement belongs to
+        self.tensors: Tensors = {}
+        self.weights: Tensors = {}
+        self.factor: Factor | RowSpace | None = None
+        self.factor_damping: float | None = None
+        self.skipped: Tensor | None = None  # measurements that were not finite, since last read
+        self.failed: Tensor | None = None  # factorisations that failed, since last read
+        self.retry = False  # the last factorisation failed: the next is in float64 with more damping
+
+    @property
+    def params(self) -> list[Tensor]:
+        return [p for layer in self.layers for p in layer.params]
+
+    # -------------------------------------------------------------------------------- measuring
+
+    @property
+    def captured(self) -> bool:
+        return bool(self.pending or self.pending_rows)
+
+    def forget_pending(self) -> None:
+        self.pending, self.pending_rows = {}, []
+
+    def forget_running(self) -> None:
+        """Forget the running averages but not the factor, whose basis the next measurement may ask for."""
+        self.tensors, self.weights = {}, {}
+
+    def begin(self, task: int) -> None:
+        """A pass of backward call `task` starts: forget what was measured for gradients that are gone since
+        (zero_grad, a step that a GradScaler skipped)."""
+        if task != -1 and self.task != task and all(p.grad is None for p in self.params):
+            self.forget_pending()
+        self.task = task
+
+    @torch.no_grad()
+    def measure(self, stats: Stats) -> None:
+        """Add one chunk of signals to what was measured since the last step."""
+        if self.uses_rows:
+            self.pending_rows.append(stats)
+            return
+        new = self.approx.measure(stats, self.basis)
+        self.pending = {key: self.pending[key] + value for key, value in new.items()} if self.pending else new
+
+    @property
+    def basis(self) -> tuple[Tensor, Tensor] | None:
+        factor = self.factor
+        if isinstance(factor, Eigen) and factor.left is not None and factor.right is not None:
+            return factor.left, factor.right
+        return None
+
+    # -------------------------------------------------------------------------- running average
+
+    @torch.no_grad()
+    def update(self, ema_decay: float) -> None:
+        """Merge what is pending into the running average: w <- ρ w + 1, X <- X + (X_new - X) / w.
+
+        A measurement with a value that is not finite is left out and counted.
+        """
+        if self.uses_rows:
+            self.factor = RowSpace(tuple(self.pending_rows))
+            self.forget_pending()
+            return
+        new, rho = self.pending, ema_decay
+        self.forget_pending()
+        ok = torch.stack([torch.isfinite(value.sum()) for value in new.values()]).all()
+        self.skipped = _count(self.skipped, ~ok)
+        for key, value in new.items():
+            weight = self.weights.get(key)
+            if weight is None:
+                weight = value.new_zeros(())
+                self.tensors[key] = torch.zeros_like(value)
+            grown = torch.where(ok, weight * rho + 1, weight)
+            self.weights[key] = grown
+            old = self.tensors[key]
+            if not ok.is_cuda:
+                self.tensors[key] = old.lerp_(value, 1 / grown) if bool(ok) else old
+            else:
+                self.tensors[key] = torch.where(ok, old.lerp(value, 1 / grown.clamp_min(1)), old)
+        factor = self.factor
+        if isinstance(factor, Eigen) and "moments" in new:
+            self.factor = replace(factor, values=self.tensors["moments"])
+
+    def scale(self, factor: Tensor | float) -> None:
+        """Multiply the statistics that scale with the loss."""
+        if self.uses_rows and isinstance(self.factor, RowSpace):
+            self.factor = RowSpace(tuple(replace(s, scale=s.scale * factor) for s in self.factor.stats))
+        for key in self.approx.linear:
+            if key in self.tensors:
+                self.tensors[key] = self.tensors[key] * factor
+
+    # -------------------------------------------------------------------------------- factoring
+
+    @property
+    def measured(self) -> bool:
+        return bool(self.tensors) or (self.uses_rows and self.factor is not None)
+
+    @property
+    def has_factor(self) -> bool:
+        return self.factor is not None and not (isinstance(self.factor, RowSpace) and self.factor.inverse is None)
+
+    @torch.no_grad()
+    def refactor(self, damping: float | Tensor) -> None:
+        """Compute the factor anew; where that fails the last good one stays, and the failure is counted."""
+        old = self.factor
+        if isinstance(old, RowSpace):
+            self.factor, ok = old.damped(damping)
+        else:
+            new, ok = self._factorise(damping)
+            self.factor = new if old is None else _choose(ok, new, old)
+            if "moments" in self.tensors and isinstance(self.factor, Eigen):
+                self.tensors["moments"] = self.factor.values
+        self.failed = _count(self.failed, ~ok)
+        self.factor_damping = damping if not isinstance(damping, Tensor) else None
+
+    def _factorise(self, damping: float | Tensor) -> tuple[Factor, Tensor]:
+        if not self.retry:
+            return self.approx.factor(self.tensors, damping, self.options.damping_type, self.basis)
+        self.retry = False
+        doubled = {key: value.double() for key, value in self.tensors.items()}
+        basis = None if self.basis is None else (self.basis[0].double(), self.basis[1].double())
+        new, ok = self.approx.factor(doubled, 10 * damping, self.options.damping_type, basis)
+        dtype = next(iter(self.tensors.values())).dtype
+        return type(new)(**{key: value.to(dtype) for key, value in new.state().items()}), ok
+
+    def read_flags(self, reset: bool = True) -> tuple[int, int]:
+        """(measurements that were not finite, factorisations that failed) since last reset; a host sync."""
+        skipped, failed = (0 if flag is None else int(flag) for flag in (self.skipped, self.failed))
+        if reset:
+            self.skipped = self.failed = None
+            self.retry = failed > 0
+        return skipped, failed
+
+    def bakes_damping(self) -> bool:
+        """Whether the factor holds its damping, so that another damping asks for another factor."""
+        return not isinstance(self.factor, Eigen)
+
+    # ---------------------------------------------------------------------------------- reading
+
+    def join(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Tensors shaped like `params` -> one [..., g, o, i] per layer."""
+        joined = []
+        for layer in self.layers:
+            own, tensors = tensors[: len(layer.params)], tensors[len(layer.params) :]
+            joined.append(layer.join(own))
+        return joined
+
+    def split(self, joined: list[Tensor]) -> list[Tensor]:
+        return [part for layer, x in zip(self.layers, joined, strict=True) for part in layer.split(x)]
+
+    def solve(self, tensors: list[Tensor], damping: float | Tensor | None = None) -> list[Tensor]:
+        """(C + damping I)^-1 applied to tensors shaped like `params` (leading dimensions are a batch)."""
+        return self._apply("solve", tensors, damping)
+
+    def matvec(self, tensors: list[Tensor]) -> list[Tensor]:
+        """C applied to tensors shaped like `params`."""
+        return self._apply("matvec", tensors)
+
+    def sample(self, damping: float | Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
+        """One draw from N(0, (C + damping I)^-1), shaped like `params`."""
+        assert self.factor is not None
+        params = self.params
+        dtype = torch.promote_types(params[0].dtype, torch.float32)
+        shapes = [layer.shape for layer in self.layers]
+        noise = [torch.randn(s, dtype=dtype, device=params[0].device, generator=generator) for s in shapes]
+        if isinstance(self.factor, RowSpace):
+            return self.split(self.factor.sample(noise, damping))
+        return self.split(self.unflatten(self.factor.sample(self.flatten(noise), damping)))  # type: ignore[arg-type]
+
+    def diag(self) -> list[Tensor]:
+        """The diagonal of C, one [g, o, i] per layer."""
+        if isinstance(self.factor, RowSpace):
+            return self.factor.diag()
+        assert isinstance(self.factor, Eigen)
+        diagonal = self.factor.diag()
+        if len(self.layers) > 1:
+            return self.unflatten(diagonal)
+        return [diagonal.reshape(self.layers[0].shape)]
+
+    def _apply(self, name: str, tensors: list[Tensor], *args: Any) -> list[Tensor]:
+        if self.factor is None:
+            raise RuntimeError(f"the curvature of block {self.name!r} has not been measured yet")
+        x = self.join([t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors])
+        if isinstance(self.factor, RowSpace):
+            return self.split(_each_of_batch(getattr(self.factor, name), x, *args))
+        return self.split(self.unflatten(getattr(self.factor, name)(self.flatten(x), *args)))
+
+    def flatten(self, joined: list[Tensor]) -> Tensor:
+        """One tensor [..., g, o, i] for the factor: several layers are laid one after the other."""
+        if len(joined) == 1:
+            return joined[0]
+        return torch.cat([x.flatten(-3) for x in joined], -1).unsqueeze(-2).unsqueeze(-2)
+
+    def unflatten(self, x: Tensor) -> list[Tensor]:
+        if len(self.layers) == 1:
+            return [x]
+        sizes = [torch.Size(layer.shape).numel() for layer in self.layers]
+        parts = x.squeeze(-2).squeeze(-2).split(sizes, -1)
+        return [part.unflatten(-1, layer.shape) for part, layer in zip(parts, self.layers, strict=True)]
+
+    # ------------------------------------------------------------------------------------ state
+
+    def state(self) -> dict[str, Any]:
+        """The running average and the factor as nested dicts of tensors and numbers."""
+        if self.uses_rows:
+            return {}
+        saved: dict[str, Any] = {"tensors": dict(self.tensors), "weights": dict(self.weights)}
+        if self.factor is not None and not isinstance(self.factor, RowSpace):
+            saved["factor"] = self.factor.state()
+        if self.factor_damping is not None:
+            saved["factor_damping"] = self.factor_damping
+        return saved
+
+    def load_state(self, saved: dict[str, Any]) -> None:
+        self.forget_pending()
+        self.tensors = dict(saved.get("tensors", {}))
+        self.weights = dict(saved.get("weights", {}))
+        self.factor = factor_from_state(saved["factor"]) if "factor" in saved else None
+        self.factor_damping = saved.get("factor_damping")
+
+    def sizes(self) -> str:
+        """Sizes of the matrices kept, as the summary prints them."""
+        g, o, d = self.layers[0].shape
+        count = f"{g} x " if g > 1 else ""
+        approx = self.options.approx
+        if self.uses_rows:
+            return f"rows of {self.size}"
+        if approx in ("full", "block"):
+            return f"{self.size}²"
+        if approx == "unit":
+            return f"{g * o} x {d}²"
+        return f"{self.size}" if approx == "diag" else f"{count}({o}² ⊗ {d}²)"
+
+    def memory(self) -> int:
+        """Bytes held by the running average and the factor."""
+        held = [
+            *self.tensors.values(),
+            *(self.factor.state().values() if isinstance(self.factor, Eigen) else ()),
+        ]
+        if self.factor is not None and not isinstance(self.factor, Eigen | RowSpace):
+            held += self.factor.state().values()
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+        return sum(storages.values())
+
+
+def _count(flag: Tensor | None, more: Tensor) -> Tensor:
+    return more.to(torch.int32) if flag is None else flag + more
+
+
+def _choose(ok: Tensor, new: Factor, old: Factor) -> Factor:
+    """new if ok else old, without a host sync on an accelerator."""
+    if not ok.is_cuda:
+        return new if bool(ok) else old
+    kept, fresh = old.state(), new.state()
+    if type(new) is not type(old) or kept.keys() != fresh.keys():
+        return new
+    return type(new)(**{key: torch.where(ok, value, kept[key]) for key, value in fresh.items()})
+
+
+def _each_of_batch(f: Callable[..., list[Tensor]], x: list[Tensor], *args: Any) -> list[Tensor]:
+    """f over the leading dimension of [k, g, o, i], or once for [g, o, i]."""
+    if x[0].dim() == 3:
+        return f(x, *args)
+    answers = [f([part[k] for part in x], *args) for k in range(x[0].shape[0])]
+    return [torch.stack(parts) for parts in zip(*answers, strict=True)]

@@ -1,0 +1,168 @@
+"""Factors: a symmetric matrix C in a form that can be multiplied, inverted, sampled and measured.
+
+Every shape of curvature is a grouped Kronecker product in disguise. The parameters of a block are viewed as
+x [..., g, o, i] and C = sum over nothing but the pair (left [g, o, o], right [g, i, i]):
+
+    kfac    g = groups, o = outputs, i = inputs
+    unit    g = groups * outputs, o = 1, i = inputs         (left = 1)
+    block   g = 1, o = 1, i = all parameters                (left = 1)
+    diag    neither left nor right: C is diagonal           (left = right = 1)
+
+Two families. `Eigen` holds C = Q diag(values) Q^T and knows everything for any damping. `Inverse` holds the
+explicit inverses of two damped factors: the fast path, since products with them are plain matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+Damping = Tensor | float
+
+
+def _sandwich(left: Tensor | None, x: Tensor, right: Tensor | None) -> Tensor:
+    """left x right over [..., g, o, i], a missing side being the identity."""
+    if left is not None:
+        x = left @ x
+    return x if right is None else x @ right
+
+
+class _Saved:
+    """Factors are frozen records of tensors: what goes into a state_dict and comes back."""
+
+    def state(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {key: value for key, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Eigen(_Saved):
+    """C = Q diag(values) Q^T with Q = left ⊗ right; `damping` is a 0-d tensor added to the values by default."""
+
+    values: Tensor
+    left: Tensor | None = None
+    right: Tensor | None = None
+    damping: Tensor | None = None
+
+    def _apply(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        shape = x.shape
+        x = x.reshape(*shape[:-3], *self.values.shape)
+        x = _sandwich(_t(self.left), x, self.right)
+        return _sandwich(self.left, f(x), _t(self.right)).reshape(shape)
+
+    def _damped(self, damping: Damping | None) -> Tensor:
+        chosen = self.damping if damping is None else damping
+        return self.values if chosen is None else self.values + chosen
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """C x for x [..., g, o, i]."""
+        return self._apply(x, lambda y: y * self.values)
+
+    def solve(self, x: Tensor, damping: Damping | None = None) -> Tensor:
+        """(C + damping I)^-1 x."""
+        damped = self._damped(damping)
+        return self._apply(x, lambda y: y / damped)
+
+    def sample(self, noise: Tensor, damping: Damping | None = None) -> Tensor:
+        """Q (values + damping)^-1/2 noise, of covariance (C + damping I)^-1 for standard normal noise."""
+        shape = noise.shape
+        x = noise.reshape(*shape[:-3], *self.values.shape) * self._damped(damping).rsqrt()
+        return _sandwich(self.left, x, _t(self.right)).reshape(shape)
+
+    def logdet(self, damping: Damping | None = None) -> Tensor:
+        return self._damped(damping).log().sum()
+
+    def diag(self) -> Tensor:
+        """Diagonal of C [g, o, i]."""
+        return _sandwich(_square(self.left), self.values, _t(_square(self.right)))
+
+    def trace(self) -> Tensor:
+        return self.values.sum()
+
+    def eigvalsh(self) -> Tensor:
+        return self.values.flatten().sort().values
+
+
+@dataclass(frozen=True)
+class Inverse(_Saved):
+    """(damped C)^-1 = left ⊗ right, both explicit; the damping is inside.
+
+    Sampling and the determinant take a Cholesky factor of the inverse when asked.
+    """
+
+    right: Tensor
+    left: Tensor | None = None
+
+    def solve(self, x: Tensor, damping: None = None) -> Tensor:
+        shape = x.shape
+        sides = self.right.shape
+        rows = 1 if self.left is None else self.left.shape[-1]
+        x = x.reshape(*shape[:-3], sides[0], rows, sides[-1])
+        return _sandwich(self.left, x, self.right).reshape(shape)
+
+    def sample(self, noise: Tensor, damping: None = None) -> Tensor:
+        """K_left noise K_right^T with left = K_left K_left^T, right = K_right K_right^T."""
+        roots = [None if m is None else torch.linalg.cholesky(m) for m in (self.left, self.right)]
+        rows = 1 if self.left is None else self.left.shape[-1]
+        x = noise.reshape(*noise.shape[:-3], self.right.shape[0], rows, self.right.shape[-1])
+        return _sandwich(roots[0], x, _t(roots[1])).reshape(noise.shape)
+
+    def logdet(self, damping: None = None) -> Tensor:
+        """log det of the damped C, that is minus that of the inverse."""
+        right = _logdet_spd(self.right)
+        if self.left is None:
+            return -right.sum()
+        return -(right * self.left.shape[-1] + _logdet_spd(self.left) * self.right.shape[-1]).sum()
+
+
+Factor = Eigen | Inverse
+
+
+def _t(matrix: Tensor | None) -> Tensor | None:
+    return None if matrix is None else matrix.mT
+
+
+def _square(matrix: Tensor | None) -> Tensor | None:
+    return None if matrix is None else matrix.square()
+
+
+def _logdet_spd(matrix: Tensor) -> Tensor:
+    return 2 * torch.linalg.cholesky(matrix).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def factor_from_state(state: dict[str, Tensor]) -> Factor:
+    return Eigen(**state) if "values" in state else Inverse(**state)
+
+
+# ------------------------------------------------------------------------------------------ linear algebra
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of a batch; tried again in float64 where float32 does not converge."""
+    try:
+        return torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        values, vectors = torch.linalg.eigh(matrix.double())
+        return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def inverse_spd(matrix: Tensor, shift: Damping) -> tuple[Tensor, Tensor]:
+    """((matrix + shift I)^-1, ok) for a batch [g, d, d]; ok is a 0-d bool tensor, no host sync.
+
+    shift: a number or a tensor [g]. Where Cholesky fails the answer is I / (trace + shift), which never
+    overestimates the inverse, and ok is False.
+    """
+    damped = matrix.clone()
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(shift.to(damped.dtype).reshape(-1, 1) if isinstance(shift, Tensor) else shift)
+    root, info = torch.linalg.cholesky_ex(damped)
+    inverse = torch.cholesky_inverse(root)
+    fine = (info == 0) & torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1)).all(-1)
+    if fine.is_cuda or not bool(fine.all()):  # reading a flag is free on the CPU and a sync elsewhere
+        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        bound = identity / diagonal.sum(-1).clamp_min(torch.finfo(matrix.dtype).tiny)[:, None, None]
+        inverse = torch.where(fine[:, None, None], inverse, bound)
+    return inverse, fine.all()

@@ -1,0 +1,257 @@
+"""Looking at curvature: the blocks of L over a whole data set, as one symmetric operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchcurv.curv.curvature import Curvature, Options
+from torchcurv.curv.factor import Eigen
+from torchcurv.curv.layers import find_layers
+from torchcurv.curv.losses import loss_of
+from torchcurv.curv.record import Pass, Record, edge_of
+from torchcurv.curv.rows import RowSpace
+
+Vector = Tensor | list[Tensor] | dict[str, Tensor]
+DEFAULTS = {"damping": 0.0, "damping_type": "exact"}
+
+
+class CurvatureSet:
+    """The curvature C of a loss, block-diagonal over `blocks`, and its algebra.
+
+    blocks: name -> Curvature; the block of approx="full" is "full".
+    params: the covered parameters in the model's order; P is their number of elements.
+
+    A vector v is flat [P], a batch of columns [P, K], a list like `params`, or a dict by parameter name; the same
+    structure comes back. Flat order is that of `torch.nn.utils.parameters_to_vector(params)`.
+    """
+
+    def __init__(self, blocks: list[Curvature], params: dict[str, Tensor]) -> None:
+        self.blocks = {block.name: block for block in blocks}
+        self._named = params
+
+    @property
+    def params(self) -> list[Tensor]:
+        return list(self._named.values())
+
+    # ------------------------------------------------------------------------------- structures
+
+    def _columns(self, v: Vector) -> tuple[dict[Tensor, Tensor], Callable[[dict[Tensor, Tensor]], Any]]:
+        """(param -> [K, *shape], a function that brings such a dict back to v's structure)."""
+        params = self.params
+        if isinstance(v, dict):
+            if v.keys() != self._named.keys():
+                raise ValueError(f"a vector by name needs the names {list(self._named)}; this one has {list(v)}")
+            return {p: v[name].unsqueeze(0) for name, p in self._named.items()}, lambda out: {
+                name: out[p][0] for name, p in self._named.items()
+            }
+        if not isinstance(v, Tensor):
+            shapes, own = [tuple(t.shape) for t in v], [tuple(p.shape) for p in params]
+            if shapes != own:
+                raise ValueError(f"a vector as a list needs the shapes {own}; this one has {shapes}")
+            return {p: t.unsqueeze(0) for p, t in zip(params, v, strict=True)}, lambda out: [out[p][0] for p in params]
+        size = sum(p.numel() for p in params)
+        if v.dim() not in (1, 2) or v.shape[0] != size:
+            raise ValueError(f"a flat vector needs the shape [{size}] or [{size}, K]; this one has {tuple(v.shape)}")
+        rows = v.reshape(size, -1).mT.split([p.numel() for p in params], -1)
+        columns = {p: row.reshape(-1, *p.shape) for p, row in zip(params, rows, strict=True)}
+        return columns, lambda out: torch.cat([out[p].flatten(1) for p in params], 1).mT.reshape(v.shape)
+
+    def _apply(self, v: Vector, f: Callable[[Curvature, list[Tensor]], list[Tensor]]) -> Any:
+        columns, restore = self._columns(v)
+        out: dict[Tensor, Tensor] = {}
+        for block in self.blocks.values():
+            out.update(zip(block.params, f(block, [columns[p] for p in block.params]), strict=True))
+        return restore(out)
+
+    def _flat(self, f: Callable[[Curvature], list[Tensor]]) -> Tensor:
+        """One tensor per parameter, from every block, flattened in order."""
+        out: dict[Tensor, Tensor] = {}
+        for block in self.blocks.values():
+            out.update(zip(block.params, f(block), strict=True))
+        return torch.cat([out[p].flatten() for p in self.params])
+
+    # ---------------------------------------------------------------------------------- algebra
+
+    def matvec(self, v: Vector) -> Any:
+        """C v."""
+        return self._apply(v, lambda block, x: block.matvec(x))
+
+    def solve(self, v: Vector, damping: float | Tensor) -> Any:
+        """(C + damping I)^-1 v; damping > 0 unless C is positive definite."""
+        return self._apply(v, lambda block, x: block.solve(x, damping))
+
+    def sample(self, damping: float | Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
+        """One draw from N(0, (C + damping I)^-1), a list like `params`."""
+        drawn: dict[Tensor, Tensor] = {}
+        for block in self.blocks.values():
+            drawn.update(zip(block.params, block.sample(damping, generator), strict=True))
+        return [drawn[p] for p in self.params]
+
+    def diag(self) -> Tensor:
+        """The diagonal of C, [P]."""
+        return self._flat(lambda block: block.split(block.diag()))
+
+    def trace(self) -> Tensor:
+        return torch.stack([_factor(block).trace() for block in self.blocks.values()]).sum()
+
+    def logdet(self, damping: float | Tensor) -> Tensor:
+        """log det(C + damping I)."""
+        return torch.stack([_factor(block).logdet(damping) for block in self.blocks.values()]).sum()
+
+    def eigvalsh(self) -> Tensor:
+        """All P eigenvalues of C, ascending."""
+        return torch.cat([_factor(block).eigvalsh() for block in self.blocks.values()]).sort().values
+
+    def to_dense(self) -> Tensor:
+        """C as a [P, P] matrix."""
+        like = next(iter(self.blocks.values())).diag()[0]
+        size = sum(p.numel() for p in self.params)
+        return self.matvec(torch.eye(size, dtype=like.dtype, device=like.device))
+
+    def __repr__(self) -> str:
+        size = sum(p.numel() for p in self.params)
+        return f"CurvatureSet({len(self.blocks)} blocks over {size} parameters)"
+
+
+def _factor(block: Curvature) -> Eigen | RowSpace:
+    assert isinstance(block.factor, Eigen | RowSpace)
+    return block.factor
+
+
+def curvature(
+    model: nn.Module,
+    loss_fn: nn.Module | str,
+    data: Iterable[tuple[Any, Tensor]],
+    *,
+    curv_type: str = "ggn",
+    approx: str | None = "kfac",
+    params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | None = None,
+    samples: int | None = None,
+    reduction: str | None = None,
+    class_dim: int | None = None,
+    output_fn: Callable[[Any], Tensor] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> CurvatureSet:
+    """The curvature of L over all of `data`, at the parameters as they are.
+
+    L is the loss of the whole set: for a mean loss the batches count by their terms (their 1/R), a sum loss is
+    summed. Nothing of the model changes: not its mode, its buffers, its gradients, nor the global generators.
+
+    Args:
+        loss_fn: a torch loss module, or "cross_entropy", "mse", "bce_with_logits", "nll".
+        data: an iterable of (x, y). x is what the model is called with: a tensor, a tuple of positional or a dict of
+            keyword arguments. "ekfac" goes over it twice (an iterator is kept in memory for that).
+        params: the parameters to cover (or named ones); None: all that are trainable.
+        samples: signals drawn per batch; None: the exact curvature.
+        options: `sharing`, `rows_limit`, as in `torchcurv.curv.curvature.Options`.
+
+    Returns: a CurvatureSet.
+    Raises: ValueError for parameters that no layer covers, for empty data, and for options that are not allowed.
+    """
+    chosen = Options(curv_type=curv_type, approx=approx, samples=samples, **{**DEFAULTS, **options})
+    if approx is None:
+        raise ValueError("approx=None asks for no curvature; choose an approximation")
+    covered = _covered(model, params)
+    loss = loss_of(loss_fn, reduction, class_dim)
+    if loss.reduction == "none":
+        raise ValueError("reduction='none' says nothing about the weight of each term; pass 'mean' or 'sum'")
+    blocks = _blocks(model, covered, chosen)
+    record = Record(model, blocks, None, output_fn=output_fn, seed=seed)
+    if approx == "ekfac" and iter(data) is data:
+        data = list(data)
+    try:
+        with _left_alone(model):
+            _measure(model, record, blocks, loss, data, output_fn)
+            if approx == "ekfac":
+                _measure(model, record, blocks, loss, data, output_fn)
+    finally:
+        record.remove()
+    return CurvatureSet(blocks, {name: p for name, p in model.named_parameters() if p in covered})
+
+
+def _covered(model: nn.Module, params: Any) -> set[Tensor]:
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    if params is None:
+        chosen = {p for p in names if p.requires_grad}
+    else:
+        chosen = {p[1] if isinstance(p, tuple) else p for p in params}
+    strangers = sum(p not in names for p in chosen)
+    if strangers:
+        raise ValueError(f"{strangers} of the parameters given are not parameters of the model")
+    layers = find_layers(model, lambda p: p in chosen)
+    missing = [names[p] for p in chosen - {p for layer in layers for p in layer.params}]
+    if missing:
+        raise ValueError(
+            f"no curvature is known for the parameters {', '.join(sorted(missing))}: pass params= without them, or "
+            "teach torchcurv the layer with torchcurv.register_view"
+        )
+    if not chosen:
+        raise ValueError("the model has no trainable parameters: there is no curvature to look at")
+    return chosen
+
+
+def _blocks(model: nn.Module, covered: set[Tensor], options: Options) -> list[Curvature]:
+    layers = find_layers(model, lambda p: p in covered)
+    if options.approx == "full":
+        return [Curvature("full", layers, options)]
+    return [Curvature(layer.name, [layer], options) for layer in layers]
+
+
+def _measure(
+    model: nn.Module,
+    record: Record,
+    blocks: list[Curvature],
+    loss: Any,
+    data: Iterable[tuple[Any, Tensor]],
+    output_fn: Callable[[Any], Tensor] | None,
+) -> None:
+    """One pass over the data, and the factors that follow from it."""
+    record.passes = 0
+    total: Tensor | float = 0.0
+    for block in blocks:
+        block.forget_running()
+    for x, y in data:
+        with torch.enable_grad():
+            output = _call(model, x)
+            f = output if output_fn is None else output_fn(output)
+        found = record.find(f)
+        if found is None:
+            raise ValueError("the model's output does not depend on any covered parameter through a recorded layer")
+        capture, edge = found
+        terms = loss.terms(f, y, capture.n)
+        # Batches of a mean loss count by 1/R: measure with R = 1, divide by the sum of all 1/R at the end.
+        weight = 1 / terms.reduction if loss.reduction == "mean" else 1.0
+        Pass(record, capture, loss, terms, edge_of(f), f.detach(), edge).run(weight)
+        total = total + weight
+    if not any(block.captured for block in blocks):
+        raise ValueError("data is empty: there is nothing to measure")
+    for block in blocks:
+        block.update(1.0)
+        if loss.reduction == "mean":
+            block.scale(1 / total)
+        if not block.uses_rows:
+            block.refactor(0.0)
+
+
+def _call(model: nn.Module, x: Any) -> Any:
+    if isinstance(x, dict):
+        return model(**x)
+    return model(*x) if isinstance(x, tuple | list) else model(x)
+
+
+@contextmanager
+def _left_alone(model: nn.Module) -> Any:
+    """The buffers as they were (batch norm in train mode updates its statistics in a forward pass)."""
+    saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(saved[name])

@@ -1,0 +1,1 @@
+"""Update rules on top of the curvature."""

@@ -1,0 +1,81 @@
+"""Preconditioner: (C + λ I)^-1 g in front of any torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchcurv.optim.base import CurvatureOptimizer
+
+
+class Preconditioner(CurvatureOptimizer):
+    """Replaces `.grad` by (C + damping I)^-1 `.grad`, for another optimizer to use.
+
+        precond = Preconditioner(model, approx="kfac", damping=1e-3)
+        loss.backward(); precond.step(); adamw.step()
+
+    The arguments are those of SecondOrderOptimizer that do not concern the update. The groups have no lr: a learning
+    rate belongs to the optimizer behind. `state_dict` and `load_state_dict` resume the running averages.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Any = None,
+        *,
+        loss_fn: nn.Module | str | None = "cross_entropy",
+        curv_type: str = "ggn",
+        approx: str | None = "kfac",
+        damping: float | Tensor = 0.1,
+        samples: int | None = 1,
+        sharing: str = "expand",
+        damping_type: str = "factored",
+        ema_decay: float = 0.95,
+        update_every: int | Callable[[int], int] = 1,
+        refactor_every: int | Callable[[int], int] = 1,
+        rows_limit: int = 2048,
+        reduction: str | None = None,
+        class_dim: int | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        grad_scaler: Any = None,
+        unsupported: str = "error",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            model,
+            params,
+            {},
+            {
+                "curv_type": curv_type,
+                "approx": approx,
+                "samples": samples,
+                "sharing": sharing,
+                "damping": damping,
+                "damping_type": damping_type,
+                "ema_decay": ema_decay,
+                "update_every": update_every,
+                "refactor_every": refactor_every,
+                "rows_limit": rows_limit,
+            },
+            loss_fn=loss_fn,
+            reduction=reduction,
+            class_dim=class_dim,
+            output_fn=output_fn,
+            grad_scaler=grad_scaler,
+            unsupported=unsupported,
+            seed=seed,
+        )
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Precondition the gradients in place."""
+        if closure is not None:
+            raise ValueError("Preconditioner.step takes no closure: give it to the optimizer behind")
+        if self._refresh():
+            gradients = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+            for p, x in self._solve(gradients).items():
+                gradients[p].copy_(x)
+            self._finish_step()

@@ -1,0 +1,212 @@
+"""SecondOrderOptimizer: gradient descent along (C + λ I)^-1 g."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchcurv.optim.base import CurvatureOptimizer
+from torchcurv.optim.update import descend_, inner, kl_clip_factor, momentum_
+
+MOMENTUM_TYPES = ("preconditioned", "raw")
+
+
+class SecondOrderOptimizer(CurvatureOptimizer):
+    r"""Preconditioned gradient descent with the curvature of each layer.
+
+    For a gradient g (maximize flips its sign, `l2` adds l2 * p to it) and the curvature C of the loss
+
+        V = (C + (damping + l2) I)^-1 g                 approx=None: V = g
+        ν = min(1, sqrt(kl_clip / Σ lr² <V, g>))        one number for all covered parameters; 1 if kl_clip is None
+        m = momentum * m + ν V,  p = (1 - lr * weight_decay) p - lr * m
+
+    Args:
+        model: the module to train. It gets removable forward hooks and nothing else.
+        params: what torch.optim takes (parameters, named parameters, groups); None means every trainable parameter.
+            Groups may set any curvature or step option below.
+        loss_fn: the loss module you call, or the name of the loss you compute: "cross_entropy", "mse",
+            "bce_with_logits", "nll"; None: you call `observe(output, target, loss_fn)` before backward().
+            A name means mean reduction, no class weights and a factor of 1 in what backward() is called on.
+        curv_type: "ggn" (Gauss-Newton), "fisher" or "empirical_fisher".
+        approx: "kfac", "ekfac", "diag", "unit" (one block per output unit), "block" (per layer), "full", or None.
+        lr: step size, a number or a 0-d tensor.
+        momentum: 0 <= momentum < 1. nesterov: look ahead.
+        momentum_type: "preconditioned" averages V, "raw" averages g before preconditioning.
+        damping: λ > 0 in units of the loss's curvature. damping_type: "factored" or "exact" (through eigenvectors).
+        kl_clip: bound κ on lr² <V, g>; None: no clipping.
+        weight_decay: decoupled decay. l2: coefficient of l2/2 norm(p)² in the loss, in g and in the damping.
+        maximize: ascend.
+        samples: signals drawn per step; None: the exact curvature (one backward pass per output element).
+        sharing, ema_decay, update_every, refactor_every, rows_limit: see `torchcurv.curv.curvature.Options`.
+        reduction, class_dim: of a loss given by name. output_fn: from the model's output to the loss's input.
+        grad_scaler: the torch.amp.GradScaler that scales the loss, if any.
+        unsupported: "error" lists parameters without a known curvature, "gradient" trains them with the gradient.
+        seed: of the generator that the draws come from; the global generators are left alone.
+
+    Raises:
+        ValueError, TypeError: on arguments that are not allowed, saying what is.
+        RuntimeError: from `step` if there are gradients whose curvature was not captured.
+
+    Sources: Martens & Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015);
+    Martens, "New insights and perspectives on the natural gradient method" (2020).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Any = None,
+        *,
+        loss_fn: nn.Module | str | None = "cross_entropy",
+        curv_type: str = "ggn",
+        approx: str | None = "kfac",
+        lr: float | Tensor = 0.1,
+        momentum: float = 0.7,
+        damping: float | Tensor = 0.1,
+        nesterov: bool = False,
+        momentum_type: str = "preconditioned",
+        weight_decay: float = 0.0,
+        l2: float = 0.0,
+        maximize: bool = False,
+        kl_clip: float | None = 1.0,
+        samples: int | None = 1,
+        sharing: str = "expand",
+        damping_type: str = "factored",
+        ema_decay: float = 0.95,
+        update_every: int | Callable[[int], int] = 1,
+        refactor_every: int | Callable[[int], int] = 1,
+        rows_limit: int = 2048,
+        reduction: str | None = None,
+        class_dim: int | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        grad_scaler: Any = None,
+        unsupported: str = "error",
+        seed: int = 0,
+    ) -> None:
+        if kl_clip is not None and not kl_clip > 0:
+            raise ValueError(f"kl_clip={kl_clip!r}; pass a number > 0, or None for no clipping")
+        self._kl_clip = kl_clip
+        step_options = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "momentum_type": momentum_type,
+            "weight_decay": weight_decay,
+            "l2": l2,
+            "maximize": maximize,
+        }
+        check_step_options(step_options)
+        super().__init__(
+            model,
+            params,
+            step_options,
+            {
+                "curv_type": curv_type,
+                "approx": approx,
+                "samples": samples,
+                "sharing": sharing,
+                "damping": damping,
+                "damping_type": damping_type,
+                "ema_decay": ema_decay,
+                "update_every": update_every,
+                "refactor_every": refactor_every,
+                "rows_limit": rows_limit,
+            },
+            loss_fn=loss_fn,
+            reduction=reduction,
+            class_dim=class_dim,
+            output_fn=output_fn,
+            grad_scaler=grad_scaler,
+            unsupported=unsupported,
+            seed=seed,
+        )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_step_options(group)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update from the gradients in `.grad`; `closure` recomputes the loss and is called first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            if self._refresh():
+                self._update()
+                self._finish_step()
+        return loss
+
+    def _update(self) -> None:
+        gradients: dict[Tensor, Tensor] = {}
+        for group in self.param_groups:
+            gradients.update(self._gradients(group))
+        solved = self._solve(gradients)
+        clip = self._clip(gradients, solved)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p in gradients]
+            steps = [solved.get(p, gradients[p]) for p in params]
+            if clip is not None:
+                steps = [x * clip if p in solved else x for p, x in zip(params, steps, strict=True)]
+            if group["momentum_type"] == "preconditioned":
+                steps = self._momentum(group, params, steps)
+            descend_(params, steps, group["lr"], group["weight_decay"])
+
+    def _gradients(self, group: dict[str, Any]) -> dict[Tensor, Tensor]:
+        """What is preconditioned: the gradient with L2, its sign, and raw momentum."""
+        params = [p for p in group["params"] if p.grad is not None]
+        grads = [p.grad for p in params]
+        if group["maximize"]:
+            grads = [-g for g in grads]
+        if group["l2"]:
+            grads = [g.add(p, alpha=group["l2"]) for g, p in zip(grads, params, strict=True)]
+        if group["momentum_type"] == "raw":
+            grads = self._momentum(group, params, grads)
+        return dict(zip(params, grads, strict=True))
+
+    def _momentum(self, group: dict[str, Any], params: list[Tensor], steps: list[Tensor]) -> list[Tensor]:
+        if not group["momentum"]:
+            return steps
+        buffers = []
+        for p, x in zip(params, steps, strict=True):
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+            buffers.append(state["momentum_buffer"])
+        return momentum_(buffers, steps, group["momentum"], group["nesterov"])
+
+    def _clip(self, gradients: dict[Tensor, Tensor], solved: dict[Tensor, Tensor]) -> Tensor | None:
+        """ν of the KL clip over all preconditioned parameters."""
+        if self._kl_clip is None or not solved:
+            return None
+        lr = {p: group["lr"] for group in self.param_groups for p in group["params"]}
+        return kl_clip_factor([inner(x, gradients[p]) * lr[p] ** 2 for p, x in solved.items()], self._kl_clip)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SecondOrderOptimizer:
+        new = super().__deepcopy__(memo)
+        assert isinstance(new, SecondOrderOptimizer)
+        new._kl_clip = self._kl_clip
+        return new
+
+
+def check_step_options(options: dict[str, Any]) -> None:
+    """Raise on step options that are not allowed, saying what is."""
+    for key in ("lr", "weight_decay", "l2"):
+        value = options[key]
+        if isinstance(value, Tensor):
+            if key != "lr" or value.numel() != 1:
+                raise ValueError(
+                    f"{key} is a tensor of shape {tuple(value.shape)}; pass a number (lr: or a 0-d tensor)"
+                )
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise ValueError(f"{key}={value!r}; pass a number >= 0")
+    momentum = options["momentum"]
+    if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 <= momentum < 1:
+        raise ValueError(f"momentum={momentum!r}; pass a number with 0 <= momentum < 1")
+    if options["nesterov"] and not momentum:
+        raise ValueError("nesterov=True needs momentum > 0")
+    if options["momentum_type"] not in MOMENTUM_TYPES:
+        allowed = ", ".join(map(repr, MOMENTUM_TYPES))
+        raise ValueError(f"momentum_type={options['momentum_type']!r}; allowed are {allowed}")
