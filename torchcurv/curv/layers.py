@@ -9,6 +9,7 @@ gradient of the parameters is then always `einsum("nrgo,nrgi->goi", s, a)`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import UninitializedParameter
+
+from torchcurv.curv.shifted import shifted_cov
 
 Read = Callable[..., Tensor]
 
@@ -30,12 +33,15 @@ class View:
     signal:     (module, dz) -> s [n, r, g, o], dz shaped like the module's output
     groups:     module -> g
     mean_input: (module, x) -> mean_r a [n, 1, g, i]; only where it is cheaper than `inputs(...).mean(1)`
+    moments:    (module, x) -> (sum_{n,r} a a^T [g, i, i], sum_{n,r} a [g, i], n r), or None where the sums over
+                `inputs(...)` are as cheap
     """
 
     inputs: Read
     signal: Read
     groups: Callable[[nn.Module], int] = lambda module: 1
     mean_input: Read | None = None
+    moments: Callable[..., tuple[Tensor, Tensor, int] | None] | None = None
 
 
 # ---------------------------------------------------------------------------------------------- linear
@@ -84,10 +90,12 @@ def _patches(module: Any, x: Tensor) -> Tensor:
 
 
 def _conv_inputs(module: Any, x: Tensor) -> Tensor:
+    """Stored as [g, i, n, r]: one row per input feature, so that products need no other copy."""
     patches, d = _patches(module, x), len(module.kernel_size)
     n, g = x.shape[0], module.groups
-    last = patches.permute(0, *range(2 + d, 2 + 2 * d), *range(1, 2 + d))  # n o1..od c k1..kd
-    return last.reshape(n, last.shape[1 : 1 + d].numel(), g, -1)
+    rows = patches.permute(*range(1, 2 + d), 0, *range(2 + d, 2 + 2 * d))  # c k1..kd n o1..od
+    features = rows.shape[: 1 + d].numel() // g
+    return rows.reshape(g, features, n, -1).permute(2, 3, 0, 1)
 
 
 def _conv_signal(module: Any, dz: Tensor) -> Tensor:
@@ -107,11 +115,25 @@ def _conv_mean_input(module: Any, x: Tensor) -> Tensor:
     return torch.stack(means, -1).reshape(n, 1, module.groups, -1)
 
 
+def _conv_moments(module: Any, x: Tensor) -> tuple[Tensor, Tensor, int] | None:
+    """By shifted products, where the regions are large against their borders (2 to 3 times faster on the CPU)."""
+    kernel, dilation = module.kernel_size, module.dilation
+    if x.is_cuda or module.groups > 1 or set(module.stride) != {1} or set(kernel) == {1} or len(kernel) > 2:
+        return None
+    padded = _padded(module, x)
+    out = conv_output_size(module, padded.shape[2:])
+    if x.shape[1] < 8 or any(o < 4 * d * (k - 1) for o, d, k in zip(out, dilation, kernel, strict=True)):
+        return None
+    count = x.shape[0] * math.prod(out)
+    total = _conv_mean_input(module, x).sum((0, 1)) * math.prod(out)
+    return shifted_cov(padded, kernel, dilation, tuple(out)).unsqueeze(0), total, count
+
+
 def _conv_groups(module: Any) -> int:
     return module.groups
 
 
-_CONV = View(_conv_inputs, _conv_signal, _conv_groups, _conv_mean_input)
+_CONV = View(_conv_inputs, _conv_signal, _conv_groups, _conv_mean_input, _conv_moments)
 
 VIEWS: dict[type[nn.Module], View] = {
     nn.Linear: View(_linear, _linear),

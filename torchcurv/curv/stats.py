@@ -46,7 +46,8 @@ def position_gram(x: Tensor) -> Tensor:
     if g > 1:
         return torch.einsum("nrgi,nrgj->gij", x, x)
     x = x.squeeze(2)
-    if x.stride(1) == 1 and r > d // 2 and not x.is_cuda:  # stored channels first: one product per sample
+    mergeable = n == 1 or x.stride(0) == r * x.stride(1)
+    if not mergeable and x.stride(1) == 1 and r > d and not x.is_cuda:  # channels first: one product per sample
         return torch.addbmm(x.new_zeros(d, d), x.mT, x).unsqueeze(0)
     return gram(x.reshape(n * r, d)).unsqueeze(0)
 
@@ -62,6 +63,8 @@ class Inputs:
     """
 
     def __init__(self, layer: Layer, calls: list[Tensor], n: int, weights: Tensor | None) -> None:
+        if weights is not None and not weights.is_cuda and bool((weights == 1).all()):
+            weights = None  # nothing to weight: knowing it saves a pass over a, and is free on the CPU
         self.layer, self.calls, self.n, self.weights = layer, calls, n, weights
         self.module, self.view = layer.modules[0], layer.view
 
@@ -70,7 +73,8 @@ class Inputs:
 
     @cached_property
     def a(self) -> Tensor:
-        return torch.cat([self._per_sample(self.view.inputs(self.module, x)) for x in self.calls], 1)
+        read = [self._per_sample(self.view.inputs(self.module, x)) for x in self.calls]
+        return read[0] if len(read) == 1 else torch.cat(read, 1)
 
     @cached_property
     def mean(self) -> Tensor:
@@ -95,23 +99,34 @@ class Inputs:
         return {}
 
     def _cov(self, sharing: str) -> tuple[Tensor, Tensor]:
+        parts, sums, count = self._moments(sharing)
         layer = self.layer
-        a = self.a if sharing == "expand" else self.mean
-        n, r, g = a.shape[:3]
-        w = self._weights(r)
-        count = torch.full((), float(n * r), device=a.device, dtype=a.dtype) if w is None else w.sum()
-        weighted = a if w is None else a * w.sqrt()[..., None, None].to(a.dtype)
-        parts = position_gram(weighted) if layer.weight is not None else None
         if layer.bias is None:
-            assert parts is not None
             return parts, count
-        out = a.new_empty(g, layer.dim, layer.dim)
+        out = sums.new_empty(layer.groups, layer.dim, layer.dim)
         out[:, -1, -1] = count
-        if parts is not None:
-            sums = a.sum((0, 1)) if w is None else torch.einsum("nrgi,nr->gi", a, w.to(a.dtype))
+        if layer.weight is not None:
             out[:, :-1, :-1] = parts
             out[:, -1, :-1] = out[:, :-1, -1] = sums
         return out, count
+
+    def _moments(self, sharing: str) -> tuple[Tensor, Tensor, Tensor]:
+        """(sum w a a^T [g, i, i], sum w a [g, i], sum w)."""
+        if sharing == "expand" and self.weights is None and self.view.moments is not None:
+            calls = [self.view.moments(self.module, at_least_float32(x)) for x in self.calls]
+            known = [moments for moments in calls if moments is not None]
+            if len(known) == len(calls):
+                parts = torch.stack([part for part, _, _ in known]).sum(0) if len(known) > 1 else known[0][0]
+                sums = torch.stack([total for _, total, _ in known]).sum(0)
+                return parts, sums, sums.new_full((), float(sum(count for _, _, count in known)))
+        a = self.a if sharing == "expand" else self.mean
+        n, r = a.shape[:2]
+        w = self._weights(r)
+        if w is None:
+            return position_gram(a), a.sum((0, 1)), torch.full((), float(n * r), device=a.device, dtype=a.dtype)
+        w = w.to(a.dtype)
+        weighted = a * w.sqrt()[..., None, None]
+        return position_gram(weighted), torch.einsum("nrgi,nr->gi", a, w), w.sum()
 
 
 # ----------------------------------------------------------------------------------------------- stats
