@@ -1,0 +1,1 @@
+"""Programs a person runs: training against AdamW, and the time of a step against SGD and other packages."""
