@@ -5,7 +5,7 @@
     block = scale * sum_{v,n} vec(sum_r s a^T) vec(sum_r s a^T)^T
 
 All answers are sums over signals, samples and positions in float32 or better, so that chunks of signals,
-micro-batches and ranks add up.
+micro-batches and ranks add up. Of a large symmetric answer the lower triangle counts; above it there may be zeros.
 """
 
 from __future__ import annotations
@@ -27,29 +27,36 @@ SYMMETRIC_FROM, COLUMNS = 512, 256  # a Gram matrix this large is formed by bloc
 # ----------------------------------------------------------------------------------------------- sums
 
 
-def gram(x: Tensor) -> Tensor:
-    """x^T x for x [k, d], each block of columns times the columns up to it only."""
+def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """x^T x for x [k, d], into `out` if given.
+
+    A large one is formed by blocks of columns, each times the columns up to it, and the blocks above the diagonal
+    stay zero: whoever factors a statistic reads its lower triangle.
+    """
     d = x.shape[1]
     if d < SYMMETRIC_FROM or x.is_cuda:
-        return x.mT @ x
-    out = x.new_empty(d, d)
+        return x.mT @ x if out is None else torch.mm(x.mT, x, out=out)
+    out = x.new_zeros(d, d) if out is None else out
     for start in range(0, d, COLUMNS):
         end = min(start + COLUMNS, d)
         torch.mm(x[:, start:end].mT, x[:, :end], out=out[start:end, :end])
-        out[:start, start:end] = out[start:end, :start].mT
     return out
 
 
-def position_gram(x: Tensor) -> Tensor:
-    """sum_{n,r} x x^T -> [g, d, d] for x [n, r, g, d], in whichever layout x is stored."""
+def position_gram(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """sum_{n,r} x x^T -> [g, d, d] for x [n, r, g, d], in whichever layout x is stored; into zeros `out` if given."""
     n, r, g, d = x.shape
     if g > 1:
-        return torch.einsum("nrgi,nrgj->gij", x, x)
+        total = torch.einsum("nrgi,nrgj->gij", x, x)
+        return total if out is None else out.copy_(total)
+    out = x.new_zeros(1, d, d) if out is None else out
     x = x.squeeze(2)
     mergeable = n == 1 or x.stride(0) == r * x.stride(1)
     if not mergeable and x.stride(1) == 1 and r > d and not x.is_cuda:  # channels first: one product per sample
-        return torch.addbmm(x.new_zeros(d, d), x.mT, x).unsqueeze(0)
-    return gram(x.reshape(n * r, d)).unsqueeze(0)
+        out[0].addbmm_(x.mT, x)
+    else:
+        gram(x.reshape(n * r, d), out[0])
+    return out
 
 
 # -------------------------------------------------------------------------------------- one layer's inputs
@@ -99,34 +106,39 @@ class Inputs:
         return {}
 
     def _cov(self, sharing: str) -> tuple[Tensor, Tensor]:
-        parts, sums, count = self._moments(sharing)
         layer = self.layer
-        if layer.bias is None:
-            return parts, count
-        out = sums.new_empty(layer.groups, layer.dim, layer.dim)
-        out[:, -1, -1] = count
-        if layer.weight is not None:
-            out[:, :-1, :-1] = parts
-            out[:, -1, :-1] = out[:, :-1, -1] = sums
+        first = self.calls[0]
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        out = torch.zeros(layer.groups, layer.dim, layer.dim, dtype=dtype, device=first.device)
+        inner = out if layer.bias is None else out[:, :-1, :-1]
+        sums, count = self._moments(sharing, inner if layer.weight is not None else None)
+        if layer.bias is not None:
+            out[:, -1, -1] = count
+            if layer.weight is not None:
+                out[:, -1, :-1] = out[:, :-1, -1] = sums
         return out, count
 
-    def _moments(self, sharing: str) -> tuple[Tensor, Tensor, Tensor]:
-        """(sum w a a^T [g, i, i], sum w a [g, i], sum w)."""
-        if sharing == "expand" and self.weights is None and self.view.moments is not None:
-            calls = [self.view.moments(self.module, at_least_float32(x)) for x in self.calls]
-            known = [moments for moments in calls if moments is not None]
-            if len(known) == len(calls):
-                parts = torch.stack([part for part, _, _ in known]).sum(0) if len(known) > 1 else known[0][0]
-                sums = torch.stack([total for _, total, _ in known]).sum(0)
-                return parts, sums, sums.new_full((), float(sum(count for _, _, count in known)))
+    def _moments(self, sharing: str, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(sum w a [g, i], sum w); sum w a a^T [g, i, i] goes into the zeros `out`."""
+        read = self.view.moments
+        if sharing == "expand" and self.weights is None and read is not None and len(self.calls) == 1:
+            known = read(self.module, at_least_float32(self.calls[0]))
+            if known is not None:
+                if out is not None:
+                    out.copy_(known[0])
+                return known[1], known[1].new_full((), float(known[2]))
         a = self.a if sharing == "expand" else self.mean
         n, r = a.shape[:2]
         w = self._weights(r)
         if w is None:
-            return position_gram(a), a.sum((0, 1)), torch.full((), float(n * r), device=a.device, dtype=a.dtype)
-        w = w.to(a.dtype)
-        weighted = a * w.sqrt()[..., None, None]
-        return position_gram(weighted), torch.einsum("nrgi,nr->gi", a, w), w.sum()
+            sums, count = a.sum((0, 1)), a.new_full((), float(n * r))
+        else:
+            w = w.to(a.dtype)
+            sums, count = torch.einsum("nrgi,nr->gi", a, w), w.sum()
+            a = a * w.sqrt()[..., None, None]
+        if out is not None:
+            position_gram(a, out)
+        return sums, count
 
 
 # ----------------------------------------------------------------------------------------------- stats
@@ -166,7 +178,7 @@ class Stats:
         """B = sum_{v,n,r} s s^T [g, o, o]; for "reduce" the positions are summed first."""
         s = self._single("output_cov")[1]
         s = s.sum(2, keepdim=True) if sharing == "reduce" and s.shape[2] > 1 else s
-        return position_gram(s.flatten(0, 1)) * self.scale
+        return position_gram(s.flatten(0, 1)).mul_(self.scale)
 
     def squares(self, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
         """sum_{v,n} (sum_r left^T s a^T right)^2 [g, o, d], elementwise."""
