@@ -1,6 +1,6 @@
 """The support matrix: every layer with every kind and approximation takes steps, and the README says so.
 
-    python tests/test_support.py      writes the matrix into the README
+python tests/test_support.py      writes the matrix into the README
 """
 
 import sys

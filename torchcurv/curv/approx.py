@@ -121,7 +121,7 @@ class Kronecker:
     def factor(
         self, tensors: Tensors, damping: Damping, damping_type: str, basis: Basis | None = None
     ) -> tuple[Factor, Tensor]:
-        A, B = tensors["A"] / tensors["count"], tensors["B"]
+        A, B = tensors["A"] / tensors["count"].clamp_min(torch.finfo(tensors["A"].dtype).tiny), tensors["B"]
         if damping_type == "factored" and not self.corrected:
             return self._inverses(A, B, _damping_tensor(damping, A))
         (a, right), (b, left) = eigh(A), eigh(B)
@@ -142,17 +142,24 @@ class Kronecker:
 
 
 def split_damping(A: Tensor, B: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Damping of each factor [g]. A factor of size 1 takes none, and the other then takes λ over its value."""
+    """Damping of A and of B, [g] each: π sqrt(λ) and sqrt(λ)/π.
+
+    A factor of size 1 takes none, and the other then takes λ over its value; π is 1 where a trace vanishes.
+    """
     mean_a = A.diagonal(dim1=-2, dim2=-1).mean(-1)
     mean_b = B.diagonal(dim1=-2, dim2=-1).mean(-1)
     tiny = torch.finfo(A.dtype).tiny
-    if B.shape[-1] == 1:
-        return damping / mean_b.clamp_min(tiny), torch.zeros_like(mean_b)
-    if A.shape[-1] == 1:
-        return torch.zeros_like(mean_a), damping / mean_a.clamp_min(tiny)
+    safe_a, safe_b = mean_a.clamp_min(tiny), mean_b.clamp_min(tiny)
     known = (mean_a > tiny) & (mean_b > tiny)
-    pi = torch.where(known, mean_a.clamp_min(tiny) / mean_b.clamp_min(tiny), 1).sqrt()
-    return pi * damping.sqrt(), damping.sqrt() / pi
+    pi = torch.where(known, safe_a / safe_b, 1).sqrt()
+    shift_a, shift_b = pi * damping.sqrt(), damping.sqrt() / pi
+    if B.shape[-1] == 1:
+        whole = mean_b > tiny
+        return torch.where(whole, damping / safe_b, shift_a), torch.where(whole, 0, shift_b)
+    if A.shape[-1] == 1:
+        whole = mean_a > tiny
+        return torch.where(whole, 0, shift_a), torch.where(whole, damping / safe_a, shift_b)
+    return shift_a, shift_b
 
 
 def project_moments(moments: Tensor, old: Basis, new: Basis) -> Tensor:

@@ -6,6 +6,7 @@ A block is one layer, or for "full" all the layers that ask for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.approx import Approximation, Dense, Diagonal, Kronecker, Tensors
-from torchcurv.curv.factor import Eigen, Factor, factor_from_state
+from torchcurv.curv.factor import Eigen, Factor, factor_from_state, free_to_read
 from torchcurv.curv.kinds import KINDS
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.rows import RowSpace
-from torchcurv.curv.schedule import Interval, check_interval
+from torchcurv.curv.schedule import Interval, check_interval, check_number
 from torchcurv.curv.stats import Stats
 
 APPROXIMATIONS: dict[str, Callable[[Options], Approximation]] = {
@@ -75,15 +76,20 @@ class Options:
             raise ValueError(f"samples={samples!r}; pass an int of at least 1, or None for the exact curvature")
         for key in ("update_every", "refactor_every"):
             check_interval(key, getattr(self, key))
-        if not 0 <= self.ema_decay <= 1:
-            raise ValueError(f"ema_decay={self.ema_decay!r}; pass a number between 0 (no memory) and 1 (plain mean)")
-        if not isinstance(self.damping, Tensor) and not self.damping >= 0:
-            raise ValueError(f"damping={self.damping!r}; pass a number >= 0")
+        check_number(
+            "ema_decay", self.ema_decay, lambda x: 0 <= x <= 1, "a number between 0 (no memory) and 1 (plain mean)"
+        )
+        if not isinstance(self.damping, Tensor):
+            check_number("damping", self.damping, lambda x: 0 <= x < math.inf, "a finite number >= 0, or a 0-d tensor")
+        elif self.damping.dim():
+            raise ValueError(f"damping is a tensor of shape {tuple(self.damping.shape)}; pass a number or a 0-d tensor")
         if isinstance(self.rows_limit, bool) or not isinstance(self.rows_limit, int) or self.rows_limit < 1:
             raise ValueError(f"rows_limit={self.rows_limit!r}; pass an int of at least 1")
 
 
 OPTION_NAMES = tuple(f.name for f in fields(Options))
+# The options that decide what a block keeps; the others are read when they are needed.
+STRUCTURE = ("curv_type", "approx", "samples", "sharing", "damping_type", "rows_limit")
 
 
 class Curvature:
@@ -96,6 +102,8 @@ class Curvature:
         self.size = sum(torch.Size(layer.shape).numel() for layer in layers)
         dense = options.approx in ("full", "block")
         self.uses_rows = dense and self.size > options.rows_limit
+        self.params = [p for layer in layers for p in layer.params]
+        self.next_update = self.next_refactor = 0  # the steps at which a measurement and a factorisation are due
         self.pending: Tensors = {}
         self.pending_rows: list[Stats] = []
         self.task: int | None = None  # the backward call that the last measurement belongs to
@@ -103,13 +111,14 @@ class Curvature:
         self.weights: Tensors = {}
         self.factor: Factor | RowSpace | None = None
         self.factor_damping: float | None = None
-        self.skipped: Tensor | None = None  # measurements that were not finite, since last read
-        self.failed: Tensor | None = None  # factorisations that failed, since last read
+        self.flags: Tensor | None = None  # how many measurements were not finite, how many factorisations failed
+        self.reported = (0, 0)  # what was last read of them
         self.retry = False  # the last factorisation failed: the next is in float64 with more damping
 
     @property
-    def params(self) -> list[Tensor]:
-        return [p for layer in self.layers for p in layer.params]
+    def key(self) -> tuple[Any, ...]:
+        """What makes two blocks the same: the structure and the parameters."""
+        return *(getattr(self.options, name) for name in STRUCTURE), *self.params
 
     # -------------------------------------------------------------------------------- measuring
 
@@ -162,7 +171,7 @@ class Curvature:
         new, rho = self.pending, ema_decay
         self.forget_pending()
         ok = torch.stack([torch.isfinite(value.sum()) for value in new.values()]).all()
-        self.skipped = _count(self.skipped, ~ok)
+        self._count(0, ~ok)
         for key, value in new.items():
             weight = self.weights.get(key)
             if weight is None:
@@ -171,13 +180,22 @@ class Curvature:
             grown = torch.where(ok, weight * rho + 1, weight)
             self.weights[key] = grown
             old = self.tensors[key]
-            if not ok.is_cuda:
-                self.tensors[key] = old.lerp_(value, 1 / grown) if bool(ok) else old
-            else:
+            if not free_to_read(ok):
                 self.tensors[key] = torch.where(ok, old.lerp(value, 1 / grown.clamp_min(1)), old)
-        factor = self.factor
-        if isinstance(factor, Eigen) and "moments" in new:
-            self.factor = replace(factor, values=self.tensors["moments"])
+            elif ok:
+                old.lerp_(value, 1 / grown)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Statistics that are eigenvalues in the basis of the factor reach it without a factorisation."""
+        for key in ("diag", "moments"):
+            if key in self.tensors and isinstance(self.factor, Eigen):
+                self.factor = replace(self.factor, values=self.tensors[key])
+
+    def _count(self, which: int, bad: Tensor) -> None:
+        if self.flags is None:
+            self.flags = torch.zeros(2, dtype=torch.int32, device=bad.device)
+        self.flags[which] += bad
 
     def scale(self, factor: Tensor | float) -> None:
         """Multiply the statistics that scale with the loss."""
@@ -208,7 +226,7 @@ class Curvature:
             self.factor = new if old is None else _choose(ok, new, old)
             if "moments" in self.tensors and isinstance(self.factor, Eigen):
                 self.tensors["moments"] = self.factor.values
-        self.failed = _count(self.failed, ~ok)
+        self._count(1, ~ok)
         self.factor_damping = damping if not isinstance(damping, Tensor) else None
 
     def _factorise(self, damping: float | Tensor) -> tuple[Factor, Tensor]:
@@ -220,14 +238,6 @@ class Curvature:
         new, ok = self.approx.factor(doubled, 10 * damping, self.options.damping_type, basis)
         dtype = next(iter(self.tensors.values())).dtype
         return type(new)(**{key: value.to(dtype) for key, value in new.state().items()}), ok
-
-    def read_flags(self, reset: bool = True) -> tuple[int, int]:
-        """(measurements that were not finite, factorisations that failed) since last reset; a host sync."""
-        skipped, failed = (0 if flag is None else int(flag) for flag in (self.skipped, self.failed))
-        if reset:
-            self.skipped = self.failed = None
-            self.retry = failed > 0
-        return skipped, failed
 
     def bakes_damping(self) -> bool:
         """Whether the factor holds its damping, so that another damping asks for another factor."""
@@ -298,11 +308,25 @@ class Curvature:
 
     # ------------------------------------------------------------------------------------ state
 
+    def release_rows(self) -> None:
+        """Rows belong to one step; what they hold must not outlive it."""
+        if self.uses_rows:
+            self.factor = None
+
     def state(self) -> dict[str, Any]:
         """The running average and the factor as nested dicts of tensors and numbers."""
+        saved: dict[str, Any] = {
+            "size": self.size,
+            "next_update": self.next_update,
+            "next_refactor": self.next_refactor,
+            "reported_skipped": self.reported[0],
+            "reported_failed": self.reported[1],
+        }
+        if self.flags is not None:
+            saved["flags"] = self.flags
         if self.uses_rows:
-            return {}
-        saved: dict[str, Any] = {"tensors": dict(self.tensors), "weights": dict(self.weights)}
+            return saved
+        saved["tensors"], saved["weights"] = dict(self.tensors), dict(self.weights)
         if self.factor is not None and not isinstance(self.factor, RowSpace):
             saved["factor"] = self.factor.state()
         if self.factor_damping is not None:
@@ -310,7 +334,16 @@ class Curvature:
         return saved
 
     def load_state(self, saved: dict[str, Any]) -> None:
+        """Continue from what `state` returned; from nothing if it is empty."""
+        if saved.get("size", self.size) != self.size:
+            raise ValueError(
+                f"block {self.name!r} was saved with {saved['size']} parameters and has {self.size} now: freeze the "
+                "same parameters, and choose the same groups, as in the run that was saved"
+            )
         self.forget_pending()
+        self.next_update, self.next_refactor = int(saved.get("next_update", 0)), int(saved.get("next_refactor", 0))
+        self.flags = saved.get("flags")
+        self.reported = int(saved.get("reported_skipped", 0)), int(saved.get("reported_failed", 0))
         self.tensors = dict(saved.get("tensors", {}))
         self.weights = dict(saved.get("weights", {}))
         self.factor = factor_from_state(saved["factor"]) if "factor" in saved else None
@@ -341,14 +374,17 @@ class Curvature:
         return sum(storages.values())
 
 
-def _count(flag: Tensor | None, more: Tensor) -> Tensor:
-    return more.to(torch.int32) if flag is None else flag + more
+def read_flags(blocks: list[Curvature]) -> list[tuple[int, int]]:
+    """(measurements that were not finite, factorisations that failed) of each block; one host sync."""
+    flags = [block.flags for block in blocks if block.flags is not None]
+    counts = iter(torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else ())
+    return [(0, 0) if block.flags is None else tuple(next(counts)) for block in blocks]
 
 
 def _choose(ok: Tensor, new: Factor, old: Factor) -> Factor:
     """new if ok else old, without a host sync on an accelerator."""
-    if not ok.is_cuda:
-        return new if bool(ok) else old
+    if free_to_read(ok):
+        return new if ok else old
     kept, fresh = old.state(), new.state()
     if type(new) is not type(old) or kept.keys() != fresh.keys():
         return new

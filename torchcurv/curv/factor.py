@@ -64,6 +64,8 @@ class Eigen(_Saved):
     def solve(self, x: Tensor, damping: Damping | None = None) -> Tensor:
         """(C + damping I)^-1 x."""
         damped = self._damped(damping)
+        if self.left is None and self.right is None and damped is not self.values and x.shape == damped.shape:
+            return torch.div(x, damped, out=damped)  # the diagonal case: into the sum just formed
         return self._apply(x, lambda y: y / damped)
 
     def sample(self, noise: Tensor, damping: Damping | None = None) -> Tensor:
@@ -149,6 +151,51 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
+BLOCK = 256  # side of the blocks in which large matrices are inverted
+BLOCKED_FROM = 512
+
+
+def _inverse_from_root(root: Tensor) -> Tensor:
+    """(L L^T)^-1 for a batch of lower triangular L.
+
+    The CPU's LAPACK routine does not use its threads: large matrices go through W = L^-1 and W^T W by blocks, in
+    matrix products that skip the known zeros.
+    """
+    if root.is_cuda or root.shape[-1] < BLOCKED_FROM:
+        return torch.cholesky_inverse(root)
+    inverses = [_gram_of_lower(_inverse_of_lower(one, torch.zeros_like(one))) for one in root]
+    return inverses[0].unsqueeze(0) if len(inverses) == 1 else torch.stack(inverses)
+
+
+def _inverse_of_lower(root: Tensor, out: Tensor) -> Tensor:
+    """L^-1 into `out`, whose upper triangle is zero: [[P, 0], [-R Q P, R]] with P, R the inverses of the halves."""
+    n = root.shape[-1]
+    if n <= BLOCK:
+        identity = torch.eye(n, dtype=root.dtype, device=root.device)
+        return out.copy_(torch.linalg.solve_triangular(root, identity, upper=False))
+    half = n // 2
+    first = _inverse_of_lower(root[:half, :half], out[:half, :half])
+    second = _inverse_of_lower(root[half:, half:], out[half:, half:])
+    torch.mm(second, (root[half:, :half] @ first).neg_(), out=out[half:, :half])
+    return out
+
+
+def _gram_of_lower(lower: Tensor) -> Tensor:
+    """W^T W for a lower triangular W, by blocks of columns."""
+    n = lower.shape[-1]
+    out = torch.empty_like(lower)
+    for start in range(0, n, BLOCK):
+        end = min(start + BLOCK, n)
+        torch.mm(lower[start:, start:end].mT, lower[start:, :end], out=out[start:end, :end])
+        out[:start, start:end] = out[start:end, :start].mT
+    return out
+
+
+def free_to_read(flag: Tensor) -> bool:
+    """Whether reading a tensor's value costs nothing; on an accelerator it waits for everything queued."""
+    return flag.device.type == "cpu"
+
+
 def inverse_spd(matrix: Tensor, shift: Damping) -> tuple[Tensor, Tensor]:
     """((matrix + shift I)^-1, ok) for a batch [g, d, d]; ok is a 0-d bool tensor, no host sync.
 
@@ -159,9 +206,9 @@ def inverse_spd(matrix: Tensor, shift: Damping) -> tuple[Tensor, Tensor]:
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(shift.to(damped.dtype).reshape(-1, 1) if isinstance(shift, Tensor) else shift)
     root, info = torch.linalg.cholesky_ex(damped)
-    inverse = torch.cholesky_inverse(root)
+    inverse = _inverse_from_root(root)
     fine = (info == 0) & torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1)).all(-1)
-    if fine.is_cuda or not bool(fine.all()):  # reading a flag is free on the CPU and a sync elsewhere
+    if not free_to_read(fine) or not fine.all():
         identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         bound = identity / diagonal.sum(-1).clamp_min(torch.finfo(matrix.dtype).tiny)[:, None, None]
         inverse = torch.where(fine[:, None, None], inverse, bound)

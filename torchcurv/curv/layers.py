@@ -260,5 +260,5 @@ def find_layers(model: nn.Module, covered: Callable[[Tensor], bool]) -> list[Lay
 
 
 def _same_geometry(one: nn.Module, other: nn.Module) -> bool:
-    settings = ("groups", "kernel_size")
+    settings = ("groups", "kernel_size", "stride", "padding", "dilation", "padding_mode")
     return all(getattr(one, key, None) == getattr(other, key, None) for key in settings)

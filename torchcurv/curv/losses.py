@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchcurv.curv.factor import free_to_read
+
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -43,6 +45,15 @@ class Terms:
     weights: Tensor | None
     uniform: bool
     residual: Callable[[], Tensor] | None
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and free_to_read(self.weights) and bool((self.weights == 1).all()):
+            object.__setattr__(self, "weights", None)  # nothing to weight: knowing it saves a pass over the inputs
+
+    @property
+    def empty(self) -> bool:
+        """Whether no term counts, so that L is zero (or 0/0); never known on an accelerator, where it costs a sync."""
+        return self.weights is not None and free_to_read(self.weights) and not bool(self.weights.any())
 
     @property
     def root_weights(self) -> Tensor | None:
@@ -280,27 +291,51 @@ class Loss:
         return Terms(canonical, scale / count, weights, True, None)
 
     def check_arriving(self, f: Tensor, arriving: Tensor, terms: Terms, scale: Tensor | float) -> None:
-        """Raise if the gradient at the output cannot be that of the named loss. Reads numbers: first use only."""
-        gradient = at_least_float32(self.layout(arriving, terms.f.shape[0])[0]) / scale
-        eps = max(torch.finfo(arriving.dtype).eps, torch.finfo(f.dtype).eps)
-        bound = torch.as_tensor(terms.reduction, device=gradient.device, dtype=gradient.dtype)
-        size = gradient.abs()
-        if self.row is CrossEntropy:
-            size = size.sum(-1)
-            fits = size <= bound * (2 + 64 * eps)
-            if self.name == "cross_entropy":
-                fits &= gradient.sum(-1).abs() <= 32 * eps * size + 4 * eps * bound
-        elif self.row is BinaryCrossEntropy:
-            fits = size <= bound * (1 + 64 * eps)
+        """Raise if the gradient at the output cannot be that of the named loss. Reads numbers: first use only.
+
+        A gradient R (p - q) tells the target q, which must be a distribution; of a factor c < 1, q = (1-c) p + c y.
+        """
+        if self.row is SquaredError:
+            return  # any gradient is that of some target
+        gradient = at_least_float32(self.layout(arriving, terms.f.shape[0])[0]) / scale / terms.reduction
+        tolerance = max(1e-3, 32 * max(torch.finfo(arriving.dtype).eps, torch.finfo(f.dtype).eps))
+        if self.row is BinaryCrossEntropy:
+            p = terms.f.sigmoid()
+            p, gradient = torch.stack([p, 1 - p], -1), torch.stack([gradient, -gradient], -1)
         else:
-            return
-        if not bool((fits | ~torch.isfinite(size)).all()):
+            p = torch.zeros_like(terms.f) if self.name == "nll" else terms.f.softmax(-1)
+            p, gradient = (x[(gradient != 0).any(-1)] for x in (p, gradient))
+        q = p - gradient
+        fits = (q.amin(-1) >= -tolerance) & ((q.sum(-1) - 1).abs() <= tolerance)
+        if not bool((fits | ~torch.isfinite(gradient).all(-1)).all()):
             raise ValueError(
                 f"the gradient that arrived at the model's output is not that of loss_fn={self.name!r} with "
-                f"reduction={self.reduction!r} and factor 1 (for cross entropy every row sums to zero and its "
-                "1-norm is at most 2R). Pass the loss module you call as loss_fn=, name the loss and reduction= you "
-                "use, or call optimizer.observe(output, target, loss_fn) before backward()"
+                f"reduction={self.reduction!r}, no class weights and factor 1. Pass the loss module you call as "
+                "loss_fn=, name the loss and the reduction= you use (and grad_scaler=, if one scales the loss), or "
+                "call optimizer.observe(output, target, loss_fn, weight) before backward()"
             )
+        factor = _shrunk(p, gradient)
+        if factor is not None:
+            raise ValueError(
+                f"the loss seems to be multiplied by {factor:.4g}, and loss_fn={self.name!r} means factor 1. Pass the "
+                "loss module you call as loss_fn=, or call optimizer.observe(output, target, loss_fn, weight) before "
+                "backward()"
+            )
+
+
+def _shrunk(p: Tensor, gradient: Tensor) -> float | None:
+    """c if gradient = c (p - y) for labels y and c < 1, beyond what smoothed labels could imitate; else None.
+
+    For labels smoothed by 1 - c the ratios gradient / p would spread like (1 - c) / (C p); for a factor they do not.
+    """
+    labels = F.one_hot(gradient.argmin(-1), p.shape[-1]).bool()
+    kept = ~labels & (p > 1e-6)
+    ratio, spread = (gradient / p)[kept], (1 / (p.shape[-1] * p))[kept]
+    if len(ratio) < 2:
+        return None
+    c = float(ratio.mean())
+    imitation = (1 - c) * float(spread.std())
+    return c if c < 0.99 and float((ratio - c).abs().max()) < 0.1 * imitation else None
 
 
 # ------------------------------------------------------------------------------------------ registration

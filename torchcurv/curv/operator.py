@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchcurv.curv.capture import edge_of
 from torchcurv.curv.curvature import Curvature, Options
 from torchcurv.curv.factor import Eigen
 from torchcurv.curv.layers import find_layers
 from torchcurv.curv.losses import loss_of
-from torchcurv.curv.record import Pass, Record, edge_of
+from torchcurv.curv.passes import Pass
+from torchcurv.curv.record import Record
 from torchcurv.curv.rows import RowSpace
 
 Vector = Tensor | list[Tensor] | dict[str, Tensor]
@@ -162,7 +165,7 @@ def curvature(
     if loss.reduction == "none":
         raise ValueError("reduction='none' says nothing about the weight of each term; pass 'mean' or 'sum'")
     blocks = _blocks(model, covered, chosen)
-    record = Record(model, blocks, None, output_fn=output_fn, seed=seed)
+    record = Record(model, blocks, None, seed=seed)
     if approx == "ekfac" and iter(data) is data:
         data = list(data)
     try:
@@ -220,15 +223,20 @@ def _measure(
         with torch.enable_grad():
             output = _call(model, x)
             f = output if output_fn is None else output_fn(output)
-        found = record.find(f)
+        if not isinstance(f, Tensor):
+            raise TypeError(
+                f"the model returned a {type(f).__name__}: pass output_fn=, a function from the model's output to the "
+                "tensor that loss_fn is applied to"
+            )
+        found = record.find(f) if f.grad_fn is not None else None
         if found is None:
             raise ValueError("the model's output does not depend on any covered parameter through a recorded layer")
         capture, edge = found
-        terms = loss.terms(f, y, capture.n)
-        # Batches of a mean loss count by 1/R: measure with R = 1, divide by the sum of all 1/R at the end.
-        weight = 1 / terms.reduction if loss.reduction == "mean" else 1.0
-        Pass(record, capture, loss, terms, edge_of(f), f.detach(), edge).run(weight)
-        total = total + weight
+        terms = loss.terms(f, y, capture.batch_of(f))
+        if loss.reduction == "mean":  # batches count by 1/R: measure with R = 1, divide by the sum of all 1/R
+            total = total + 1 / terms.reduction
+            terms = replace(terms, reduction=1.0)
+        Pass(record, capture, blocks, loss, terms, edge_of(f), f.detach(), edge).run(1.0)
     if not any(block.captured for block in blocks):
         raise ValueError("data is empty: there is nothing to measure")
     for block in blocks:

@@ -1,131 +1,70 @@
-"""Record: how (a, s) get out of the user's own forward and backward. The only file that touches hooks.
+"""Record: the hooks that get (a, s) out of the user's own forward and backward.
 
-Forward: a hook on each layer that is due keeps a `Call` (the input and the gradient edge of the output); a hook
-on the model gathers the calls of one forward pass into a `Capture`, which lives in the metadata of the output's
-graph node, and so exactly as long as the graph. Backward: a pre-hook on the node of the loss (or of the output,
-for a loss known by name) starts the curvature pass from inside the user's backward call.
-
-Two ways bring the signals, into the same receiver: `torch.autograd.grad` of our own from the output to the edges,
-or, for the empirical Fisher, pre-hooks on the layers' nodes during the user's backward, whose gradient is the
-signal. Nothing refers from a deep node to a shallow one, so a graph that is dropped frees what was captured.
+Forward: a hook on each layer that is due notes a `Call` (the input) at the graph node of the layer's output, and a
+hook on the model gathers the calls of one forward pass into a `Capture` at the node of the model's output. Backward:
+a pre-hook on the node of the loss (or of the output, for a loss known by name) starts a curvature `Pass` from inside
+the user's backward call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
+from torchcurv.curv.capture import Call, Capture, Edge, Frozen, Noted, edge_of, frozen, metadata
 from torchcurv.curv.curvature import Curvature
-from torchcurv.curv.kinds import signals
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.losses import Loss, Terms, at_least_float32, loss_of
-from torchcurv.curv.stats import Inputs, Stats
-
-SIGNAL_ELEMENTS = 1 << 25  # elements of layer outputs held at once when many signals are sent
-
-
-class Edge(NamedTuple):
-    """Where the gradient of a tensor arrives: a node of the graph, the number of its input, and the shape there."""
-
-    node: Node
-    number: int
-    shape: torch.Size
-
-    @property
-    def public(self) -> GradientEdge:
-        return GradientEdge(self.node, self.number)
+from torchcurv.curv.passes import Pass
 
 
 @dataclass
-class Call:
-    """One call of one layer: its detached input, the edge of its output, the output's shape.
+class Once:
+    """The step in which a loss was last measured."""
 
-    edge None: the layer's output is the model's own, whose node must not be referred to from below.
+    step: int = -1
+
+
+class Hook:
+    """A bound hook that can be switched off, and is off after deepcopy and pickling: copies of the model feed nothing.
+
+    The switch is a bool, so that a compiled model breaks its graph at the hooks only while they are on.
     """
-
-    layer: int
-    module: nn.Module
-    x: Tensor
-    edge: Edge | None
-    shape: torch.Size
-
-
-class Observed(NamedTuple):
-    """What `observe` was told of an output."""
-
-    loss: Loss
-    output: Tensor
-    target: Tensor
-    weight: float | Tensor
-
-
-@dataclass
-class Capture:
-    """The calls of one forward pass that ended in one output, and what is known of its losses.
-
-    losses: how many calls of the loss module have used this output.
-    observed: what `observe` was told and nothing has run yet; explicit: whether it was told anything.
-    """
-
-    calls: list[Call]
-    n: int
-    losses: int = 0
-    observed: list[Observed] = field(default_factory=list)
-    explicit: bool = False
-    done: bool = False
-
-
-class _Hook:
-    """A bound hook that is inert after deepcopy and pickling, so that copies of the model feed nothing."""
 
     def __init__(self, target: Callable[..., Any] | None = None) -> None:
-        self.target = target
+        self.target, self.on = target, target is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return None if self.target is None else self.target(*args, **kwargs)
+        if self.target is None or not self.on:
+            return None
+        call = _uncompiled if torch.compiler.is_compiling() else _plain
+        return call(self.target, args, kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook()
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
-
-
-def edge_of(tensor: Tensor) -> Edge:
-    """The edge of a tensor; that of its base if it is the same memory in the same order.
-
-    Editing a view in place rewrites the view's own node but not the base's (nn.Linear with a bias returns a view
-    for inputs of three or more dimensions).
-    """
-    base = tensor._base
-    if (
-        base is not None
-        and base.grad_fn is not None
-        and base.numel() == tensor.numel()
-        and base.is_contiguous()
-        and tensor.is_contiguous()
-    ):
-        tensor = base
-    node, number = get_gradient_edge(tensor)[:2]
-    return Edge(node, number, tensor.shape)
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
 
 
-def metadata(node: Node) -> dict[Any, Any]:
-    """The dict that lives as long as the node (torch's stubs call the property a method)."""
-    return node.metadata  # type: ignore[return-value]
+def _plain(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return target(*args, **kwargs)
+
+
+_uncompiled = torch._disable_dynamo(_plain)  # unlike torch.compiler.disable, imports the compiler only when called
 
 
 def _accumulates(params: Iterable[Tensor]) -> bool:
     """Whether the backward call that is running adds into the `.grad` of any of these parameters."""
     for p in params:
         try:
-            if torch._C._will_engine_execute_node(get_gradient_edge(p).node):
+            if p.requires_grad and torch._C._will_engine_execute_node(get_gradient_edge(p).node):
                 return True
         except RuntimeError:  # torch.autograd.grad with respect to the parameter itself
             return False
@@ -147,6 +86,8 @@ class Record:
 
     blocks: what is fed; a block takes part in a forward pass while its name is in `due`.
     loss_fn: a loss module, the name of a loss, or None (then only `observe` starts a pass).
+    unsupported: "error" raises where a parameter is used in a way its layer does not explain; "gradient" stops
+        feeding its block.
     """
 
     def __init__(
@@ -159,102 +100,160 @@ class Record:
         output_fn: Callable[[Any], Tensor] | None = None,
         grad_scaler: Any = None,
         seed: int = 0,
+        unsupported: str = "error",
     ) -> None:
         self.blocks = blocks
         self.loss_fn, self.reduction, self.class_dim = loss_fn, reduction, class_dim
         self.output_fn, self.grad_scaler, self.seed = output_fn, grad_scaler, seed
+        self.unsupported = unsupported
         if loss_fn is not None:
-            loss_of(loss_fn, reduction, class_dim)  # unknown losses raise here
+            loss = loss_of(loss_fn, reduction, class_dim)  # unknown losses raise here
+            if isinstance(loss_fn, str) and loss.reduction == "none":
+                raise ValueError(
+                    f"loss_fn={loss_fn!r} with reduction='none' says nothing about the weight of each term: pass the "
+                    "loss module, or name the reduction ('mean', 'sum') that is taken of it"
+                )
         if output_fn is not None and not callable(output_fn):
             raise TypeError(f"output_fn={output_fn!r}; pass a function from the model's output to the tensor of logits")
         self.layers: list[Layer] = [layer for block in blocks for layer in block.layers]
         index = {id(layer): k for k, layer in enumerate(self.layers)}
         self.members = {block.name: [index[id(layer)] for layer in block.layers] for block in blocks}
-        self.due: set[str] = {block.name for block in blocks}
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.step, self.passes = 0, 0
-        self._calls: list[Call] = []
+        self.verified: set[str] = set()  # blocks whose gradient was found to be that of their recorded calls
+        self.refused: set[str] = set()  # blocks whose gradient was not, under unsupported="gradient"
+        self._calls: list[tuple[Call, Edge]] = []
+        self._depth = 0  # of calls of the model's own forward
         self._inside = False
         self._checked = False
+        self._key = ("torchcurv", id(self))
+        hooks = [Hook(partial(self._on_layer, k)) for k in range(len(self.layers))]
+        start, end, self._hooks = Hook(self._on_start), Hook(self._on_end), hooks
         self._handles = [
-            module.register_forward_hook(_Hook(partial(self._on_layer, k)), with_kwargs=True)
-            for k, layer in enumerate(self.layers)
+            module.register_forward_hook(hook, with_kwargs=True)
+            for hook, layer in zip(hooks, self.layers, strict=True)
             for module in layer.modules
         ]
-        self._handles.append(model.register_forward_pre_hook(_Hook(self._on_start)))
-        self._handles.append(model.register_forward_hook(_Hook(self._on_output_known)))
+        self._handles.append(model.register_forward_pre_hook(start))
+        self._handles.append(model.register_forward_hook(end, always_call=True))
+        self._whole = [start, end]
         if isinstance(loss_fn, nn.Module):
-            self._handles.append(loss_fn.register_forward_hook(_Hook(self._on_loss_known), with_kwargs=True))
-        self._due_layers: set[int] = set()
-        self.set_due(self.due)
+            self._whole.append(Hook(self._on_loss_known))
+            self._handles.append(loss_fn.register_forward_hook(self._whole[-1], with_kwargs=True))
+        self.set_due(block.name for block in blocks)
 
     def set_due(self, names: Iterable[str]) -> None:
         """Which blocks the next forward passes feed."""
-        self.due = set(names)
-        self._due_layers = {k for name in self.due for k in self.members[name]}
+        self.due = set(names) - self.refused
+        due_layers = {k for name in self.due for k in self.members[name]}
+        for k, hook in enumerate(self._hooks):
+            hook.on = k in due_layers
+        for hook in self._whole:
+            hook.on = bool(self.due)
 
     def remove(self) -> None:
         """Take every hook away."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._calls = [], []
+        self._handles, self._calls, self._depth = [], [], 0
         self.set_due(())
 
     # ----------------------------------------------------------------------------------- forward
 
+    def _at(self, edge: Edge) -> Noted:
+        return metadata(edge.node).setdefault(self._key, {}).setdefault(edge.number, Noted())
+
     def _on_layer(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        if k not in self._due_layers or _ignored() or not out.requires_grad:
+        if _ignored():
             return None
-        x = _argument(args, kwargs, 0, "input")
-        if not isinstance(x, Tensor):
-            raise ValueError(f"layer {self.layers[k].name!r} was called without a tensor as its first argument")
+        layer, x = self.layers[k], _argument(args, kwargs, 0, "input")
+        if not isinstance(x, Tensor) or not isinstance(out, Tensor):
+            raise ValueError(
+                f"layer {layer.name!r} was called with a {type(x).__name__} and returned a {type(out).__name__}; a "
+                "tensor as first argument and a tensor back is what can be read. Put its parameters into a group "
+                "with approx=None"
+            )
+        if not out.requires_grad or not _own_parameters(module, layer):
+            return None
         edge = edge_of(out)
-        self._calls.append(Call(k, module, x.detach(), edge, out.shape))
+        call = Call(k, module, x.detach(), 0 if x.is_inference() else x._version, out.shape)
+        self._at(edge).call = call
+        if self._depth:
+            self._calls.append((call, edge))
         # A view of part of another tensor: in-place edits must reach a clone, or they would rewrite our edge.
         return out.clone() if out._base is not None and edge.node is out.grad_fn else None
 
     def _on_start(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not _ignored():
-            self._calls = []
-
-    def _on_output_known(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self._calls or _ignored():
+        if _ignored():
             return
-        outputs = [self.output_fn(output)] if self.output_fn is not None else list(_tensors(output))
-        outputs = [out for out in outputs if out.requires_grad and out.dim()]
-        if isinstance(self.loss_fn, str) and len(outputs) > 1:
-            raise ValueError(
-                f"the model returned {len(outputs)} tensors: pass output_fn=, a function from the model's output to "
-                f"the one that loss_fn={self.loss_fn!r} is applied to, or loss_fn=None and call optimizer.observe"
-            )
-        if outputs:
-            self._gather(outputs)
+        if not self._depth:
+            self._calls = []
+        self._depth += 1
 
-    def _gather(self, outputs: list[Tensor]) -> Capture:
-        """Turn the calls seen so far into a capture that lives in the outputs' nodes."""
-        capture = Capture(self._calls, outputs[0].shape[0])
-        self._calls = []
+    def _on_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if _ignored() or not self._depth:
+            return
+        self._depth -= 1
+        if self._depth:
+            return
+        calls, self._calls = self._calls, []
+        if calls and output is not None:
+            self._gather(calls, self._outputs(output))
+
+    def _outputs(self, output: Any) -> list[Tensor]:
+        outputs = [out for out in _tensors(output) if out.grad_fn is not None and out.dim()]
+        if not isinstance(self.loss_fn, str):
+            return outputs
+        if self.output_fn is None:
+            if len(outputs) > 1:
+                raise ValueError(
+                    f"the model returned {len(outputs)} tensors: pass output_fn=, a function from the model's output "
+                    f"to the one that loss_fn={self.loss_fn!r} is applied to, or loss_fn=None and call "
+                    "optimizer.observe"
+                )
+            return outputs
+        f = self.output_fn(output)
+        if not isinstance(f, Tensor) or (outputs and _order(f) > max(map(_order, outputs))):
+            raise ValueError(
+                f"output_fn returned a {'new tensor' if isinstance(f, Tensor) else type(f).__name__}; it must pick a "
+                "tensor that the model returned and your loss is computed from. For anything else pass the loss "
+                "module as loss_fn=, or loss_fn=None and call optimizer.observe"
+            )
+        return [f] if f.grad_fn is not None and f.dim() else []
+
+    def _gather(self, calls: list[tuple[Call, Edge]], outputs: list[Tensor]) -> None:
+        """One capture per output, of the calls that came before it: references only go down the graph."""
+        forward = object()
+        numbered = [(edge.node._sequence_nr(), call, edge) for call, edge in calls]
         for out in outputs:
             edge = edge_of(out)
-            for call in capture.calls:
-                if call.edge == edge:
-                    call.edge = None
-            metadata(edge.node)[self._key(edge.number)] = (capture, edge.shape)
-            edge.node.register_prehook(partial(self._on_output, edge.number, out.detach(), out._version))
-        return capture
-
-    def _key(self, number: int) -> tuple[str, int, int]:
-        return ("torchcurv", id(self), number)
+            last = edge.node._sequence_nr()
+            own: list[tuple[Call, Edge | None]] = []
+            for number, call, at in numbered:
+                if at[:2] == edge[:2]:
+                    own.append((call, None))
+                elif number < last:
+                    own.append((call, at))
+            capture = self._at(edge).capture = Capture(own, out.shape[0], out.shape, forward)
+            if isinstance(self.loss_fn, str):
+                hook = partial(self._on_output, capture, edge.number, edge.shape, frozen(out), Once())
+                edge.node.register_prehook(hook)
 
     def _on_loss_known(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
-        if not self.due or _ignored() or not loss.requires_grad:
+        if _ignored() or not isinstance(loss, Tensor) or not loss.requires_grad:
             return
         f, target = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "target")
-        found = self.find(f)
+        if isinstance(target, Tensor) and target.grad_fn is not None and self.find(target) is not None:
+            raise ValueError(
+                "the second argument of the loss, the target, depends on the model: call loss(output, target) in "
+                "this order and detach the target, or call optimizer.observe for what the loss is a function of"
+            )
+        found = self.find(f) if isinstance(f, Tensor) and f.grad_fn is not None else None
         if found is None:
             return
-        found[0].losses += 1
+        _count_loss(found[0])
         edge = edge_of(loss)
-        edge.node.register_prehook(partial(self._on_loss, edge.number, *found, f, target, []))
+        edge.node.register_prehook(partial(self._on_loss, edge.number, *found, f, target, Once()))
 
     def observe(self, output: Tensor, target: Tensor, loss_fn: nn.Module | str | None, weight: float | Tensor) -> None:
         """Note the loss of one output; its pass starts when the backward reaches that output."""
@@ -262,6 +261,11 @@ class Record:
         if loss_fn is None:
             raise ValueError("observe: no loss is known; pass loss_fn= here or to the optimizer")
         loss = loss_of(loss_fn, self.reduction if isinstance(loss_fn, str) else None, self.class_dim)
+        if not isinstance(output, Tensor) or not output.dim():
+            raise ValueError(
+                "observe(output, target) takes the tensor that the loss is applied to, [batch, ...]; got "
+                f"{'the loss, a number' if isinstance(output, Tensor) else f'a {type(output).__name__}'}"
+            )
         if not self.due or _ignored() or not output.requires_grad:
             return
         found = self.find(output)
@@ -271,44 +275,76 @@ class Record:
                 "the output of the model itself, before backward()"
             )
         capture, output_edge = found
-        capture.explicit = True
+        capture.deal()
+        _count_loss(capture)
         edge = edge_of(output)
-        if edge == output_edge:  # that node runs our pre-hook already, and must not refer to itself
-            capture.observed.append(Observed(loss, output.detach(), target, weight))
-        else:
-            noted = Observed(loss, output, target, weight)
-            edge.node.register_prehook(partial(self._on_observed, capture, output_edge, noted, []))
+        below = None if edge[:2] == output_edge[:2] else output_edge  # a node must not refer to itself
+        noted = partial(loss.terms, target=target, n=capture.batch_of(output))
+        hook = partial(
+            self._on_observed, capture, below, edge.number, edge.shape, frozen(output), loss, noted, weight, Once()
+        )
+        edge.node.register_prehook(hook)
 
     def find(self, f: Tensor) -> tuple[Capture, Edge] | None:
-        """The capture whose output f is, or is computed from, and that output's edge."""
-        if self._calls:  # layers called outside the model's own forward: f is their output
-            self._gather([f])
-        found: dict[int, tuple[Capture, Edge]] = {}
+        """The capture of f, or of the model's output that f is computed from, and the edge it is kept at.
+
+        Layers that lie between (or were called outside the model's own forward) make a capture of f itself.
+        """
         start = edge_of(f)
-        seen, queue = set(), [(start.node, start.number)]
+        calls: list[tuple[Call, Edge | None]] = []
+        captures: list[tuple[Capture, Edge]] = []
+        seen, queue = set(), [start]
         while queue:
-            node, number = queue.pop()
-            noted = metadata(node).get(self._key(number))
-            if noted is not None:
-                found[id(noted[0])] = (noted[0], Edge(node, number, noted[1]))
+            edge = queue.pop()
+            noted = metadata(edge.node).get(self._key, {}).get(edge.number, Noted())
+            if noted.capture is not None:
+                captures.append((noted.capture, edge))
                 continue
-            for deeper, position in node.next_functions:
-                if deeper is not None and (deeper, position) not in seen:
-                    seen.add((deeper, position))
-                    queue.append((deeper, position))
-        if len(found) > 1:
+            if noted.call is not None:
+                calls.append((noted.call, None if edge[:2] == start[:2] else edge))
+            for node, number in edge.node.next_functions:
+                if node is not None and (node, number) not in seen:
+                    seen.add((node, number))
+                    queue.append(Edge(node, number, torch.Size()))
+        if not calls and len(captures) < 2:
+            return captures[0] if captures else None
+        forwards = {capture.forward for capture, _ in captures} - {None}
+        if len(forwards) > 1:
             raise ValueError(
                 "one loss joins the outputs of several forward passes: give each its own loss call, or call "
                 "optimizer.observe(output, target, weight=) for each of them"
             )
-        return next(iter(found.values()), None)
+        known = {id(call) for call, _ in calls}
+        for capture, edge in captures:
+            for call, at in capture.calls:
+                if id(call) not in known:
+                    known.add(id(call))
+                    calls.append((call, edge if at is None else at))
+        n = captures[0][0].n if captures else f.shape[0]
+        parts = [capture for capture, _ in captures]
+        joined = self._at(start).capture = Capture(calls, n, f.shape, next(iter(forwards), None), parts)
+        return joined, start
 
     # ---------------------------------------------------------------------------------- backward
 
-    def _starts(self, capture: Capture) -> bool:
-        if self._inside or not self.due:
-            return False
-        return _accumulates(p for call in capture.calls for p in self.layers[call.layer].params)
+    def _fed(self, capture: Capture, once: Once) -> list[Curvature]:
+        """The due blocks into whose gradients the running backward accumulates; none if they have this loss already.
+
+        What was captured lives as long as the gradient: after step() or zero_grad() the same loss counts again.
+        """
+        if self._inside or not self.due or not capture.n:
+            return []
+        layers = {call.layer for call, _ in capture.calls}
+        blocks = [
+            block
+            for block in self.blocks
+            if block.name in self.due and not layers.isdisjoint(self.members[block.name]) and _accumulates(block.params)
+        ]
+        held = any(block.captured and any(p.grad is not None for p in block.params) for block in blocks)
+        if once.step == self.step and held:
+            return []
+        once.step = self.step
+        return blocks
 
     def _unscale(self) -> Any:
         """The scale that a GradScaler put on the loss; as a tensor where it offers one without a sync."""
@@ -326,75 +362,92 @@ class Record:
         output_edge: Edge,
         f: Tensor,
         target: Tensor,
-        done: list[bool],
+        once: Once,
         grads: tuple[Tensor | None, ...],
     ) -> None:
         """Runs when a gradient arrives at a loss that the loss module returned: the factor of this loss."""
         reached = grads[number]
-        if done or reached is None or capture.explicit or not self._starts(capture):
+        if reached is None or capture.explicit:
             return
-        done.append(True)
-        loss = self._loss()
-        scale = self._unscale()
+        blocks = self._fed(capture, once)
+        if not blocks:
+            return
+        loss, scale = self._loss(), self._unscale()
+        if f.shape[0] != capture.n and sorted(f.shape) == sorted(capture.shape):
+            raise ValueError(
+                f"the loss was given an output of shape {tuple(f.shape)}, and dimension 0 of the model's output "
+                f"{tuple(capture.shape)} is the batch: return the batch first from the model, or call "
+                "optimizer.observe(output, target) with an output whose dimension 0 is the batch"
+            )
+        reached = at_least_float32(reached) / scale
         if loss.reduction == "none":
-            terms, factor = loss.terms(f, target, capture.n, reached / scale), 1.0
+            terms, factor = loss.terms(f, target, capture.n, reached), 1.0
         else:
-            terms, factor = loss.terms(f, target, capture.n), at_least_float32(reached) / scale
-        Pass(self, capture, loss, terms, edge_of(f), f.detach(), output_edge, scale).run(factor)
+            terms, factor = loss.terms(f, target, capture.n), reached
+        Pass(self, capture, blocks, loss, terms, edge_of(f), f.detach(), output_edge, scale).run(factor)
 
     def _on_observed(
         self,
         capture: Capture,
-        output_edge: Edge,
-        noted: Observed,
-        done: list[bool],
+        output_edge: Edge | None,
+        number: int,
+        shape: torch.Size,
+        f: Frozen,
+        loss: Loss,
+        terms: Callable[[Tensor], Terms],
+        weight: float | Tensor,
+        once: Once,
         grads: tuple[Tensor | None, ...],
     ) -> None:
-        """Runs when a gradient arrives at an observed tensor that was computed from the model's output."""
-        if done or not self._starts(capture):
-            return
-        done.append(True)
-        self._run_observed(capture, output_edge, edge_of(noted.output), noted)
+        """Runs when a gradient arrives at an observed tensor; output_edge None: it is the captured one itself."""
+        edge = Edge(torch._C._current_autograd_node(), number, shape)
+        blocks = self._fed(capture, once) if grads[number] is not None else []
+        if blocks:
+            output = f.read()
+            output_edge = output_edge or edge
+            Pass(self, capture, blocks, loss, terms(output), edge, output, output_edge, self._unscale()).run(weight)
 
-    def _run_observed(self, capture: Capture, output_edge: Edge, edge: Edge, noted: Observed) -> None:
-        f = noted.output.detach()
-        terms = noted.loss.terms(f, noted.target, capture.n)
-        Pass(self, capture, noted.loss, terms, edge, f, output_edge, self._unscale()).run(noted.weight)
-
-    def _on_output(self, number: int, f: Tensor, version: int, grads: tuple[Tensor | None, ...]) -> None:
-        """Runs when a gradient arrives at the model's output."""
+    def _on_output(
+        self,
+        capture: Capture,
+        number: int,
+        shape: torch.Size,
+        f: Frozen,
+        once: Once,
+        grads: tuple[Tensor | None, ...],
+    ) -> None:
+        """Runs when a gradient arrives at the model's output, for a loss known by its name."""
         arriving = grads[number]
-        if self._inside or not self.due or arriving is None:
+        if arriving is None or capture.explicit:
             return
-        node = torch._C._current_autograd_node()
-        capture, shape = metadata(node)[self._key(number)]
-        named = isinstance(self.loss_fn, str) and not capture.explicit
-        if not (named or capture.observed) or capture.done or not self._starts(capture):
+        blocks = self._fed(capture, once)
+        if not blocks:
             return
-        capture.done = True
-        edge = Edge(node, number, shape)
-        if named:
-            if f._version != version:
-                raise RuntimeError(
-                    "the model's output was edited in place before the loss: apply that operation out of place, or "
-                    "inside the model"
-                )
-            self._run_named(capture, edge, f, arriving)
-        for noted in capture.observed:
-            self._run_observed(capture, edge, edge, noted)
-        capture.observed = []
-
-    def _run_named(self, capture: Capture, edge: Edge, f: Tensor, arriving: Tensor) -> None:
+        edge, output = Edge(torch._C._current_autograd_node(), number, shape), f.read()
         loss, scale = self._loss(), self._unscale()
-        terms = loss.terms_from_gradient(f, arriving.reshape(f.shape), capture.n)
-        if not self._checked:
-            loss.check_arriving(f, arriving.reshape(f.shape), terms, scale)
+        arrived = arriving.reshape(output.shape)
+        terms = loss.terms_from_gradient(output, arrived, capture.n)
+        if not self._checked and not terms.empty:
+            loss.check_arriving(output, arrived, terms, scale)
             self._checked = True
-        Pass(self, capture, loss, terms, edge, f, edge, scale, arriving).run(1.0)
+        Pass(self, capture, blocks, loss, terms, edge, output, edge, scale, arriving).run(1.0)
 
     def _loss(self) -> Loss:
         assert self.loss_fn is not None
         return loss_of(self.loss_fn, self.reduction, self.class_dim)
+
+    def refuse(self, block: Curvature, params: list[str]) -> None:
+        """The gradient of a block is not that of its recorded calls."""
+        if self.unsupported == "error":
+            raise RuntimeError(
+                f"the gradient of {', '.join(params)} is not the one that the recorded calls of the layer explain: "
+                "the parameter is used elsewhere too (F.linear(x, layer.weight), a layer of another type that shares "
+                "it), or the layer does more to its output than a layer of its type. Put it into a group with "
+                'approx=None, or pass unsupported="gradient"'
+            )
+        self.refused.add(block.name)
+        block.forget_pending()
+        self.set_due(self.due)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Draws that a resumed run repeats, and that leave the global generators alone."""
@@ -405,10 +458,27 @@ class Record:
     def start_step(self, step: int, due: Iterable[str]) -> None:
         """What was captured lives as long as the gradient: a new step starts with nothing."""
         self.step, self.passes = step, 0
-        self._calls = []
         self.set_due(due)
         for block in self.blocks:
             block.forget_pending()
+
+
+def _order(tensor: Tensor) -> int:
+    """Grows with the time of the operation that made the tensor; -1 for a leaf."""
+    return -1 if tensor.grad_fn is None else tensor.grad_fn._sequence_nr()
+
+
+def _own_parameters(module: nn.Module, layer: Layer) -> bool:
+    """Whether the module runs on the parameters we cover, not on others put in for one call (functional_call)."""
+    own = module._parameters
+    return (layer.weight is None or own.get("weight") is layer.weight) and (
+        layer.bias is None or own.get("bias") is layer.bias
+    )
+
+
+def _count_loss(capture: Capture) -> None:
+    for call, _ in capture.calls:
+        call.losses += 1
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Any:
@@ -429,199 +499,3 @@ def _tensors(output: Any) -> Iterable[Tensor]:
         for value in vars(output).values():
             if isinstance(value, Tensor):
                 yield value
-
-
-class Pass:
-    """One curvature pass: the layers' inputs, shared by all blocks and signals, and the two ways to get signals.
-
-    f, f_edge: the tensor the loss is applied to and where its gradient arrives; output_edge: the model's output.
-    loss_scale: what a GradScaler multiplied the loss with.
-    arriving: the gradient at f, where the node of f is running and no loss but this one sends it.
-    """
-
-    def __init__(
-        self,
-        record: Record,
-        capture: Capture,
-        loss: Loss,
-        terms: Terms,
-        f_edge: Edge,
-        f: Tensor,
-        output_edge: Edge,
-        loss_scale: Any = 1.0,
-        arriving: Tensor | None = None,
-    ) -> None:
-        self.record, self.capture, self.loss, self.terms = record, capture, loss, terms
-        self.f, self.f_edge, self.output_edge = f, f_edge, output_edge
-        self.loss_scale, self.arriving = loss_scale, arriving
-        self.calls: dict[int, list[Call]] = {}
-        for call in capture.calls:
-            self.calls.setdefault(call.layer, []).append(call)
-        self._inputs: dict[tuple[int, ...], Inputs] = {}
-
-    @torch.no_grad()
-    def run(self, factor: Tensor | float) -> None:
-        """Feed every block that is due.
-
-        factor: what multiplies this loss in the function whose gradient is in .grad.
-        """
-        record, terms = self.record, self.terms
-        kinds: dict[tuple[str, int | None], list[Curvature]] = {}
-        for block in record.blocks:
-            if block.name in record.due:
-                block.begin(torch._C._current_graph_task_id())
-                kinds.setdefault((block.options.curv_type, block.options.samples), []).append(block)
-        own_loss_only = terms.uniform and not self.capture.explicit and self.capture.losses <= 1
-        record._inside = True
-        try:
-            with torch.autocast(self.f.device.type, enabled=False):
-                for (kind, samples), blocks in kinds.items():
-                    if kind == "empirical_fisher" and own_loss_only and torch._C._current_graph_task_id() != -1:
-                        self.listen(blocks, factor)
-                    else:
-                        self.send(blocks, kind, samples, factor)
-        finally:
-            record._inside = False
-        record.passes += 1
-
-    def _edge(self, call: Call) -> Edge:
-        return self.output_edge if call.edge is None else call.edge
-
-    def inputs(self, layer: int, used: list[Call]) -> Inputs:
-        """The layer's inputs over the calls that this loss reaches."""
-        key = (layer, *(id(call) for call in used))
-        if key not in self._inputs:
-            name, n = self.record.layers[layer].name, self.capture.n
-            for call in used:
-                if call.x.shape[0] % n or call.shape[0] % n:
-                    raise ValueError(
-                        f"layer {name!r} was called with a tensor of shape {tuple(call.x.shape)}, whose dimension 0 "
-                        f"is no multiple of the batch size {n} (dimension 0 of the model's output): put the batch "
-                        "first, or give this layer's parameters a group with approx=None"
-                    )
-            calls = [call.x for call in used]
-            self._inputs[key] = Inputs(self.record.layers[layer], calls, n, self.terms.position_weights)
-        return self._inputs[key]
-
-    def signal(self, layer: int, used: list[Call], grads: list[Tensor]) -> Tensor:
-        """s [n, r, g, o] from the gradients at the outputs of the calls."""
-        view, parts = self.record.layers[layer].view, []
-        for call, grad in zip(used, grads, strict=True):
-            s = at_least_float32(view.signal(call.module, grad.reshape(call.shape)))
-            parts.append(s.reshape(self.capture.n, -1, *s.shape[-2:]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-    # ------------------------------------------------------------------------ a pass of our own
-
-    def send(self, blocks: list[Curvature], kind: str, samples: int | None, factor: Tensor | float) -> None:
-        """Send the kind's signals from f to the layers of these blocks."""
-        members = [k for block in blocks for k in self.record.members[block.name]]
-        calls = [call for k in members for call in self.calls.get(k, [])]
-        if not calls:
-            return
-        scale = factor * self.terms.reduction
-        restore = self.loss.layout(self.f, self.capture.n)[1]
-        generator = self.record.generator(self.f.device)
-        count, generated = signals(kind, self.loss.row, self.terms, samples, generator)
-        size = max(1, SIGNAL_ELEMENTS // sum(call.shape.numel() for call in calls))
-        chunk: list[list[Tensor | None]] = []
-        for done, signal in enumerate(generated, 1):
-            chunk.append(self._backward(calls, restore(signal).to(self.f.dtype)))
-            if len(chunk) == size or done == count:
-                self._deliver(blocks, calls, chunk, scale, len(chunk) / count)
-                chunk = []
-
-    def _backward(self, calls: list[Call], signal: Tensor) -> list[Tensor | None]:
-        """Gradients at the outputs of the calls; None where f does not depend on one."""
-        signal = signal.reshape(self.f_edge.shape)
-        grads: dict[tuple[Node, int], Tensor | None] = {self.f_edge[:2]: signal}
-        edges = [self._edge(call) for call in calls]
-        inner = [edge for edge in edges if edge[:2] != self.f_edge[:2]]
-        if inner:
-            got = torch.autograd.grad(
-                [self.f_edge.public],
-                [edge.public for edge in inner],
-                [signal],
-                retain_graph=True,
-                allow_unused=True,
-            )
-            grads.update((edge[:2], grad) for edge, grad in zip(inner, got, strict=True))
-        return [grads[edge[:2]] for edge in edges]
-
-    def _deliver(
-        self,
-        blocks: list[Curvature],
-        calls: list[Call],
-        chunk: list[list[Tensor | None]],
-        scale: Tensor | float,
-        share: float,
-    ) -> None:
-        """chunk: per signal, the gradients at the calls."""
-        got = {id(call): [grads[k] for grads in chunk] for k, call in enumerate(calls)}
-        for block in blocks:
-            members = self.record.members[block.name]
-            inputs: list[Inputs | None] = []
-            stacked: list[Tensor | None] = []
-            for k in members:
-                used = [call for call in self.calls.get(k, []) if got.get(id(call), [None])[0] is not None]
-                inputs.append(self.inputs(k, used) if used else None)
-                each = [self.signal(k, used, [got[id(call)][v] for call in used]) for v in range(len(chunk))]  # type: ignore[misc]
-                stacked.append((each[0].unsqueeze(0) if len(each) == 1 else torch.stack(each)) if used else None)
-            if any(s is not None for s in stacked):
-                block.measure(Stats(inputs, stacked, scale, share, block.layers))
-
-    # -------------------------------------------------------------------- the user's own backward
-
-    def listen(self, blocks: list[Curvature], factor: Tensor | float) -> None:
-        """Take the gradients that the running backward brings to the layers of these blocks.
-
-        They are loss_scale * factor * R times the residual signal of L / R, whose square is to count factor * R.
-        """
-        scale = torch.as_tensor(factor * self.terms.reduction * self.loss_scale**2, device=self.f.device)
-        scale = torch.where(scale == 0, 0, 1 / scale)
-        for block in blocks:
-            waiting = _Waiting(self, block, scale)
-            for k in self.record.members[block.name]:
-                for call in self.calls.get(k, []):
-                    waiting.expect(call, self._edge(call))
-            waiting.deliver_if_complete()
-
-
-class _Waiting:
-    """The calls of one block whose gradients the running backward is still to bring."""
-
-    def __init__(self, run: Pass, block: Curvature, scale: Tensor) -> None:
-        self.run, self.block, self.scale = run, block, scale
-        self.task = torch._C._current_graph_task_id()
-        self.missing = 0
-        self.received: list[tuple[Call, Tensor]] = []
-
-    def expect(self, call: Call, edge: Edge) -> None:
-        run = self.run
-        if run.arriving is not None and edge[:2] == run.f_edge[:2]:
-            self.received.append((call, run.arriving))
-        elif torch._C._will_engine_execute_node(edge.node):
-            self.missing += 1
-            handle: list[Any] = []
-            handle.append(edge.node.register_prehook(partial(self._take, call, edge.number, handle)))
-
-    def _take(self, call: Call, number: int, handle: list[Any], grads: tuple[Tensor | None, ...]) -> None:
-        if torch._C._current_graph_task_id() != self.task:
-            return  # a pass of our own, for another kind, inside the same backward
-        handle[0].remove()
-        self.missing -= 1
-        gradient = grads[number]
-        if gradient is not None:
-            self.received.append((call, gradient))
-        self.deliver_if_complete()
-
-    @torch.no_grad()
-    def deliver_if_complete(self) -> None:
-        if self.missing or not self.received:
-            return
-        order = {id(call): position for position, call in enumerate(self.run.capture.calls)}
-        self.received.sort(key=lambda pair: order[id(pair[0])])
-        calls, grads = [call for call, _ in self.received], [grad for _, grad in self.received]
-        with torch.autocast(grads[0].device.type, enabled=False):
-            self.run._deliver([self.block], calls, [list(grads)], self.scale, 1.0)
-        self.received = []

@@ -1,8 +1,9 @@
-"""Schedules: when a block's statistics are measured and when its factor is computed anew."""
+"""Schedules: when a block's statistics are measured and when its factor is computed anew; checks of numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 Interval = int | Callable[[int], int]
 
@@ -23,3 +24,11 @@ def interval_at(name: str, value: Interval, step: int) -> int:
     if isinstance(answer, bool) or not isinstance(answer, int) or answer < 1:
         raise ValueError(f"{name} returned {answer!r} at step {step}; it must return an int of at least 1")
     return answer
+
+
+def check_number(name: str, value: Any, fits: Callable[[float], bool], allowed: str) -> None:
+    """Raise unless value is a number, and no bool, that fits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass {allowed}")
+    if not fits(value):
+        raise ValueError(f"{name}={value!r}; pass {allowed}")

@@ -190,14 +190,16 @@ class Stats:
         explicit = layer.weight is not None or right is not None
         implicit_bias = layer.bias is not None and right is None
         if s.shape[2] > 1:
-            total = _added(rows.square_().sum(0) for rows in _row_chunks(s, a, explicit, implicit_bias))
-        else:  # one position: the square of a product is the product of the squares
-            squared = s.squeeze(2).square().sum(0)
-            parts = [_paired(squared, a.squeeze(1).square())] if explicit else []
-            if implicit_bias:
-                parts.append(squared.sum(0).unsqueeze(-1))
-            total = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        return total * self.scale
+            return _added(rows.square_().sum(0) for rows in _row_chunks(s, a, explicit, implicit_bias)).mul_(self.scale)
+        # One position: the square of a product is the product of the squares.
+        squared = s.squeeze(2).square().sum(0).mul_(self.scale)
+        width = a.shape[-1] * explicit
+        total = squared.new_empty(*squared.shape[1:], width + implicit_bias)
+        if explicit:
+            _paired(squared, a.squeeze(1).square(), total[..., :width])
+        if implicit_bias:
+            torch.sum(squared, 0, out=total[..., -1])
+        return total
 
     def unit_blocks(self) -> Tensor:
         """sum_{v,n} row row^T per output unit [g, o, d, d]."""
@@ -248,9 +250,12 @@ def _with_ones(inputs: Inputs) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def _paired(x: Tensor, y: Tensor) -> Tensor:
-    """sum_n x y^T -> [g, o, i] for x [n, g, o], y [n, g, i]."""
-    return (x[:, 0].mT @ y[:, 0]).unsqueeze(0) if x.shape[1] == 1 else torch.einsum("ngo,ngi->goi", x, y)
+def _paired(x: Tensor, y: Tensor, out: Tensor) -> None:
+    """sum_n x y^T -> [g, o, i] into `out`, for x [n, g, o], y [n, g, i]."""
+    if x.shape[1] == 1:
+        torch.mm(x[:, 0].mT, y[:, 0], out=out[0])
+    else:
+        out.copy_(torch.einsum("ngo,ngi->goi", x, y))
 
 
 def _row_chunks(s: Tensor, a: Tensor, weight: bool, bias: bool) -> Iterator[Tensor]:

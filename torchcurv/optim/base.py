@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from difflib import SequenceMatcher
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from torchcurv.curv.curvature import OPTION_NAMES, Curvature, Options
+from torchcurv.curv.curvature import OPTION_NAMES, Curvature, Options, read_flags
 from torchcurv.curv.layers import Layer, find_layers
 from torchcurv.curv.record import Record
 from torchcurv.curv.schedule import interval_at
@@ -24,13 +25,23 @@ from torchcurv.curv.schedule import interval_at
 _INTERVALS = ("update_every", "refactor_every")
 _DAMPING_TOLERANCE = 0.1  # relative change of the damping after which an inverse that holds it is computed anew
 UNSUPPORTED = ("error", "gradient")
+# What the schedulers of torch write into groups; keys of the user's own are welcome too.
+_SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")
+_WHOLE = ("loss_fn", "reduction", "class_dim", "output_fn", "grad_scaler", "unsupported", "kl_clip", "seed")
 
 
 class CurvatureOptimizer(torch.optim.Optimizer):
-    """Base of the optimizers: subclasses define `step` and call `_refresh` and `_solve` from it."""
+    """Base of the optimizers: subclasses define `step` and call `_refresh` and `_solve` from it.
+
+    The structure of a block (STRUCTURE in curvature.py) is read when the optimizer is built, when a group is added
+    and when a state is loaded; every other option of a group may be changed between steps.
+    """
 
     model: nn.Module | None = None
     _record: Record | None = None
+    _blocks: Sequence[Curvature] = ()
+    _finalizer: Any = None
+    _copied: ClassVar[tuple[str, ...]] = ("_unsupported", "_schedules", "_steps", "defaults")  # with the model
 
     def __init__(
         self,
@@ -66,8 +77,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         }
         self._schedules: dict[tuple[int, str], Callable[[int], int]] = {}
         self._steps = 0
-        self._blocks: list[Curvature] = []
-        Options(**curvature_options)
+        self._check_group({**step_defaults, **curvature_options})
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
             if not params:
@@ -79,35 +89,52 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim; curvature and step options may stand in the group."""
-        unknown = set(param_group) - set(self.defaults) - {"params", "param_names", "initial_lr", "max_lr", "min_lr"}
-        misspelt = [key for key in unknown if not isinstance(key, str) or key in ("approximation", "curvature", "type")]
-        if misspelt:
-            raise ValueError(f"parameter group has unknown options {misspelt}; known are {sorted(self.defaults)}")
+        if self.model is None:
+            self._require_record()
+        _check_keys(param_group, self.defaults)
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        try:
+            self._take_group(len(self.param_groups) - 1)
+            if self._record is not None:
+                self._build()
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _take_group(self, index: int) -> None:
+        """Check the group; callables (schedules) are kept beside it, so that it can be saved."""
+        group = self.param_groups[index]
         strangers = [k for k, p in enumerate(group["params"]) if p not in self._names]
         if strangers:
             raise ValueError(
-                f"parameters {strangers} of group {len(self.param_groups) - 1} are not parameters of the model"
+                f"the parameters at {strangers} of group {index} are not parameters of the model: pass parameters "
+                "of the module given as the first argument"
             )
         self._check_group(group)
         for key in _INTERVALS:
+            self._schedules.pop((index, key), None)
             if callable(group[key]):
-                self._schedules[len(self.param_groups) - 1, key] = group[key]
+                self._schedules[index, key] = group[key]
                 group[key] = interval_at(key, group[key], self._steps)
-        if self._record is not None:
-            self._build()
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        Options(**{key: group[key] for key in OPTION_NAMES})
+        options = Options(**{key: group[key] for key in OPTION_NAMES})
+        if options.approx is not None and _is_zero(options.damping) and not group.get("l2"):
+            raise ValueError(
+                "damping=0; pass a number > 0: curvature is singular as soon as a layer has more parameters than "
+                "there are samples"
+            )
 
-    def _group_of(self) -> dict[Tensor, int]:
-        return {p: k for k, group in enumerate(self.param_groups) for p in group["params"]}
+    def _params(self) -> Iterable[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
+    def _trainable(self) -> list[bool]:
+        return [p.requires_grad for p in self._params()]
 
     def _build(self) -> None:
         """Layers, blocks and record for the groups as they are now; blocks that did not change are kept."""
         assert self.model is not None
-        groups = self._group_of()
+        groups = {p: k for k, group in enumerate(self.param_groups) for p in group["params"]}
         options = {p: Options(**{key: self.param_groups[k][key] for key in OPTION_NAMES}) for p, k in groups.items()}
         covered = {p for p in groups if options[p].approx is not None and p.requires_grad}
         layers = find_layers(self.model, lambda p: p in covered)
@@ -123,26 +150,41 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         for layer in layers:
             self._check_agreement(layer, groups, options)
             chosen.append((layer, options[layer.params[0]]))
-        old = {(b.options, tuple(b.params)): b for b in self._blocks}
         blocks = [Curvature(*arguments) for arguments in _partition(chosen)]
-        self._blocks = [old.get((b.options, tuple(b.params)), b) for b in blocks]
-        for fresh, kept in zip(blocks, self._blocks, strict=True):
-            kept.layers = fresh.layers
-        for block in self._blocks:
-            if block.uses_rows and any(self._interval(block, key) != 1 for key in _INTERVALS):
-                raise ValueError(
-                    f"block {block.name!r} has {block.size} parameters, more than rows_limit="
-                    f"{block.options.rows_limit}, and is solved through its rows, which belong to one step: set "
-                    "update_every=1 and refactor_every=1 for it, or raise rows_limit"
-                )
-        self._due: dict[str, list[int]] = {
-            b.name: self._due.get(b.name, [0, 0]) if hasattr(self, "_due") else [0, 0] for b in self._blocks
-        }
-        if self._record is not None:
-            self._record.remove()
-        self._record = Record(self.model, self._blocks, **self._settings)
-        self._record.start_step(self._steps, self._due_now())
+        group_of = {id(block): groups[block.params[0]] for block in blocks}
+        for block in blocks:
+            self._check_rows(block, group_of[id(block)])
+        self._install(blocks, group_of)
+
+    def _install(self, blocks: list[Curvature], group_of: dict[int, int]) -> None:
+        assert self.model is not None
+        old = {block.key: block for block in self._blocks}
+        self._blocks, self._group_index = [], []
+        for fresh in blocks:
+            kept = old.get(fresh.key, fresh)
+            kept.name, kept.layers, kept.options = fresh.name, fresh.layers, fresh.options
+            self._blocks.append(kept)
+            self._group_index.append(group_of[id(fresh)])
+        self._built_for, self._outdated = self._trainable(), False
+        firsts = {block.params[0] for block in self._blocks}
+        for p, state in self.state.items():
+            if p not in firsts:
+                state.pop("curvature", None)
+        self._unsaved = [block for block in self._blocks if "curvature" not in self.state.get(block.params[0], {})]
+        if self._finalizer is not None:
+            self._finalizer()
+        self._record = Record(self.model, self._blocks, **self._settings, unsupported=self._unsupported)
+        self._record.start_step(self._steps, self._due())
         self._finalizer = weakref.finalize(self, self._record.remove)
+
+    def _check_rows(self, block: Curvature, index: int) -> None:
+        scheduled = [key for key in _INTERVALS if (index, key) in self._schedules]
+        if block.uses_rows and (scheduled or any(self.param_groups[index][key] != 1 for key in _INTERVALS)):
+            raise ValueError(
+                f"block {block.name!r} has {block.size} parameters, more than rows_limit="
+                f"{block.options.rows_limit}, and is solved through its rows, which belong to one step: set "
+                "update_every=1 and refactor_every=1 for it, or raise rows_limit"
+            )
 
     def _check_agreement(self, layer: Layer, groups: dict[Tensor, int], options: dict[Tensor, Options]) -> None:
         module = layer.modules[0]
@@ -161,18 +203,14 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------------------ refresh
 
-    def _block_group(self, block: Curvature) -> dict[str, Any]:
-        return self.param_groups[self._group_of()[block.params[0]]]
-
-    def _interval(self, block: Curvature, key: str) -> int:
-        index = self._group_of()[block.params[0]]
+    def _interval(self, index: int, key: str) -> int:
         schedule = self._schedules.get((index, key))
         if schedule is not None:
             self.param_groups[index][key] = interval_at(key, schedule, self._steps)
-        return interval_at(key, self.param_groups[index][key], self._steps)
+        return self.param_groups[index][key]
 
-    def _due_now(self) -> list[str]:
-        return [name for name, (update, _) in self._due.items() if self._steps >= update]
+    def _due(self) -> list[str]:
+        return [block.name for block in self._blocks if self._steps >= block.next_update]
 
     def _damping(self, group: dict[str, Any]) -> float | Tensor:
         """λ of a group; L2 regularisation is part of the curvature, so it adds its coefficient."""
@@ -190,55 +228,81 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _refresh(self) -> bool:
         """Merge what was captured and factor what is due. False: there is nothing to step on."""
         record = self._require_record()
-        with_gradient = [b for b in self._blocks if any(p.grad is not None for p in b.params)]
-        if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
+        if all(p.grad is None for p in self._params()):
             return False
-        due = set(self._due_now())
-        self._check_captured(record, [b for b in with_gradient if b.name in due])
-        refactored = False
-        for block in with_gradient:
-            group = self._block_group(block)
+        self._outdated = self._built_for != self._trainable()
+        if self._outdated:
+            self._check_unfrozen()
+        reached = [
+            (block, index)
+            for block, index in zip(self._blocks, self._group_index, strict=True)
+            if any(p.grad is not None for p in block.params)
+        ]
+        missing = [b for b, _ in reached if self._steps >= b.next_update and not b.captured]
+        if missing and not self._check_captured(record, missing):
+            return False
+        stale = []
+        for block, index in reached:
+            group = self.param_groups[index]
             if block.captured:
                 block.update(group["ema_decay"])
-            if block.measured:
-                refactored |= self._refactor_if_due(block, group)
-        for block in self._blocks:
-            if block.name in due:
-                self._due[block.name][0] = self._steps + self._interval(block, "update_every")
+                block.next_update = self._steps + self._interval(index, "update_every")
+                self._unsaved.append(block)
+            damping = self._damping(group)
+            due = self._steps >= block.next_refactor or not block.has_factor or _damping_moved(block, damping)
+            if block.measured and due:
+                stale.append((block, index, damping))
+        self._report([block for block, _, _ in stale])
+        for block, index, damping in stale:
+            block.refactor(damping)
+            block.next_refactor = self._steps + self._interval(index, "refactor_every")
+            self._unsaved.append(block)
         return True
 
-    def _refactor_if_due(self, block: Curvature, group: dict[str, Any]) -> bool:
-        damping = self._damping(group)
-        due = self._due[block.name]
-        if self._steps < due[1] and block.has_factor and not _damping_moved(block, damping):
-            return False
-        self._report(block)
-        block.refactor(damping)
-        due[1] = self._steps + self._interval(block, "refactor_every")
-        return True
-
-    def _report(self, block: Curvature) -> None:
+    def _report(self, blocks: list[Curvature]) -> None:
         """Read what went wrong since the last factorisation: the only host sync, and only when one is due."""
-        skipped, failed = block.read_flags()
-        if skipped:
-            warnings.warn(
-                f"block {block.name!r}: {skipped} curvature measurements were not finite and were left out",
-                stacklevel=4,
-            )
-        if failed:
-            warnings.warn(
-                f"block {block.name!r}: {failed} factorisations failed; the last good factor was kept, and the next "
-                "one is computed in float64 with ten times the damping",
-                stacklevel=4,
+        for block, counts in zip(blocks, read_flags(blocks), strict=True):
+            skipped, failed = (now - before for now, before in zip(counts, block.reported, strict=True))
+            block.reported, block.retry = counts, failed > 0
+            if skipped:
+                warnings.warn(
+                    f"block {block.name!r}: {skipped} curvature measurements were not finite and were left out",
+                    stacklevel=4,
+                )
+            if failed:
+                warnings.warn(
+                    f"block {block.name!r}: {failed} factorisations failed; the last good factor was kept, and the "
+                    "next one is computed in float64 with ten times the damping",
+                    stacklevel=4,
+                )
+
+    def _check_unfrozen(self) -> None:
+        """A parameter that is trained since the blocks were built has a gradient but no curvature."""
+        now, before = self._trainable(), self._built_for
+        changed = [p for p, new, old in zip(self._params(), now, before, strict=True) if new and not old]
+        options = {p: group["approx"] for group in self.param_groups for p in group["params"]}
+        names = [self._names[p] for p in changed if p.grad is not None and options[p] is not None]
+        if names and self._unsupported == "error":
+            raise RuntimeError(
+                f"the parameters {', '.join(names)} were frozen when the curvature blocks were built and have "
+                "gradients now: call optimizer.zero_grad() after requires_grad_(True) and before the forward pass"
             )
 
-    def _check_captured(self, record: Record, due: list[Curvature]) -> None:
-        """A gradient whose curvature was not captured is an error; a step of a fresh optimizer with lr 0 is not."""
-        missing = [b.name for b in due if not b.captured]
-        if not missing or all(_is_zero(group.get("lr", 1.0)) for group in self.param_groups):
-            return
+    def _check_captured(self, record: Record, missing: list[Curvature]) -> bool:
+        """A gradient whose curvature was not captured is an error, or trains as it is if the user said so.
+
+        False: all gradients are zero, as in the step that a checkpoint library takes to make the state exist.
+        """
+        if self._unsupported == "gradient" and any(block.next_update for block in self._blocks):
+            return True
+        names = [b.name for b in missing if any(p.grad.any() for p in b.params if p.grad is not None)]
+        nothing = not any(block.captured for block in self._blocks)
+        if not names:
+            if nothing:
+                self._save()
+            return not nothing
         loss_fn = record.loss_fn
-        if len(missing) == len(due):
+        if nothing:
             trigger = {
                 "module": "the loss module given as loss_fn= was not called on the model's output in this step",
                 "name": "no backward() reached the model's output through a recorded forward pass",
@@ -251,34 +315,44 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             )
         if self._unsupported == "error":
             raise RuntimeError(
-                f"layers {', '.join(missing)} have gradients but their curvature was not captured: their forward was "
+                f"layers {', '.join(names)} have gradients but their curvature was not captured: their forward was "
                 "not called by the pass that reached the loss (functional use of a weight?). Put their parameters "
                 'into a group with approx=None, or pass unsupported="gradient"'
             )
+        return True
 
     def _finish_step(self) -> None:
         """Count the step, put the curvature into the state, and say what the next forward passes feed."""
-        record = self._require_record()
         self._steps += 1
+        self._save()
+        if self._outdated:
+            self._build()
+        else:
+            self._require_record().start_step(self._steps, self._due())
+
+    def _save(self) -> None:
+        """What must survive this step into `state`, where every trainable parameter has its keys."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad:
-                    self.state[p]["step"] = self._steps
-        for block in self._blocks:
-            update, refactor = self._due[block.name]
-            saved = {**block.state(), "next_update": update, "next_refactor": refactor}
-            self.state[block.params[0]]["curvature"] = saved
-        record.start_step(self._steps, self._due_now())
+                    self._save_param(self.state[p], p, group)
+        for block in dict.fromkeys(self._unsaved):
+            block.release_rows()
+            self.state[block.params[0]]["curvature"] = block.state()
+        self._unsaved = []
+
+    def _save_param(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
+        state["step"] = self._steps
 
     def _solve(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """(C + λ I)^-1 applied to the gradients of the covered parameters, in float32 or better."""
         solved: dict[Tensor, Tensor] = {}
-        for block in self._blocks:
+        for block, index in zip(self._blocks, self._group_index, strict=True):
             params = block.params
             if not block.has_factor or not any(p in gradients for p in params):
                 continue
             given = [gradients[p] if p in gradients else torch.zeros_like(p) for p in params]
-            damping = None if block.bakes_damping() else self._damping(self._block_group(block))
+            damping = None if block.bakes_damping() else self._damping(self.param_groups[index])
             solutions = block.solve(given, damping)
             solved.update((p, x) for p, x in zip(params, solutions, strict=True) if p in gradients)
         return solved
@@ -301,19 +375,29 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """
         self._require_record().observe(output, target, loss_fn, weight)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch.optim; what was captured for these gradients goes with them."""
+        super().zero_grad(set_to_none)
+        for block in self._blocks:
+            block.forget_pending()
+        if self._record is not None and self._built_for != self._trainable():
+            self._build()
+
     def remove(self) -> None:
         """Take every hook off the model and the loss; the optimizer keeps its state."""
         if self._record is not None:
             self._record.remove()
 
     def metrics(self) -> dict[str, float]:
-        """Plain numbers of the last step (one device sync)."""
-        skipped = sum(block.read_flags(reset=False)[0] for block in self._blocks)
-        failed = sum(block.read_flags(reset=False)[1] for block in self._blocks)
+        """Steps taken, measurements left out as not finite, factorisations failed so far (one device sync)."""
+        self._require_record()
+        counts = read_flags(list(self._blocks))
+        skipped, failed = (sum(count[k] for count in counts) for k in (0, 1))
         return {"step": self._steps, "skipped_measurements": skipped, "failed_factorisations": failed}
 
     def summary(self) -> str:
         """A table of what every parameter got: layer, curvature, approximation, block sizes, memory in bytes."""
+        self._require_record()
         rows = [("parameter", "shape", "block", "curv_type", "approx", "block sizes", "memory")]
         owner = {p: block for block in self._blocks for p in block.params}
         for group in self.param_groups:
@@ -336,48 +420,64 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     # ------------------------------------------------------------------------- saving and copying
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.optim, but statistics keep their own dtype. Callables (schedules) stay those given here."""
+        """As in torch.optim, but statistics keep their precision. Callables (schedules) stay those given here."""
         seen: dict[str, Any] = {}
-        handle = self.register_load_state_dict_pre_hook(lambda _, given: seen.update(given))
+
+        def take(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            seen.update(given)
+            return {**given, "state": {}}  # torch would cast the statistics to the parameters' dtype
+
+        def restore(_: Any) -> None:
+            saved_ids = [key for group in seen["param_groups"] for key in group["params"]]
+            for key, p in zip(saved_ids, self._params(), strict=True):
+                if key in seen["state"]:
+                    self.state[p] = _adopted(seen["state"][key], p)
+            if self._record is not None:
+                self._restore()
+
+        handles = [
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        saved_ids = [key for group in seen["param_groups"] for key in group["params"]]
-        own = [p for group in self.param_groups for p in group["params"]]
-        for key, p in zip(saved_ids, own, strict=True):
-            if key in seen["state"]:
-                self.state[p] = _to_device(seen["state"][key], p.device)
-        if self._record is not None:
-            self._restore()
+            for handle in handles:
+                handle.remove()
 
     def _restore(self) -> None:
         """Blocks and counters from `state`."""
-        self._steps = max((state["step"] for state in self.state.values() if "step" in state), default=0)
+        self._steps = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
+        for index, group in enumerate(self.param_groups):
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            schedules = {key: self._schedules.get((index, key)) for key in _INTERVALS}
+            group.update({key: schedule for key, schedule in schedules.items() if schedule is not None})
+            self._take_group(index)
+        self._blocks = []
         self._build()
         for block in self._blocks:
-            saved = self.state[block.params[0]].get("curvature") if block.params[0] in self.state else None
-            if saved is not None:
-                block.load_state(saved)
-                self._due[block.name] = [saved["next_update"], saved["next_refactor"]]
-            if saved is None or (block.uses_rows and not block.measured):
-                self._due[block.name] = [0, 0]
-        self._require_record().start_step(self._steps, self._due_now())
+            block.load_state(self.state.get(block.params[0], {}).get("curvature", {}))
+        self._require_record().start_step(self._steps, self._due())
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {**state, "defaults": {key: x for key, x in state["defaults"].items() if not callable(x)}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurvatureOptimizer:
-        """With its model, a working pair; alone, the state only."""
+        """With its model, which must come first in what is copied, a working pair; alone, the state only."""
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(super().__getstate__(), memo))
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         model = memo.get(id(self.model)) if self.model is not None else None
         if model is None:
             return new
+        for key in self._copied:
+            setattr(new, key, copy.copy(getattr(self, key)))
         new.model = model
         new._names = {p: name for name, p in model.named_parameters()}
-        new._unsupported, new._schedules, new._steps = self._unsupported, dict(self._schedules), self._steps
         loss_fn = self._settings["loss_fn"]
         new._settings = {**self._settings, "loss_fn": memo.get(id(loss_fn), loss_fn)}
-        new._blocks = []
         new._restore()
         return new
 
@@ -409,10 +509,24 @@ def _is_zero(value: Any) -> bool:
     return not isinstance(value, Tensor) and value == 0
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
-    """A deep copy with the tensors on the device, in their own dtype."""
+def _check_keys(group: dict[str, Any], known: dict[str, Any]) -> None:
+    """Raise on keys that look like a misspelt option; torch and users may put keys of their own into groups."""
+    for key in set(group) - set(known) - {"params", "param_names", *_SCHEDULER_KEYS}:
+        if key in _WHOLE:
+            raise ValueError(f"{key} in a parameter group: it belongs to the optimizer as a whole, not to a group")
+        for name in known:
+            if key[:4] == name[:4] or SequenceMatcher(None, key, name).ratio() > 0.75:
+                raise ValueError(
+                    f"parameter group has the unknown option {key!r}, did you mean {name!r}? The options of a group "
+                    f"are {', '.join(sorted(known))}; a key of your own needs a name less like them"
+                )
+
+
+def _adopted(value: Any, p: Tensor) -> Any:
+    """A deep copy of loaded state for p: on its device, floats in float32 or better."""
     if isinstance(value, Tensor):
-        return value.detach().clone().to(device)
+        dtype = torch.promote_types(p.dtype, torch.float32) if value.is_floating_point() else value.dtype
+        return value.detach().to(p.device, dtype, copy=True)
     if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
+        return {key: _adopted(item, p) for key, item in value.items()}
     return copy.deepcopy(value)

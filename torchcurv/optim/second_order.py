@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from torchcurv.curv.schedule import check_number
 from torchcurv.optim.base import CurvatureOptimizer
 from torchcurv.optim.update import descend_, inner, kl_clip_factor, momentum_
 
@@ -54,6 +55,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     Martens, "New insights and perspectives on the natural gradient method" (2020).
     """
 
+    _copied: ClassVar[tuple[str, ...]] = (*CurvatureOptimizer._copied, "_kl_clip")
+
     def __init__(
         self,
         model: nn.Module,
@@ -85,8 +88,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         unsupported: str = "error",
         seed: int = 0,
     ) -> None:
-        if kl_clip is not None and not kl_clip > 0:
-            raise ValueError(f"kl_clip={kl_clip!r}; pass a number > 0, or None for no clipping")
+        if kl_clip is not None:
+            check_number("kl_clip", kl_clip, lambda x: x > 0, "a number > 0, or None for no clipping")
         self._kl_clip = kl_clip
         step_options = {
             "lr": lr,
@@ -97,7 +100,6 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             "l2": l2,
             "maximize": maximize,
         }
-        check_step_options(step_options)
         super().__init__(
             model,
             params,
@@ -144,12 +146,10 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         for group in self.param_groups:
             gradients.update(self._gradients(group))
         solved = self._solve(gradients)
-        clip = self._clip(gradients, solved)
+        self._clip_(gradients, solved)
         for group in self.param_groups:
             params = [p for p in group["params"] if p in gradients]
             steps = [solved.get(p, gradients[p]) for p in params]
-            if clip is not None:
-                steps = [x * clip if p in solved else x for p, x in zip(params, steps, strict=True)]
             if group["momentum_type"] == "preconditioned":
                 steps = self._momentum(group, params, steps)
             descend_(params, steps, group["lr"], group["weight_decay"])
@@ -169,43 +169,47 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     def _momentum(self, group: dict[str, Any], params: list[Tensor], steps: list[Tensor]) -> list[Tensor]:
         if not group["momentum"]:
             return steps
-        buffers = []
-        for p, x in zip(params, steps, strict=True):
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-            buffers.append(state["momentum_buffer"])
+        buffers = [self._buffer(self.state[p], p) for p in params]
         return momentum_(buffers, steps, group["momentum"], group["nesterov"])
 
-    def _clip(self, gradients: dict[Tensor, Tensor], solved: dict[Tensor, Tensor]) -> Tensor | None:
-        """ν of the KL clip over all preconditioned parameters."""
-        if self._kl_clip is None or not solved:
-            return None
-        lr = {p: group["lr"] for group in self.param_groups for p in group["params"]}
-        return kl_clip_factor([inner(x, gradients[p]) * lr[p] ** 2 for p, x in solved.items()], self._kl_clip)
+    def _buffer(self, state: dict[str, Any], p: Tensor) -> Tensor:
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        return state["momentum_buffer"]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SecondOrderOptimizer:
-        new = super().__deepcopy__(memo)
-        assert isinstance(new, SecondOrderOptimizer)
-        new._kl_clip = self._kl_clip
-        return new
+    def _save_param(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
+        super()._save_param(state, p, group)
+        if group["momentum"]:
+            self._buffer(state, p)
+
+    def _clip_(self, gradients: dict[Tensor, Tensor], solved: dict[Tensor, Tensor]) -> None:
+        """Scale the preconditioned steps by ν of the KL clip, one number for all of them."""
+        if self._kl_clip is None or not solved:
+            return
+        products = [
+            inner(solved[p], gradients[p]) * group["lr"] ** 2
+            for group in self.param_groups
+            for p in group["params"]
+            if p in solved
+        ]
+        torch._foreach_mul_(list(solved.values()), kl_clip_factor(products, self._kl_clip))
 
 
 def check_step_options(options: dict[str, Any]) -> None:
     """Raise on step options that are not allowed, saying what is."""
-    for key in ("lr", "weight_decay", "l2"):
-        value = options[key]
-        if isinstance(value, Tensor):
-            if key != "lr" or value.numel() != 1:
-                raise ValueError(
-                    f"{key} is a tensor of shape {tuple(value.shape)}; pass a number (lr: or a 0-d tensor)"
-                )
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise ValueError(f"{key}={value!r}; pass a number >= 0")
-    momentum = options["momentum"]
-    if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 <= momentum < 1:
-        raise ValueError(f"momentum={momentum!r}; pass a number with 0 <= momentum < 1")
-    if options["nesterov"] and not momentum:
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}; pass a number >= 0, or a 0-d tensor")
+    else:
+        check_number("lr", lr, lambda x: x >= 0, "a number >= 0, or a 0-d tensor")
+    for key in ("weight_decay", "l2"):
+        check_number(key, options[key], lambda x: x >= 0, "a number >= 0")
+    check_number("momentum", options["momentum"], lambda x: 0 <= x < 1, "a number with 0 <= momentum < 1")
+    for key in ("nesterov", "maximize"):
+        if not isinstance(options[key], bool):
+            raise TypeError(f"{key}={options[key]!r}; pass True or False")
+    if options["nesterov"] and not options["momentum"]:
         raise ValueError("nesterov=True needs momentum > 0")
     if options["momentum_type"] not in MOMENTUM_TYPES:
         allowed = ", ".join(map(repr, MOMENTUM_TYPES))

@@ -1,0 +1,347 @@
+"""What a block can do with its matrix, against dense linear algebra in float64."""
+
+import warnings
+
+import cases
+import oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from torchcurv import SecondOrderOptimizer, curvature
+from torchcurv.curv import curvature as curvature_module
+from torchcurv.curv import factor as factor_module
+from torchcurv.curv.approx import Dense, Diagonal, Kronecker, project_moments
+from torchcurv.curv.curvature import Curvature, Options
+from torchcurv.curv.factor import Eigen
+from torchcurv.curv.layers import find_layers
+
+APPROXIMATIONS = ["full", "block", "unit", "kfac", "ekfac", "diag"]
+LAMBDA = 0.03
+
+
+def close(x, truth, tol=1e-9):
+    assert x.shape == truth.shape
+    assert (x - truth).abs().max() <= tol * (1e-3 + truth.abs().max())
+
+
+def measured(approx, model="mlp", n=3, **options):
+    case = cases.model_case(model)
+    net, x, y = case.make_model(), cases.randn(n, *case.input_shape, seed=2), cases.randn(n, *case.output_shape, seed=3)
+    return curvature(net, nn.MSELoss(), [(x, y), (x.flip(0)[1:], y[1:])], approx=approx, **options)
+
+
+def structures(c, size, k=3):
+    """The same vectors as [P], [P, K], a list and a dict, with what flattens an answer again."""
+    flat, many = cases.randn(size, seed=4), cases.randn(size, k, seed=5)
+    shapes = [p.shape for p in c.params]
+    parts = [v.reshape(s) for v, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
+    joined = lambda out: torch.cat([t.flatten() for t in out])  # noqa: E731
+    yield flat, flat, lambda out: out
+    yield many, many, lambda out: out
+    yield parts, flat, joined
+    yield dict(zip(c._named, parts, strict=True)), flat, lambda out: joined(out.values())
+
+
+def root_of_samples(c, size, damping):
+    """The matrix R of theta = R noise, from as many draws as there are parameters: the same generator gives both."""
+    draws, noises = [], []
+    for seed in range(size):
+        draws.append(torch.cat([t.flatten() for t in c.sample(damping, torch.Generator().manual_seed(seed))]))
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [layer.shape for block in c.blocks.values() for layer in block.layers]
+        noise = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+        noises.append(torch.cat([t.flatten() for t in noise]))
+    return torch.linalg.solve(torch.stack(noises), torch.stack(draws)).T
+
+
+def check_algebra(c, truth, tol=1e-8):
+    """Everything a CurvatureSet answers, against the dense matrix."""
+    size = len(truth)
+    damped = truth + LAMBDA * torch.eye(size, dtype=truth.dtype)
+    for v, flat, flatten in structures(c, size):
+        close(flatten(c.matvec(v)), truth @ flat, tol)
+        close(flatten(c.solve(v, LAMBDA)), torch.linalg.solve(damped, flat), tol)
+        close(flatten(c.solve(v, torch.tensor(LAMBDA))), torch.linalg.solve(damped, flat), 1e-5)
+    v = cases.randn(size, seed=9)
+    close(c.solve(c.matvec(v) + LAMBDA * v, LAMBDA), v, tol)
+    close(c.diag(), truth.diagonal(), tol)
+    close(c.trace(), truth.trace(), tol)
+    close(c.eigvalsh(), torch.linalg.eigvalsh(truth), tol)
+    close(c.logdet(LAMBDA), torch.logdet(damped), tol)
+    root = root_of_samples(c, size, LAMBDA)
+    close(root @ root.T, torch.linalg.inv(damped), 1e-6)
+
+
+@pytest.mark.parametrize("approx", APPROXIMATIONS)
+@pytest.mark.parametrize("model", ["mlp", "cnn_groups", "softmax_regression"])
+def test_a_curvature_set_is_its_dense_matrix(approx, model):
+    c = measured(approx, model)
+    truth = c.to_dense()
+    close(truth, truth.T)
+    assert torch.linalg.eigvalsh(truth).min() > -1e-10
+    check_algebra(c, truth)
+
+
+@pytest.mark.parametrize("n", [2, 30], ids=["fewer_rows_than_parameters", "more_rows_than_parameters"])
+@pytest.mark.parametrize("approx", ["full", "block"])
+@pytest.mark.parametrize("model", ["mlp", "cnn_groups", "shared_layer"])
+def test_rows_answer_what_the_matrix_answers(approx, model, n):
+    dense, rows = measured(approx, model, n), measured(approx, model, n, rows_limit=1)
+    assert all(block.uses_rows for block in rows.blocks.values())
+    check_algebra(rows, dense.to_dense(), 1e-7)
+
+
+# --- factors by themselves ------------------------------------------------------------------------------------
+
+
+def spd(g, d, rank, seed):
+    x = cases.randn(g, d, rank, seed=seed)
+    return x @ x.mT
+
+
+def kron(left, right):
+    """[g, o, o], [g, i, i] -> block-diagonal [g o i, g o i]."""
+    pairs = zip(left, right, strict=True)
+    return torch.block_diag(*(torch.kron(b.contiguous(), a.contiguous()) for b, a in pairs))
+
+
+def damped_factors(A, B, damping):
+    """MATH, factored damping, one group: a factor of size 1 takes nothing and the other gets all of it."""
+    i, o = torch.eye(len(A), dtype=A.dtype), torch.eye(len(B), dtype=B.dtype)
+    mean_a, mean_b = A.trace() / len(A), B.trace() / len(B)
+    if len(B) == 1 and mean_b > 0:
+        return A + damping / mean_b * i, B
+    if len(A) == 1 and len(B) > 1 and mean_a > 0:
+        return A, B + damping / mean_a * o
+    pi = (mean_a / mean_b).sqrt() if mean_a > 0 and mean_b > 0 else torch.ones((), dtype=A.dtype)
+    return A + pi * damping**0.5 * i, B + damping**0.5 / pi * o
+
+
+sizes = st.integers(1, 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(g=st.integers(1, 3), o=sizes, i=sizes, rank=st.integers(1, 4), zero=st.sampled_from([None, "A", "B", "both"]))
+def test_factored_damping_is_the_kronecker_product_of_damped_factors(g, o, i, rank, zero):
+    A, B = spd(g, i, rank, 1), spd(g, o, rank, 2)
+    A[0] *= zero not in ("A", "both")
+    B[0] *= zero not in ("B", "both")
+    count = torch.tensor(5.0, dtype=torch.float64)
+    factor, ok = Kronecker().factor({"A": A * count, "count": count, "B": B}, LAMBDA, "factored")
+    assert ok
+    pairs = [damped_factors(a, b, LAMBDA) for a, b in zip(A, B, strict=True)]
+    truth = kron([b for _, b in pairs], [a for a, _ in pairs])
+    x = cases.randn(2, g, o, i, seed=3)
+    close(factor.solve(x).flatten(1).T, torch.linalg.solve(truth, x.flatten(1).T))
+    close(factor.logdet(), torch.logdet(truth))
+    unit = torch.eye(g * o * i, dtype=torch.float64).reshape(-1, g, o, i)
+    root = factor.sample(unit).flatten(1).T
+    close(root @ root.T, torch.linalg.inv(truth))
+
+
+@settings(max_examples=40, deadline=None)
+@given(g=st.integers(1, 3), o=sizes, i=sizes, rank=st.integers(1, 4), which=st.sampled_from(["kron", "dense", "diag"]))
+def test_exact_damping_is_tikhonov(g, o, i, rank, which):
+    A, B = spd(g, i, rank, 1), spd(g, o, rank, 2)
+    if which == "kron":
+        statistics, approx = {"A": A, "count": torch.ones(()).double(), "B": B}, Kronecker()
+        truth = kron(B, A)
+    elif which == "dense":
+        statistics, approx, truth = {"matrix": A}, Dense(per_unit=True), torch.block_diag(*A)
+        o = 1
+    else:
+        statistics, approx = {"diag": A[..., :1].square()}, Diagonal()
+        truth, o, i = A[..., 0].square().flatten().diag(), i, 1
+    factor, ok = approx.factor(statistics, LAMBDA, "exact")
+    assert ok
+    damped = truth + LAMBDA * torch.eye(len(truth), dtype=truth.dtype)
+    x = cases.randn(2, g, o, i, seed=3)
+    close(factor.solve(x).flatten(1).T, torch.linalg.solve(damped, x.flatten(1).T))
+    close(factor.solve(x, 7.0).flatten(1).T, torch.linalg.solve(truth + 7 * torch.eye(len(truth)), x.flatten(1).T))
+    close(factor.matvec(x).flatten(1).T, truth @ x.flatten(1).T)
+    close(factor.logdet(), torch.logdet(damped))
+    close(factor.diag().flatten(), truth.diagonal())
+    close(factor.trace(), truth.trace())
+
+
+@settings(max_examples=40, deadline=None)
+@given(g=st.integers(1, 2), o=sizes, i=sizes)
+def test_moments_carried_to_a_new_basis_are_the_diagonal_there(g, o, i):
+    old, new = (tuple(torch.linalg.qr(cases.randn(g, d, d, seed=seed + d)).Q for d in (o, i)) for seed in (0, 50))
+    moments = cases.randn(g, o, i, seed=1).square()
+    got = project_moments(moments, old, new)
+    Q, Q_new = kron(*old), kron(*new)
+    matrix = Q @ moments.flatten().diag() @ Q.T
+    close(got.flatten(), (Q_new.T @ matrix @ Q_new).diagonal())
+    close(got.sum(), moments.sum())
+
+
+# --- running averages -----------------------------------------------------------------------------------------
+
+
+def block_of(approx="diag", **options):
+    net = cases.model_case("softmax_regression").make_model()
+    return Curvature("layer", find_layers(net, lambda p: True), Options(approx=approx, **options))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rho=st.sampled_from([0.0, 0.3, 0.95, 1.0]),
+    bad=st.lists(st.sampled_from([None, None, float("nan"), float("inf")]), min_size=1, max_size=6),
+    accelerator=st.booleans(),
+)
+def test_the_running_average_is_bias_corrected_and_leaves_out_what_is_not_finite(rho, bad, accelerator):
+    block, kept = block_of(), []
+    with pytest.MonkeyPatch.context() as patch:
+        if accelerator:
+            patch.setattr(curvature_module, "free_to_read", lambda flag: False)
+        for k, value in enumerate(bad):
+            x = cases.randn(1, 3, 5, seed=k).square()
+            kept += [x.clone()] if value is None else []
+            if value is not None:
+                x[0, 0, 0] = value
+            block.pending = {"diag": x}
+            block.update(rho)
+    assert curvature_module.read_flags([block]) == [(len(bad) - len(kept), 0)]
+    weights = torch.tensor([rho ** (len(kept) - 1 - k) for k in range(len(kept))], dtype=torch.float64)
+    if kept:
+        close(block.tensors["diag"], torch.einsum("k,k...->...", weights, torch.stack(kept)) / weights.sum())
+    else:
+        close(block.tensors["diag"], torch.zeros(1, 3, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("approx", APPROXIMATIONS)
+@pytest.mark.parametrize("damping_type", ["factored", "exact"])
+def test_nothing_measured_leaves_the_damping_alone(approx, damping_type):
+    """The first measurement is not finite: the step is, and along the gradient for exact damping."""
+    model = cases.model_case("mlp").make_model()
+    optimizer = SecondOrderOptimizer(
+        model, loss_fn=nn.MSELoss(), approx=approx, damping_type=damping_type, lr=1.0, momentum=0.0, kl_clip=None
+    )
+    x, y = cases.randn(3, 4), cases.randn(3, 3)
+    optimizer._record.loss_fn(model(x), y).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    for block in optimizer._blocks:
+        block.pending = {key: value * torch.nan for key, value in block.pending.items()}
+    with pytest.warns(UserWarning, match="were not finite"):
+        optimizer.step()
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert p.isfinite().all()
+        if damping_type == "exact" or approx in ("ekfac", "diag"):
+            close(old - p, p.grad / 0.1)
+
+
+# --- failures -------------------------------------------------------------------------------------------------
+
+
+def stepper(approx="kfac", **options):
+    model, loss = nn.Linear(4, 3).double(), nn.MSELoss()
+    model.load_state_dict(cases.model_case("softmax_regression").make_model().state_dict())
+    options = {"damping": LAMBDA, "lr": 1.0, "momentum": 0.0, "kl_clip": None, "update_every": 100, **options}
+    optimizer = SecondOrderOptimizer(nn.Sequential(model), loss_fn=loss, approx=approx, **options)
+    x, y = cases.randn(6, 4, seed=1), cases.randn(6, 3, seed=2)
+
+    def step():
+        optimizer.zero_grad()
+        before = model.weight.detach().clone(), model.bias.detach().clone()
+        loss(optimizer.model(x), y).backward()
+        optimizer.step()
+        return before[0] - model.weight.detach(), before[1] - model.bias.detach()
+
+    return optimizer, optimizer._blocks[0], step
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize("approx", ["kfac", "block"])
+def test_a_failed_factorisation_keeps_the_last_good_factor_and_is_tried_again(approx, accelerator, monkeypatch):
+    if accelerator:
+        monkeypatch.setattr(curvature_module, "free_to_read", lambda flag: False)
+        monkeypatch.setattr(factor_module, "free_to_read", lambda flag: False)
+    optimizer, block, step = stepper(approx)
+    step()
+    good = {key: value.clone() for key, value in block.factor.state().items()}
+    name = "B" if approx == "kfac" else "matrix"
+    block.tensors[name] = block.tensors[name] - 1e3 * torch.eye(block.tensors[name].shape[-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()  # fails; no message before the next refresh
+    for key, value in block.factor.state().items():
+        assert torch.equal(value, good[key])
+    assert optimizer.metrics()["failed_factorisations"] == 1
+    block.tensors[name] = block.tensors[name] + 1e3 * torch.eye(block.tensors[name].shape[-1])
+    asked = []
+    inverse_spd = factor_module.inverse_spd
+    monkeypatch.setattr(
+        "torchcurv.curv.approx.inverse_spd", lambda m, d: (asked.append((m.dtype, d)), inverse_spd(m, d))[1]
+    )
+    with pytest.warns(UserWarning, match=r"block '0': 1 factorisations failed.*last good factor"):
+        step()
+    step()
+    more, usual = asked[0], asked[len(asked) // 2]
+    assert more[0] == usual[0] == torch.float64
+    ratio = torch.as_tensor(more[1]) / torch.as_tensor(usual[1])
+    assert torch.allclose(ratio, torch.full_like(ratio, 10**0.5 if approx == "kfac" else 10), rtol=1e-3)
+    assert optimizer.metrics()["failed_factorisations"] == 1
+
+
+def test_a_retry_in_float64_returns_to_the_dtype_of_the_statistics():
+    block = block_of("kfac")
+    block.tensors = {"A": spd(1, 5, 5, 1).float(), "count": torch.ones(()), "B": spd(1, 3, 3, 2).float()}
+    block.retry = True
+    block.refactor(LAMBDA)
+    assert {value.dtype for value in block.factor.state().values()} == {torch.float32} and not block.retry
+    wanted, _ = block.approx.factor(block.tensors, 10 * LAMBDA, "factored")
+    close(block.factor.right, wanted.right, 1e-4)
+
+
+# --- damping --------------------------------------------------------------------------------------------------
+
+
+def kfac_reference(optimizer, model, x, y, damping, exact):
+    """The step of one Linear layer with exact curvature at the model's parameters."""
+    a, s = oracles.layer_arrays(model, nn.MSELoss(), x, y, "0")
+    A, B = (m[0] for m in oracles.kron_factors(a, s))
+    grad = torch.cat([model[0].weight.grad, model[0].bias.grad[:, None]], 1)
+    if exact:
+        damped = torch.kron(B, A) + damping * torch.eye(grad.numel())
+        return torch.linalg.solve(damped, grad.flatten()).reshape(grad.shape)
+    A, B = damped_factors(A, B, damping)
+    return torch.linalg.solve(B, grad) @ torch.linalg.inv(A)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_changed_damping_takes_effect_without_a_factorisation_due(exact):
+    """At once for eigenvectors; for inverses, which hold it, once it moved by more than a tenth."""
+    optimizer, _, step = stepper(
+        damping_type="exact" if exact else "factored", refactor_every=100, samples=None, lr=1e-12
+    )
+    x, y = cases.randn(6, 4, seed=1), cases.randn(6, 3, seed=2)
+    group, used = optimizer.param_groups[0], LAMBDA
+    for damping in (LAMBDA, LAMBDA * 1.08, LAMBDA * 1.3, LAMBDA * 0.02):
+        group["damping"] = damping
+        used = damping if exact or abs(damping - used) > 0.1 * used else used
+        moved = torch.cat([part if part.dim() == 2 else part[:, None] for part in step()], 1) / 1e-12
+        close(moved, kfac_reference(optimizer, optimizer.model, x, y, used, exact), 1e-3)
+
+
+def test_l2_is_in_the_gradient_and_in_the_damping():
+    optimizer, block, step = stepper(damping_type="exact", samples=None, l2=0.5)
+    x, y = cases.randn(6, 4, seed=1), cases.randn(6, 3, seed=2)
+    weight, bias = (p.detach().clone() for p in block.params)
+    moved = step()
+    matrix = oracles.kfac_from_arrays(*oracles.layer_arrays(optimizer.model, nn.MSELoss(), x, y, "0"))
+    grad = torch.cat([block.params[0].grad + 0.5 * weight, (block.params[1].grad + 0.5 * bias)[:, None]], 1)
+    truth = torch.linalg.solve(matrix + (LAMBDA + 0.5) * torch.eye(15, dtype=grad.dtype), grad.flatten()).reshape(3, 5)
+    close(torch.cat([moved[0], moved[1][:, None]], 1), truth)
+
+
+def test_the_eigenvalues_of_a_diagonal_follow_every_measurement():
+    """Between two factorisations too, and whether or not the average is updated in place."""
+    _, block, step = stepper("diag", update_every=1, refactor_every=5, samples=None)
+    for _ in range(3):
+        step()
+        assert isinstance(block.factor, Eigen)
+        assert torch.equal(block.factor.values, block.tensors["diag"])

@@ -1,0 +1,293 @@
+"""The same loss gives the same curvature however it reaches the optimizer: as a module, by name, through observe."""
+
+import cases
+import pytest
+import torch
+from measured import KINDS, Part, close, measured, optimizer, truth
+from torch import nn
+from torch.nn import functional as F
+
+from torchcurv.curv.losses import loss_of
+
+N, T, V = 4, 3, cases.CLASSES
+NAMED = {"ce": "cross_entropy", "nll": "nll", "mse": "mse", "bce": "bce_with_logits"}
+PLAIN = [case for case in cases.LOSSES if "weight" not in case.id and "ignore_class" not in case.id]
+
+
+def labels(*shape, seed=0):
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens(mix=True):
+    """[n, t, 4] -> [n, t, V], with t mixed in between."""
+    body = [nn.Linear(4, 5), nn.Tanh(), *([cases.ClassFirst(), nn.Linear(T, T), cases.ClassFirst()] if mix else [])]
+    return cases.seeded(lambda: nn.Sequential(*body, nn.Linear(5, V)))
+
+
+def problem(case):
+    model = cases.net_for(case)
+    x = cases.randn(N, 4, seed=3)
+    return model, x, cases.target_for(case, model(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("trigger", ["module", "observe"])
+@pytest.mark.parametrize("case", cases.LOSSES, ids=cases.ids(cases.LOSSES))
+def test_a_loss_seen_or_observed_gives_its_curvature(case, trigger, kind):
+    model, x, y = problem(case)
+    opt = optimizer(model, case.loss if trigger == "module" else None, curv_type=kind)
+    output = model(x)
+    if trigger == "observe":
+        opt.observe(output, y, case.loss)
+    case.loss(output, y).backward()
+    close(measured(opt), truth(opt, case.loss, x, y, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", PLAIN, ids=cases.ids(PLAIN))
+def test_a_named_loss_gives_the_curvature_of_its_module(case, kind):
+    model, x, y = problem(case)
+    name = NAMED[case.id.split("_")[0]]
+    opt = optimizer(model, name, reduction=case.loss.reduction, class_dim=1, curv_type=kind)
+    case.loss(model(x), y).backward()
+    close(measured(opt), truth(opt, case.loss, x, y, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("trigger", ["module", "name", "observe"])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_flattened_rows_are_mapped_back_to_samples(trigger, kind, shift):
+    model, x, loss = tokens(), cases.randn(N, T, 4), nn.CrossEntropyLoss()
+    y = labels(N, T - shift)
+    opt = optimizer(model, {"module": loss, "name": "cross_entropy", "observe": None}[trigger], class_dim=-1
+                    if trigger == "name" else None, curv_type=kind)  # fmt: skip
+    output = model(x)
+    rows = output[:, : T - shift].reshape(-1, V)
+    if trigger == "observe":
+        opt.observe(rows, y.flatten(), loss)
+    loss(rows, y.flatten()).backward()
+    whole = Part(model, lambda out: out[:, : T - shift].transpose(1, 2))
+    close(measured(opt), truth(opt, loss, x, y, kind, whole))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.BCEWithLogitsLoss(reduction="sum")], ids=["mse", "bce"])
+def test_flattened_elements_are_mapped_back_to_samples(loss, kind):
+    model, x = tokens(), cases.randn(N, T, 4)
+    y = cases.randn(N, T, V, seed=1).sigmoid()
+    opt = optimizer(model, loss, curv_type=kind)
+    loss(model(x).view(-1), y.view(-1)).backward()
+    close(measured(opt), truth(opt, loss, x, y, kind))
+
+
+class TimeMajor(nn.Module):
+    """Returns [t, n, c] for an input [n, t, i]."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return self.body(x).transpose(0, 1)
+
+
+@pytest.mark.parametrize("n", [4, 6])
+def test_a_time_major_output_raises_and_observe_measures_it(n):
+    model, x, y, loss = TimeMajor(tokens()), cases.randn(n, T, 4), labels(n, T), nn.CrossEntropyLoss()
+    opt = optimizer(model, loss)
+    with pytest.raises(ValueError, match=r"observe\(output, target\)"):
+        loss(model(x).permute(1, 2, 0), y).backward()
+    opt.zero_grad()
+    output = model(x).permute(1, 2, 0)
+    opt.observe(output, y)
+    loss(output, y).backward()
+    close(measured(opt), truth(opt, loss, x, y, model=Part(model, lambda out: out.permute(1, 2, 0))))
+
+
+@pytest.mark.parametrize("trigger", ["module", "observe"])
+def test_rows_that_cannot_be_mapped_raise_and_name_observe(trigger):
+    model, loss = tokens(), nn.CrossEntropyLoss()
+    opt = optimizer(model, loss)
+    kept = torch.arange(N * T) != 3
+    rows, y = model(cases.randn(N, T, 4)).reshape(-1, V)[kept], labels(N * T)[kept]
+    if trigger == "observe":
+        opt.observe(rows, y)
+    with pytest.raises(ValueError, match="observe"):
+        loss(rows, y).backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("class_weight", [None, cases.CLASS_WEIGHTS], ids=["plain", "class_weight"])
+def test_an_unreduced_loss_is_weighted_as_the_user_reduces_it(kind, class_weight):
+    model, x, y = tokens(mix=False), cases.randn(N, T, 4), labels(N, T)
+    loss, total = (
+        nn.CrossEntropyLoss(class_weight, reduction="none"),
+        nn.CrossEntropyLoss(class_weight, reduction="sum"),
+    )
+    model = nn.Sequential(model, cases.ClassFirst())
+    weights = torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
+    opt = optimizer(model, loss, curv_type=kind)
+    (weights * loss(model(x), y).mean(1)).sum().backward()
+    one = [weights[k] / T * truth(opt, total, x[k : k + 1], y[k : k + 1], kind) for k in range(N)]
+    close(measured(opt), torch.stack(one).sum(0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unreduced_squared_error_is_weighted_element_by_element(kind):
+    model, x = cases.seeded(lambda: nn.Linear(4, 2)), cases.randn(N, 4)
+    y, weights = cases.randn(N, 2, seed=1), torch.tensor([3.0, 0.25], dtype=torch.float64)
+    opt = optimizer(model, nn.MSELoss(reduction="none"), curv_type=kind)
+    (weights * nn.MSELoss(reduction="none")(model(x), y)).mean()  # not seen: another module
+    (weights * opt._record.loss_fn(model(x), y)).mean().backward()
+    J = torch.stack([torch.cat([torch.kron(torch.eye(2)[o], row), torch.eye(2)[o]]) for row in x for o in range(2)])
+    residual = (model(x) - y).detach().flatten() if kind == "empirical_fisher" else torch.ones(2 * N).double()
+    scale = 2 * weights.repeat(N) / (2 * N)
+    rows = J * (scale.sqrt() * residual)[:, None]
+    rows = rows.reshape(N, 2, -1).sum(1) if kind == "empirical_fisher" else rows
+    close(measured(opt), rows.T @ rows)
+
+
+def test_the_settings_of_a_loss_module_count_as_they_are_when_it_is_called():
+    model, x, y, loss = tokens(), cases.randn(N, T, 4), labels(N, T), nn.CrossEntropyLoss()
+    opt = optimizer(nn.Sequential(model, cases.ClassFirst()), loss)
+    loss.reduction = "sum"
+    loss(opt.model(x), y).backward()
+    close(measured(opt), truth(opt, loss, x, y))
+
+
+# ------------------------------------------------------------------------------- ignored terms, zero factors
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("trigger", ["module", "name", "observe"])
+def test_a_batch_without_terms_adds_nothing(trigger, kind):
+    model, x, y, loss = cases.seeded(lambda: nn.Linear(4, V)), cases.randn(N, 4), labels(N), nn.CrossEntropyLoss()
+    opt = optimizer(model, {"module": loss, "name": "cross_entropy", "observe": None}[trigger], curv_type=kind)
+
+    def backward(target):
+        output = model(x)
+        if trigger == "observe":
+            opt.observe(output, target, loss)
+        loss(output, target).backward()
+
+    backward(torch.full_like(y, -100))
+    assert not model.weight.grad.any()
+    opt.step()  # zero gradients and no curvature: nothing to do
+    assert not opt._blocks[0].tensors
+    opt.zero_grad()
+    backward(torch.full_like(y, -100))
+    backward(y)
+    close(measured(opt), truth(opt, loss, x, y, kind))
+
+
+@pytest.mark.parametrize("approx", ["full", "kfac", "diag"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_with_factor_zero_has_no_curvature(kind, approx):
+    model, x, y, loss = cases.seeded(lambda: nn.Linear(4, V)), cases.randn(N, 4), labels(N), nn.CrossEntropyLoss()
+    opt = optimizer(model, loss, curv_type=kind, approx=approx)
+    (0 * loss(model(x), y)).backward()
+    opt.step()
+    (block,) = opt._blocks
+    assert all(not block.tensors[key].any() for key in block.approx.linear)
+    assert all(torch.isfinite(value).all() for value in block.tensors.values())
+
+
+# ------------------------------------------------------------------------------- names that do not fit
+
+
+def backward_of(loss):
+    model = cases.seeded(lambda: nn.Linear(4, V))
+    x, y = cases.randn(N, 4), labels(N)
+    return model, lambda: loss(model(x), y).backward()
+
+
+def one_hot(y):
+    return F.one_hot(y, V).double()
+
+
+MISMATCHES = {
+    "mse under cross_entropy": ("cross_entropy", None, lambda f, y: F.mse_loss(f, one_hot(y))),
+    "bce under cross_entropy": ("cross_entropy", None, lambda f, y: F.binary_cross_entropy_with_logits(f, one_hot(y))),
+    "sum under mean": ("cross_entropy", None, lambda f, y: F.cross_entropy(f, y, reduction="sum")),
+    "bce sum under mean": (
+        "bce_with_logits",
+        None,
+        lambda f, y: F.binary_cross_entropy_with_logits(f, one_hot(y), reduction="sum"),
+    ),
+    "class weights": ("cross_entropy", None, lambda f, y: F.cross_entropy(f, y, weight=cases.CLASS_WEIGHTS)),
+    "a factor above 1": ("cross_entropy", None, lambda f, y: 3 * F.cross_entropy(f, y)),
+    "a factor below 1": ("cross_entropy", None, lambda f, y: F.cross_entropy(f, y) / 2),
+    "bce with a factor below 1": (
+        "bce_with_logits",
+        None,
+        lambda f, y: F.binary_cross_entropy_with_logits(f, one_hot(y)) / 4,
+    ),
+    "mean under sum": ("cross_entropy", "sum", F.cross_entropy),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_a_gradient_that_is_not_that_of_the_named_loss_raises_with_the_remedy(name):
+    loss_fn, reduction, loss = MISMATCHES[name]
+    model, backward = backward_of(loss)
+    opt = optimizer(model, loss_fn, reduction=reduction)
+    with pytest.raises(ValueError, match=r"Pass the loss module you call as loss_fn=.*observe\("):
+        backward()
+    opt.remove()
+
+
+MATCHES = {
+    "smoothed": ("cross_entropy", None, lambda f, y: F.cross_entropy(f, y, label_smoothing=0.3)),
+    "soft": ("cross_entropy", None, lambda f, y: F.cross_entropy(f, (f.detach() * 2).softmax(-1))),
+    "half ignored": ("cross_entropy", None, lambda f, y: F.cross_entropy(f, y.where(y > 0, -100))),
+    "smoothed from uniform": (
+        "cross_entropy",
+        None,
+        lambda f, y: F.cross_entropy(f - f.detach(), y, label_smoothing=0.3),
+    ),
+    "sum": ("cross_entropy", "sum", lambda f, y: F.cross_entropy(f, y, reduction="sum")),
+    "nll": ("nll", None, lambda f, y: F.nll_loss(f, y)),
+    "bce": ("bce_with_logits", None, lambda f, y: F.binary_cross_entropy_with_logits(f, 0.1 + 0.5 * one_hot(y))),
+    "squared error with any factor": ("mse", None, lambda f, y: 7 * F.mse_loss(f, one_hot(y))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MATCHES)
+def test_a_gradient_that_may_be_that_of_the_named_loss_passes(name, dtype):
+    loss_fn, reduction, loss = MATCHES[name]
+    model = cases.seeded(lambda: nn.Linear(4, V)).to(dtype)
+    if "uniform" in name:
+        nn.init.zeros_(model.weight)
+        nn.init.zeros_(model.bias)
+    end = nn.LogSoftmax(-1) if loss_fn == "nll" else nn.Identity()
+    opt = optimizer(nn.Sequential(model, end), loss_fn, reduction=reduction)
+    y = labels(N)
+    loss(opt.model(cases.randn(N, 4).to(dtype)), y).backward()
+    opt.step()
+    assert opt._blocks[0].tensors
+
+
+def test_a_named_loss_needs_a_reduction_and_a_class_dimension():
+    model = tokens()
+    with pytest.raises(ValueError, match=r"reduction='none'"):
+        optimizer(model, "cross_entropy", reduction="none")
+    opt = optimizer(model, "cross_entropy")
+    with pytest.raises(ValueError, match="class_dim="):
+        F.cross_entropy(model(cases.randn(N, T, 4)).transpose(1, 2), labels(N, T)).backward()
+    opt.remove()
+
+
+def test_a_target_that_depends_on_the_model_raises():
+    model, loss = cases.seeded(lambda: nn.Linear(4, V)), nn.MSELoss()
+    opt = optimizer(model, loss)
+    with pytest.raises(ValueError, match="target, depends on the model"):
+        loss(cases.randn(N, V), model(cases.randn(N, 4)))
+    with pytest.raises(ValueError, match="target, depends on the model"):
+        loss(model(cases.randn(N, 4)), model(cases.randn(N, 4, seed=1)))
+    opt.remove()
+
+
+def test_an_unknown_loss_module_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"SmoothL1Loss.*register_loss"):
+        loss_of(nn.SmoothL1Loss())

@@ -1,0 +1,125 @@
+"""Capture: what is kept of a forward pass, in the autograd graph itself.
+
+A `Call` lies in the metadata of the graph node of a layer's output, a `Capture` at that of the model's output, and so
+both live exactly as long as the graph. Nothing refers from a deep node to a shallow one: that would be a cycle that
+Python cannot collect.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+
+class Edge(NamedTuple):
+    """Where the gradient of a tensor arrives: a node of the graph, the number of its input, and the shape there."""
+
+    node: Node
+    number: int
+    shape: torch.Size
+
+    @property
+    def public(self) -> GradientEdge:
+        return GradientEdge(self.node, self.number)
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of one layer: its detached input and the shape of its output.
+
+    losses: how many losses have used something computed from it.
+    """
+
+    layer: int
+    module: nn.Module
+    x: Tensor
+    version: int
+    shape: torch.Size
+    losses: int = 0
+
+
+@dataclass(eq=False)
+class Capture:
+    """The calls that one tensor (the model's output, or what a loss is applied to) may depend on.
+
+    calls: with the edges of their outputs; None stands for the edge of this very tensor, which is kept at it.
+    n: the batch size. shape: of the tensor.
+    forward: one object per forward pass of the model; None for layers that were called outside one.
+    parts: the captures that this one joins. explicit: whether `observe` dealt with it.
+    """
+
+    calls: list[tuple[Call, Edge | None]]
+    n: int
+    shape: torch.Size
+    forward: object | None
+    parts: list[Capture] = field(default_factory=list)
+    explicit: bool = False
+
+    def deal(self) -> None:
+        """`observe` was told of it."""
+        self.explicit = True
+        for part in self.parts:
+            part.deal()
+
+    def batch_of(self, f: Tensor) -> int:
+        """n for a tensor [batch, ...] that is observed: its dimension 0, unless it is this one flattened to rows."""
+        if not self.n or not f.shape[0]:
+            return self.n
+        fewer = f.dim() < len(self.shape) and f.shape[0] % self.n == 0
+        fits = all(call.shape[0] % f.shape[0] == 0 for call, _ in self.calls)
+        return self.n if fewer and (f.numel() == self.shape.numel() or not fits) else f.shape[0]
+
+
+@dataclass
+class Noted:
+    """What lies at one edge of the graph: a call of a layer, a capture, or both."""
+
+    call: Call | None = None
+    capture: Capture | None = None
+
+
+class Frozen(NamedTuple):
+    """A tensor as it was: detached, with the version that an edit in place would change."""
+
+    tensor: Tensor
+    version: int
+
+    def read(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "the model's output was edited in place before the loss: apply that operation out of place, or "
+                "inside the model"
+            )
+        return self.tensor
+
+
+def edge_of(tensor: Tensor) -> Edge:
+    """The edge of a tensor; that of its base if it is the same memory in the same order.
+
+    Editing a view in place rewrites the view's own node but not the base's (nn.Linear with a bias returns a view
+    for inputs of three or more dimensions).
+    """
+    base = tensor._base
+    if (
+        base is not None
+        and base.grad_fn is not None
+        and base.numel() == tensor.numel()
+        and base.is_contiguous()
+        and tensor.is_contiguous()
+    ):
+        tensor = base
+    node, number = get_gradient_edge(tensor)[:2]
+    return Edge(node, number, tensor.shape)
+
+
+def frozen(tensor: Tensor) -> Frozen:
+    return Frozen(tensor.detach(), tensor._version)
+
+
+def metadata(node: Node) -> dict[Any, Any]:
+    """The dict that lives as long as the node (torch's stubs call the property a method)."""
+    return node.metadata  # type: ignore[return-value]
