@@ -32,9 +32,9 @@ def measured(opt) -> Tensor:
     return dense(opt, "tensors")
 
 
-def dense(opt, which: str) -> Tensor:
+def dense(opt, which: str, block=None) -> Tensor:
     """The matrix in the "tensors" of the last step or in the "pending" ones of the next, in the order of `covered`."""
-    (block,) = opt._blocks
+    block = opt._blocks[0] if block is None else block
     places = torch.arange(block.size, dtype=torch.float64)
     joined = [part.reshape(layer.shape) for part, layer in zip(_split(places, block), block.layers, strict=True)]
     order = torch.cat([part.flatten() for part in block.split(joined)]).long()

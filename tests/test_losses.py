@@ -53,6 +53,19 @@ def test_a_named_loss_gives_the_curvature_of_its_module(case, kind):
     close(measured(opt), truth(opt, case.loss, x, y, kind))
 
 
+def test_a_right_prediction_of_gradient_zero_is_a_term_and_an_ignored_one_is_not():
+    model, x, y, loss = cases.seeded(lambda: nn.Linear(4, V)), cases.randn(N, 4), labels(N), nn.CrossEntropyLoss()
+    with torch.no_grad():
+        x[0] = torch.linalg.pinv(model.weight) @ (1000.0 * F.one_hot(y[0], V) - model.bias)
+    opt = optimizer(model, "cross_entropy")
+    loss(model(x), y).backward()
+    close(measured(opt), truth(opt, loss, x, y))
+    opt.zero_grad()
+    y[1] = -100
+    loss(model(x), y).backward()
+    close(measured(opt), truth(opt, loss, x, y))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trigger", ["module", "name", "observe"])
 @pytest.mark.parametrize("shift", [0, 1])

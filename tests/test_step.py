@@ -300,7 +300,7 @@ def test_a_model_without_trainable_parameters_is_refused():
     for model in (nn.Tanh(), make_model().requires_grad_(False)):
         with pytest.raises(ValueError, match="no trainable parameters"):
             SecondOrderOptimizer(model)
-    with pytest.raises(TypeError, match="nn.Module"):
+    with pytest.raises(TypeError, match=r"nn\.Module"):
         SecondOrderOptimizer(make_model().parameters())
     with pytest.raises(ValueError, match="not parameters of the model"):
         SecondOrderOptimizer(make_model(), make_model().parameters())

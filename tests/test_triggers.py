@@ -13,7 +13,7 @@ import cases
 import oracles
 import pytest
 import torch
-from measured import KINDS, Part, close, covered, dense, measured, optimizer, same_random_state, truth
+from measured import KINDS, TRUTH, Part, close, covered, dense, measured, optimizer, same_random_state, truth
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -240,6 +240,32 @@ def test_an_observed_output_is_counted_by_no_other_trigger():
         opt.observe(output, y, weight=3.0)
         (3 * CE(output, y)).backward()
         close(measured(opt), 3 * truth(opt, CE, x, y))
+
+
+@pytest.mark.parametrize("trigger", TRIGGERS)
+@pytest.mark.parametrize("kinds", [("ggn", "empirical_fisher"), ("empirical_fisher", "ggn")])
+def test_kinds_of_several_groups_are_measured_in_one_backward(kinds, trigger):
+    class HeadFirst(nn.Module):
+        """Blocks come in the order of definition: passes for the second go through the layer of the first."""
+
+        def __init__(self):
+            super().__init__()
+            self.head, self.body = nn.Linear(5, V), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return 2 * self.head(self.body(x).tanh())
+
+    model, (x, y) = cases.seeded(HeadFirst), batch()
+    layers = (model.head, model.body)
+    groups = [{"params": m.parameters(), "curv_type": kind} for m, kind in zip(layers, kinds, strict=True)]
+    opt = made(trigger, model, params=groups, approx="block")
+    lost(opt, trigger, model(x), y).backward()
+    opt.step()
+    named = list(model.named_parameters())
+    for block, kind in zip(opt._blocks, kinds, strict=True):
+        whole = truth_of(model, x, y, kind=TRUTH[kind])
+        names = [name for name, _ in named if name.startswith(block.name)]
+        close(dense(opt, "tensors", block), oracles.sub_block(whole, named, names))
 
 
 # ------------------------------------------------------------------------------------ scales and dtypes
@@ -627,6 +653,13 @@ class Subclass(nn.Linear):
         return super().forward(x) + 0.1 * x.sum(-1, keepdim=True)
 
 
+class Padded(nn.Linear):
+    """Returns a view of a part of what it computes."""
+
+    def forward(self, x):
+        return F.linear(x, F.pad(self.weight, (0, 0, 1, 2)), F.pad(self.bias, (1, 2)))[..., 1:-2]
+
+
 class EditedOutput(nn.Module):
     """The layer's output is edited through views and in place before it is used."""
 
@@ -724,6 +757,7 @@ MODELS = {
     "frozen layer in the middle": lambda: frozen(relu_mlp(), "2.weight", "2.bias"),
     "frozen first and last": lambda: frozen(relu_mlp(), "0.weight", "0.bias", "4.weight", "4.bias"),
     "subclass": lambda: nn.Sequential(Subclass(4, 5), nn.Tanh(), Subclass(5, V)),
+    "views of parts edited in place": lambda: nn.Sequential(Padded(4, 5), nn.ELU(inplace=True), Padded(5, V)),
     "edited output": lambda: EditedOutput(False),
     "edited view": lambda: EditedOutput(True),
     "checkpoint": Checkpointed,
@@ -792,7 +826,7 @@ def test_a_compiled_model_is_measured_exactly(built_on, kind):
         opt.zero_grad()
         CE(compiled(x), y).backward()
         got = measured(opt)
-    close(got, truth_of(model, x, y, kind=oracles.ggn if kind == "ggn" else oracles.empirical_fisher))
+    close(got, truth_of(model, x, y, kind=TRUTH[kind]))
     torch._dynamo.reset()
 
 
@@ -980,15 +1014,21 @@ def test_a_gradient_penalty_or_weight_decay_in_the_loss_is_no_other_use():
 
 
 def test_a_bias_before_a_batch_norm_whose_gradient_is_rounding_passes():
-    model = cases.seeded(
-        lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False), nn.Linear(5, V))
-    ).float()
+    layers = [nn.Conv2d(1, 5, 2), nn.BatchNorm2d(5, affine=False), nn.Tanh(), nn.Flatten(), nn.Linear(45, V)]
+    model = cases.seeded(lambda: nn.Sequential(*layers)).float()
     model[0].weight.requires_grad_(False)
-    x, y = batch(32, dtype=torch.float32)
-    opt = optimizer(model, CE)
+    x, y = cases.randn(512, 1, 4, 4).float(), torch.arange(512) % V
+    opt = optimizer(model, CE, approx="diag")
     CE(model(x), y).backward()
-    opt.step()
-    assert opt._blocks[0].tensors
+    assert all(block.captured for block in opt._blocks)
+
+
+def test_weights_put_in_for_one_call_are_not_ours():
+    opt, (x, y) = optimizer(mlp(), CE), batch()
+    doubled = {name: 2 * p for name, p in opt.model.named_parameters()}
+    CE(torch.func.functional_call(opt.model, doubled, x), y).backward()
+    with pytest.raises(RuntimeError, match="no curvature was captured"):
+        opt.step()
 
 
 def test_hooks_on_parameters_do_not_run_more_often_than_the_backward():
@@ -1100,11 +1140,7 @@ def test_under_distributed_data_parallel_each_rank_measures_its_own_part(kind, t
     model = mlp()
     for rank in range(2):
         local = slice(4 * rank, 4 * rank + 4)
-        expected = truth_of(model, x[local], y[local], kind=measured_truth(kind))
+        expected = truth_of(model, x[local], y[local], kind=TRUTH[kind])
         close(torch.from_numpy(results[rank][0]), expected)
         whole = torch.autograd.grad(CE(model(x), y), list(model.parameters()))
         assert all(torch.allclose(torch.from_numpy(a), b) for a, b in zip(results[rank][1], whole, strict=True))
-
-
-def measured_truth(kind):
-    return oracles.ggn if kind == "ggn" else oracles.empirical_fisher

@@ -70,8 +70,6 @@ class Inputs:
     """
 
     def __init__(self, layer: Layer, calls: list[Tensor], n: int, weights: Tensor | None) -> None:
-        if weights is not None and not weights.is_cuda and bool((weights == 1).all()):
-            weights = None  # nothing to weight: knowing it saves a pass over a, and is free on the CPU
         self.layer, self.calls, self.n, self.weights = layer, calls, n, weights
         self.module, self.view = layer.modules[0], layer.view
 

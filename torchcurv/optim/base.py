@@ -27,7 +27,8 @@ _DAMPING_TOLERANCE = 0.1  # relative change of the damping after which an invers
 UNSUPPORTED = ("error", "gradient")
 # What the schedulers of torch write into groups; keys of the user's own are welcome too.
 _SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")
-_WHOLE = ("loss_fn", "reduction", "class_dim", "output_fn", "grad_scaler", "unsupported", "kl_clip", "seed")
+# Options of the optimizer as a whole.
+WHOLE_OPTIONS = ("loss_fn", "reduction", "class_dim", "output_fn", "grad_scaler", "unsupported", "seed")
 
 
 class CurvatureOptimizer(torch.optim.Optimizer):
@@ -512,7 +513,7 @@ def _is_zero(value: Any) -> bool:
 def _check_keys(group: dict[str, Any], known: dict[str, Any]) -> None:
     """Raise on keys that look like a misspelt option; torch and users may put keys of their own into groups."""
     for key in set(group) - set(known) - {"params", "param_names", *_SCHEDULER_KEYS}:
-        if key in _WHOLE:
+        if key in (*WHOLE_OPTIONS, "kl_clip"):
             raise ValueError(f"{key} in a parameter group: it belongs to the optimizer as a whole, not to a group")
         for name in known:
             if key[:4] == name[:4] or SequenceMatcher(None, key, name).ratio() > 0.75:

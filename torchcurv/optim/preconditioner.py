@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchcurv.optim.base import CurvatureOptimizer
+from torchcurv.curv.curvature import OPTION_NAMES
+from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
 
 
 class Preconditioner(CurvatureOptimizer):
@@ -44,29 +45,13 @@ class Preconditioner(CurvatureOptimizer):
         unsupported: str = "error",
         seed: int = 0,
     ) -> None:
+        given = locals()
         super().__init__(
             model,
             params,
             {},
-            {
-                "curv_type": curv_type,
-                "approx": approx,
-                "samples": samples,
-                "sharing": sharing,
-                "damping": damping,
-                "damping_type": damping_type,
-                "ema_decay": ema_decay,
-                "update_every": update_every,
-                "refactor_every": refactor_every,
-                "rows_limit": rows_limit,
-            },
-            loss_fn=loss_fn,
-            reduction=reduction,
-            class_dim=class_dim,
-            output_fn=output_fn,
-            grad_scaler=grad_scaler,
-            unsupported=unsupported,
-            seed=seed,
+            {name: given[name] for name in OPTION_NAMES},
+            **{name: given[name] for name in WHOLE_OPTIONS},
         )
 
     @torch.no_grad()

@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from torchcurv.curv.curvature import OPTION_NAMES
 from torchcurv.curv.schedule import check_number
-from torchcurv.optim.base import CurvatureOptimizer
+from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
 from torchcurv.optim.update import descend_, inner, kl_clip_factor, momentum_
 
+STEP_OPTIONS = ("lr", "momentum", "nesterov", "momentum_type", "weight_decay", "l2", "maximize")
 MOMENTUM_TYPES = ("preconditioned", "raw")
 
 
@@ -91,38 +93,13 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         if kl_clip is not None:
             check_number("kl_clip", kl_clip, lambda x: x > 0, "a number > 0, or None for no clipping")
         self._kl_clip = kl_clip
-        step_options = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "momentum_type": momentum_type,
-            "weight_decay": weight_decay,
-            "l2": l2,
-            "maximize": maximize,
-        }
+        given = locals()
         super().__init__(
             model,
             params,
-            step_options,
-            {
-                "curv_type": curv_type,
-                "approx": approx,
-                "samples": samples,
-                "sharing": sharing,
-                "damping": damping,
-                "damping_type": damping_type,
-                "ema_decay": ema_decay,
-                "update_every": update_every,
-                "refactor_every": refactor_every,
-                "rows_limit": rows_limit,
-            },
-            loss_fn=loss_fn,
-            reduction=reduction,
-            class_dim=class_dim,
-            output_fn=output_fn,
-            grad_scaler=grad_scaler,
-            unsupported=unsupported,
-            seed=seed,
+            {name: given[name] for name in STEP_OPTIONS},
+            {name: given[name] for name in OPTION_NAMES},
+            **{name: given[name] for name in WHOLE_OPTIONS},
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
