@@ -1,6 +1,7 @@
 """Approximations: which statistic of (a, s) is kept, and how it becomes a Factor.
 
     measure(stats, basis) -> {name: tensor}, additive over signals, micro-batches and ranks
+    empty(layers, like) -> the same for no signals at all: zeros of the right shapes
     factor(tensors, damping, damping_type, basis) -> (Factor, ok)
 
 basis is that of the block's last factor, which only ekfac asks for; ok is a 0-d bool tensor.
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.factor import Damping, Eigen, Factor, Inverse, eigh, inverse_spd
+from torchcurv.curv.layers import Layer
 from torchcurv.curv.stats import Stats
 
 Tensors = dict[str, Tensor]
@@ -27,6 +29,8 @@ class Approximation(Protocol):
     def linear(self) -> tuple[str, ...]: ...
 
     def measure(self, stats: Stats, basis: Basis | None = None) -> Tensors: ...
+
+    def empty(self, layers: list[Layer], like: Tensor) -> Tensors: ...
 
     def factor(
         self, tensors: Tensors, damping: Damping, damping_type: str, basis: Basis | None = None
@@ -54,6 +58,9 @@ class Diagonal:
     def measure(self, stats: Stats, basis: Basis | None = None) -> Tensors:
         return {"diag": stats.squares()}
 
+    def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
+        return {"diag": like.new_zeros(layers[0].shape)}
+
     def factor(
         self, tensors: Tensors, damping: Damping, damping_type: str, basis: Basis | None = None
     ) -> tuple[Factor, Tensor]:
@@ -79,6 +86,11 @@ class Dense:
             total = rows.mT @ rows if total is None else total.addmm_(rows.mT, rows)
         assert total is not None
         return {"matrix": (total * stats.scale).unsqueeze(0)}
+
+    def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
+        shapes = [layer.shape for layer in layers]
+        g, o, d = shapes[0] if self.per_unit else (1, 1, sum(g * o * d for g, o, d in shapes))
+        return {"matrix": like.new_zeros(g * o, d, d)}
 
     def factor(
         self, tensors: Tensors, damping: Damping, damping_type: str, basis: Basis | None = None
@@ -117,6 +129,11 @@ class Kronecker:
         if self.corrected and basis is not None:
             tensors["moments"] = stats.squares(*basis)
         return tensors
+
+    def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
+        g, o, d = layers[0].shape
+        tensors = {"A": like.new_zeros(g, d, d), "count": like.new_zeros(()), "B": like.new_zeros(g, o, o)}
+        return {**tensors, "moments": like.new_zeros(g, o, d)} if self.corrected else tensors
 
     def factor(
         self, tensors: Tensors, damping: Damping, damping_type: str, basis: Basis | None = None

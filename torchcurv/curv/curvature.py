@@ -18,6 +18,7 @@ from torchcurv.curv.approx import Approximation, Dense, Diagonal, Kronecker, Ten
 from torchcurv.curv.factor import Eigen, Factor, factor_from_state, free_to_read
 from torchcurv.curv.kinds import KINDS
 from torchcurv.curv.layers import Layer
+from torchcurv.curv.losses import at_least_float32
 from torchcurv.curv.rows import RowSpace
 from torchcurv.curv.schedule import Interval, check_interval, check_number
 from torchcurv.curv.stats import Stats
@@ -110,7 +111,7 @@ class Curvature:
         self.tensors: Tensors = {}
         self.weights: Tensors = {}
         self.factor: Factor | RowSpace | None = None
-        self.factor_damping: float | None = None
+        self.factor_damping = math.nan  # of the factor; unknown where it came as a tensor
         self.flags: Tensor | None = None  # how many measurements were not finite, how many factorisations failed
         self.reported = (0, 0)  # what was last read of them
         self.retry = False  # the last factorisation failed: the next is in float64 with more damping
@@ -220,14 +221,17 @@ class Curvature:
         """Compute the factor anew; where that fails the last good one stays, and the failure is counted."""
         old = self.factor
         if isinstance(old, RowSpace):
-            self.factor, ok = old.damped(damping)
+            self.factor, ok = old.damped(10 * damping if self.retry else damping, self.retry)
+            assert self.factor.finite is not None
+            self._count(0, ~self.factor.finite)
+            self.retry = False
         else:
             new, ok = self._factorise(damping)
             self.factor = new if old is None else _choose(ok, new, old)
             if "moments" in self.tensors and isinstance(self.factor, Eigen):
                 self.tensors["moments"] = self.factor.values
         self._count(1, ~ok)
-        self.factor_damping = damping if not isinstance(damping, Tensor) else None
+        self.factor_damping = math.nan if isinstance(damping, Tensor) else float(damping)
 
     def _factorise(self, damping: float | Tensor) -> tuple[Factor, Tensor]:
         if not self.retry:
@@ -288,7 +292,11 @@ class Curvature:
     def _apply(self, name: str, tensors: list[Tensor], *args: Any) -> list[Tensor]:
         if self.factor is None:
             raise RuntimeError(f"the curvature of block {self.name!r} has not been measured yet")
-        x = self.join([t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors])
+        tensors = [at_least_float32(t) for t in tensors]
+        if isinstance(self.factor, Eigen) and self.factor.diagonal:  # nothing couples: parameter by parameter
+            parts = [replace(self.factor, values=values) for values in self.layers[0].split(self.factor.values)]
+            return [getattr(part, name)(t, *args) for part, t in zip(parts, tensors, strict=True)]
+        x = self.join(tensors)
         if isinstance(self.factor, RowSpace):
             return self.split(_each_of_batch(getattr(self.factor, name), x, *args))
         return self.split(self.unflatten(getattr(self.factor, name)(self.flatten(x), *args)))
@@ -314,23 +322,33 @@ class Curvature:
             self.factor = None
 
     def state(self) -> dict[str, Any]:
-        """The running average and the factor as nested dicts of tensors and numbers."""
+        """The running average and the factor as nested dicts of tensors and numbers.
+
+        The keys and shapes do not depend on what has happened so far, since libraries that load a checkpoint in
+        place ask a fresh optimizer for them: what is not known yet is zero, and marked as such.
+        """
         saved: dict[str, Any] = {
             "size": self.size,
             "next_update": self.next_update,
             "next_refactor": self.next_refactor,
             "reported_skipped": self.reported[0],
             "reported_failed": self.reported[1],
+            "factor_damping": self.factor_damping,
         }
-        if self.flags is not None:
-            saved["flags"] = self.flags
+        p = self.params[0]
+        saved["flags"] = p.new_zeros(2, dtype=torch.int32) if self.flags is None else self.flags
         if self.uses_rows:
             return saved
-        saved["tensors"], saved["weights"] = dict(self.tensors), dict(self.weights)
-        if self.factor is not None and not isinstance(self.factor, RowSpace):
-            saved["factor"] = self.factor.state()
-        if self.factor_damping is not None:
-            saved["factor_damping"] = self.factor_damping
+        tensors, weights, factor = self.tensors, self.weights, self.factor
+        if factor is None or ("moments" not in tensors and self.options.approx == "ekfac"):
+            like = p.new_empty((), dtype=torch.promote_types(p.dtype, torch.float32))
+            tensors = {**self.approx.empty(self.layers, like), **tensors}
+            weights = {key: weights.get(key, like.new_zeros(())) for key in tensors}
+        if factor is None:
+            factor = self.approx.factor(tensors, 1.0, self.options.damping_type)[0]
+        assert not isinstance(factor, RowSpace)
+        saved["known"] = {**{key: int(key in self.tensors) for key in tensors}, "factor": int(self.factor is not None)}
+        saved["tensors"], saved["weights"], saved["factor"] = dict(tensors), dict(weights), factor.state()
         return saved
 
     def load_state(self, saved: dict[str, Any]) -> None:
@@ -344,10 +362,11 @@ class Curvature:
         self.next_update, self.next_refactor = int(saved.get("next_update", 0)), int(saved.get("next_refactor", 0))
         self.flags = saved.get("flags")
         self.reported = int(saved.get("reported_skipped", 0)), int(saved.get("reported_failed", 0))
-        self.tensors = dict(saved.get("tensors", {}))
-        self.weights = dict(saved.get("weights", {}))
-        self.factor = factor_from_state(saved["factor"]) if "factor" in saved else None
-        self.factor_damping = saved.get("factor_damping")
+        known = saved.get("known", {})
+        self.tensors = {key: value for key, value in saved.get("tensors", {}).items() if known[key]}
+        self.weights = {key: value for key, value in saved.get("weights", {}).items() if known[key]}
+        self.factor = factor_from_state(saved["factor"]) if known.get("factor") else None
+        self.factor_damping = float(saved.get("factor_damping", math.nan))
 
     def sizes(self) -> str:
         """Sizes of the matrices kept, as the summary prints them."""

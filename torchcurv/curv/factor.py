@@ -47,7 +47,14 @@ class Eigen(_Saved):
     right: Tensor | None = None
     damping: Tensor | None = None
 
+    @property
+    def diagonal(self) -> bool:
+        """Whether C is diagonal as it stands: then values may have any shape, such as a parameter's own."""
+        return self.left is None and self.right is None
+
     def _apply(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.diagonal:
+            return f(x)
         shape = x.shape
         x = x.reshape(*shape[:-3], *self.values.shape)
         x = _sandwich(_t(self.left), x, self.right)
@@ -64,8 +71,8 @@ class Eigen(_Saved):
     def solve(self, x: Tensor, damping: Damping | None = None) -> Tensor:
         """(C + damping I)^-1 x."""
         damped = self._damped(damping)
-        if self.left is None and self.right is None and damped is not self.values and x.shape == damped.shape:
-            return torch.div(x, damped, out=damped)  # the diagonal case: into the sum just formed
+        if self.diagonal and damped is not self.values and x.shape == damped.shape:
+            return torch.div(x, damped, out=damped)  # into the sum just formed
         return self._apply(x, lambda y: y / damped)
 
     def sample(self, noise: Tensor, damping: Damping | None = None) -> Tensor:
@@ -161,7 +168,9 @@ def _inverse_from_root(root: Tensor) -> Tensor:
     The CPU's LAPACK routine does not use its threads: large matrices go through W = L^-1 and W^T W by blocks, in
     matrix products that skip the known zeros.
     """
-    if root.is_cuda or root.shape[-1] < BLOCKED_FROM:
+    if root.device.type != "cpu":  # cholesky_inverse would read its error flag
+        return torch.cholesky_solve(torch.eye(root.shape[-1], dtype=root.dtype, device=root.device), root)
+    if root.shape[-1] < BLOCKED_FROM:
         return torch.cholesky_inverse(root)
     inverses = [_gram_of_lower(_inverse_of_lower(one, torch.zeros_like(one))) for one in root]
     return inverses[0].unsqueeze(0) if len(inverses) == 1 else torch.stack(inverses)
@@ -206,10 +215,12 @@ def inverse_spd(matrix: Tensor, shift: Damping) -> tuple[Tensor, Tensor]:
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(shift.to(damped.dtype).reshape(-1, 1) if isinstance(shift, Tensor) else shift)
     root, info = torch.linalg.cholesky_ex(damped)
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    if free_to_read(info) and info.any():
+        root = torch.where((info == 0)[:, None, None], root, identity)  # the CPU's routine raises on a zero pivot
     inverse = _inverse_from_root(root)
     fine = (info == 0) & torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1)).all(-1)
     if not free_to_read(fine) or not fine.all():
-        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         bound = identity / diagonal.sum(-1).clamp_min(torch.finfo(matrix.dtype).tiny)[:, None, None]
         inverse = torch.where(fine[:, None, None], inverse, bound)
     return inverse, fine.all()

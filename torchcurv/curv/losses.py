@@ -27,7 +27,8 @@ def random_signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    wanted = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor if tensor.dtype == wanted else tensor.to(wanted)
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,15 @@ from torchcurv.curv.stats import Stats
 
 @dataclass(frozen=True)
 class RowSpace:
-    """A block through its rows; `inverse` is (λ I + V V^T)^-1 once `damped` with λ = `damping`."""
+    """A block through its rows; `inverse` is (λ I + V V^T)^-1 once `damped` with λ = `damping`.
+
+    finite: whether V V^T was; where it was not, C counts as zero.
+    """
 
     stats: tuple[Stats, ...]
     inverse: Tensor | None = None
     damping: Tensor | None = None
+    finite: Tensor | None = None
 
     def _per_layer(self, x: list[Tensor], stats: Stats) -> Iterable[tuple[int, Tensor]]:
         return ((index, x[index]) for index in range(len(stats.layers)) if stats.inputs[index] is not None)
@@ -79,18 +83,21 @@ class RowSpace:
         assert isinstance(total, Tensor)
         return total
 
-    def damped(self, damping: Damping) -> tuple[RowSpace, Tensor]:
+    def damped(self, damping: Damping, double: bool = False) -> tuple[RowSpace, Tensor]:
+        """(the rows with their inverse, whether it could be computed); double: in float64."""
         gram = self.gram()
-        inverse, ok = inverse_spd(gram.unsqueeze(0), damping)
+        finite = torch.isfinite(gram.sum())
+        gram = torch.where(finite, gram, 0)
+        inverse, ok = inverse_spd((gram.double() if double else gram).unsqueeze(0), damping)
         held = torch.as_tensor(damping, dtype=gram.dtype, device=gram.device)
-        return RowSpace(self.stats, inverse[0], held), ok
+        return RowSpace(self.stats, inverse[0].to(gram.dtype), held, finite), ok
 
     def solve(self, x: list[Tensor], damping: Damping | None = None) -> list[Tensor]:
         if damping is not None or self.inverse is None:
             return self.damped(0.0 if damping is None else damping)[0].solve(x)
-        assert self.damping is not None
+        assert self.damping is not None and self.finite is not None
         correction = self.rows_transposed_times(self.inverse @ self.rows_times(x))
-        return [(g - c) / self.damping for g, c in zip(x, correction, strict=True)]
+        return [(g - torch.where(self.finite, c, 0)) / self.damping for g, c in zip(x, correction, strict=True)]
 
     def matvec(self, x: list[Tensor]) -> list[Tensor]:
         return self.rows_transposed_times(self.rows_times(x))

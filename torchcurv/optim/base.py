@@ -65,6 +65,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             raise ValueError(f"unsupported={unsupported!r}; allowed are {', '.join(map(repr, UNSUPPORTED))}")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed={seed!r}; pass an int")
+        if isinstance(class_dim, bool) or not isinstance(class_dim, int | None):
+            raise TypeError(f"class_dim={class_dim!r}; pass an int, or None")
+        if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
+            raise TypeError(f"grad_scaler={grad_scaler!r}; pass a torch.amp.GradScaler, or anything with get_scale()")
         self.model = model
         self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self._unsupported = unsupported
@@ -302,13 +306,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             if nothing:
                 self._save()
             return not nothing
-        loss_fn = record.loss_fn
         if nothing:
-            trigger = {
-                "module": "the loss module given as loss_fn= was not called on the model's output in this step",
-                "name": "no backward() reached the model's output through a recorded forward pass",
-                "none": "loss_fn=None and optimizer.observe(output, target, loss_fn) was not called in this step",
-            }["none" if loss_fn is None else "name" if isinstance(loss_fn, str) else "module"]
+            trigger = self._silent_trigger(record.loss_fn)
             raise RuntimeError(
                 f"there are gradients but no curvature was captured: {trigger}. Call the model and the loss between "
                 "two steps with gradients enabled, then loss.backward(); the optimizer must have been built before "
@@ -321,6 +320,15 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 'into a group with approx=None, or pass unsupported="gradient"'
             )
         return True
+
+    def _silent_trigger(self, loss_fn: nn.Module | str | None) -> str:
+        if not self._finalizer.alive:
+            return "optimizer.remove() has taken its hooks away"
+        if loss_fn is None:
+            return "loss_fn=None and optimizer.observe(output, target, loss_fn) was not called in this step"
+        if isinstance(loss_fn, str):
+            return "no backward() reached the model's output through a recorded forward pass"
+        return "the loss module given as loss_fn= was not called on the model's output in this step"
 
     def _finish_step(self) -> None:
         """Count the step, put the curvature into the state, and say what the next forward passes feed."""
@@ -386,8 +394,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def remove(self) -> None:
         """Take every hook off the model and the loss; the optimizer keeps its state."""
-        if self._record is not None:
-            self._record.remove()
+        if self._finalizer is not None:
+            self._finalizer()
 
     def metrics(self) -> dict[str, float]:
         """Steps taken, measurements left out as not finite, factorisations failed so far (one device sync)."""
@@ -501,7 +509,7 @@ def _partition(chosen: list[tuple[Layer, Options]]) -> Iterable[tuple[str, list[
 def _damping_moved(block: Curvature, damping: float | Tensor) -> bool:
     """Whether an inverse that holds its damping was made for another one. A tensor damping is never read."""
     held = block.factor_damping
-    if not block.bakes_damping() or held is None or isinstance(damping, Tensor):
+    if not block.bakes_damping() or isinstance(damping, Tensor):
         return False
     return abs(damping - held) > _DAMPING_TOLERANCE * abs(held)
 
@@ -516,7 +524,7 @@ def _check_keys(group: dict[str, Any], known: dict[str, Any]) -> None:
         if key in (*WHOLE_OPTIONS, "kl_clip"):
             raise ValueError(f"{key} in a parameter group: it belongs to the optimizer as a whole, not to a group")
         for name in known:
-            if key[:4] == name[:4] or SequenceMatcher(None, key, name).ratio() > 0.75:
+            if name.startswith(key[:4]) or SequenceMatcher(None, key, name).ratio() > 0.75:
                 raise ValueError(
                     f"parameter group has the unknown option {key!r}, did you mean {name!r}? The options of a group "
                     f"are {', '.join(sorted(known))}; a key of your own needs a name less like them"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -163,12 +164,11 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         """Scale the preconditioned steps by ν of the KL clip, one number for all of them."""
         if self._kl_clip is None or not solved:
             return
-        products = [
-            inner(solved[p], gradients[p]) * group["lr"] ** 2
-            for group in self.param_groups
-            for p in group["params"]
-            if p in solved
-        ]
+        products = []
+        for group in self.param_groups:
+            own = [inner(solved[p], gradients[p]) for p in group["params"] if p in solved]
+            if own:
+                products.append(torch.stack(own).sum() * group["lr"] ** 2)
         torch._foreach_mul_(list(solved.values()), kl_clip_factor(products, self._kl_clip))
 
 
@@ -179,9 +179,9 @@ def check_step_options(options: dict[str, Any]) -> None:
         if lr.numel() != 1:
             raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}; pass a number >= 0, or a 0-d tensor")
     else:
-        check_number("lr", lr, lambda x: x >= 0, "a number >= 0, or a 0-d tensor")
+        check_number("lr", lr, lambda x: 0 <= x < math.inf, "a finite number >= 0, or a 0-d tensor")
     for key in ("weight_decay", "l2"):
-        check_number(key, options[key], lambda x: x >= 0, "a number >= 0")
+        check_number(key, options[key], lambda x: 0 <= x < math.inf, "a finite number >= 0")
     check_number("momentum", options["momentum"], lambda x: 0 <= x < 1, "a number with 0 <= momentum < 1")
     for key in ("nesterov", "maximize"):
         if not isinstance(options[key], bool):

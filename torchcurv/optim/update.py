@@ -11,7 +11,7 @@ Number = float | Tensor
 def kl_clip_factor(products: list[Tensor], kl_clip: float) -> Tensor:
     """ν = min(1, sqrt(κ / |Σ lr² <V, G>|)), V the preconditioned and G the raw gradient; a 0-d tensor, no sync.
 
-    products: lr² <V, G> of each parameter. <V, G> = V^T (C + λ) V for Tikhonov damping, twice the KL divergence that
+    products: lr² <V, G> of each group. <V, G> = V^T (C + λ) V for Tikhonov damping, twice the KL divergence that
     a step V would cause.
     """
     total = torch.stack(products).sum().abs()
@@ -20,7 +20,8 @@ def kl_clip_factor(products: list[Tensor], kl_clip: float) -> Tensor:
 
 def inner(x: Tensor, y: Tensor) -> Tensor:
     """<x, y> as a 0-d tensor in the wider dtype."""
-    return torch.dot(x.flatten(), y.flatten().to(x.dtype))
+    y = y if y.dtype == x.dtype else y.to(x.dtype)
+    return torch.dot(x.flatten(), y.flatten())
 
 
 def momentum_(buffers: list[Tensor], directions: list[Tensor], momentum: float, nesterov: bool) -> list[Tensor]:
