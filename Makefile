@@ -9,11 +9,12 @@ PIP_INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
 demo: $(VENV)/.benchmarks
 	$(BIN)/python -m benchmarks.demo
 
+# One thread per worker: with more they wait for one another on two cores.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: $(VENV)/.check
 	$(BIN)/ruff check .

@@ -287,6 +287,14 @@ def test_a_failed_factorisation_keeps_the_last_good_factor_and_is_tried_again(ap
     assert optimizer.metrics()["failed_factorisations"] == 1
 
 
+@pytest.mark.parametrize("d", [1, 3, 600])
+def test_a_singular_matrix_is_a_failure_and_no_exception(d):
+    matrices = torch.stack([torch.zeros(d, d), 2 * torch.eye(d)]).double()
+    inverse, ok = factor_module.inverse_spd(matrices, 0.0)
+    assert not ok
+    close(inverse[1], 0.5 * torch.eye(d, dtype=torch.float64))
+
+
 def test_a_retry_in_float64_returns_to_the_dtype_of_the_statistics():
     block = block_of("kfac")
     block.tensors = {"A": spd(1, 5, 5, 1).float(), "count": torch.ones(()), "B": spd(1, 3, 3, 2).float()}

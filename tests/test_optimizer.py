@@ -315,6 +315,8 @@ def test_parameters_may_be_frozen_and_unfrozen_between_steps(approx):
         for name, p in fresh.named_parameters():
             p.requires_grad_(name not in names)
         train(model, optimizer, [1])
+        firsts = {block.params[0] for block in optimizer._blocks}
+        assert {p for p, state in optimizer.state.items() if "curvature" in state} == firsts
         train(fresh, SecondOrderOptimizer(fresh, fresh.parameters(), approx=approx, ema_decay=0.0, **PLAIN), [1])
         if approx != "ekfac":  # whose moments are measured in the basis of the step before
             close(flat(model.parameters()), flat(fresh.parameters()))

@@ -463,7 +463,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             schedules = {key: self._schedules.get((index, key)) for key in _INTERVALS}
             group.update({key: schedule for key, schedule in schedules.items() if schedule is not None})
             self._take_group(index)
-        self._blocks = []
         self._build()
         for block in self._blocks:
             block.load_state(self.state.get(block.params[0], {}).get("curvature", {}))
