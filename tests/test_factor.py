@@ -15,7 +15,7 @@ from torchcurv.curv import curvature as curvature_module
 from torchcurv.curv import factor as factor_module
 from torchcurv.curv.approx import Dense, Diagonal, Kronecker, project_moments
 from torchcurv.curv.curvature import Curvature, Options
-from torchcurv.curv.factor import Eigen
+from torchcurv.curv.factor import Eigen, Inverse, inverse_spd
 from torchcurv.curv.layers import find_layers
 
 APPROXIMATIONS = ["full", "block", "unit", "kfac", "ekfac", "diag"]
@@ -285,6 +285,30 @@ def test_a_failed_factorisation_keeps_the_last_good_factor_and_is_tried_again(ap
     ratio = torch.as_tensor(more[1]) / torch.as_tensor(usual[1])
     assert torch.allclose(ratio, torch.full_like(ratio, 10**0.5 if approx == "kfac" else 10), rtol=1e-3)
     assert optimizer.metrics()["failed_factorisations"] == 1
+
+
+@pytest.mark.parametrize("d", [512, 513, 785])
+def test_a_large_matrix_is_inverted_by_blocks_from_its_lower_triangle(d):
+    x = cases.randn(d + 5, d, seed=1)
+    matrix = torch.stack([x.mT @ x / d, torch.eye(d, dtype=x.dtype)])
+    garbage = torch.full_like(matrix, 7.0).triu(1)
+    inverse, ok = inverse_spd(matrix.tril() + garbage, torch.tensor([0.1, 2.0]))
+    damped = matrix + torch.tensor([0.1, 2.0])[:, None, None] * torch.eye(d)
+    truth = torch.stack([torch.linalg.inv(one) for one in damped])
+    assert ok and torch.allclose(inverse, truth, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("d", [3, 300])
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_columns_are_solved_as_the_whole(d, lead):
+    g, o = 2, 3
+    right, left = (m @ m.mT for m in (cases.randn(g, d, d, seed=1), cases.randn(g, o, o, seed=2)))
+    factor, x = Inverse(right, left), cases.randn(*lead, g, o, d, seed=3)
+    whole = factor.solve(x)
+    assert torch.allclose(whole, left @ x @ right)
+    for widths in ([d], [d - 1, 1], [1, d - 2, 1]):
+        parts = factor.solve_columns(list(x.split(widths, -1)))
+        assert torch.allclose(torch.cat(parts, -1), whole)
 
 
 @pytest.mark.parametrize("d", [1, 3, 600])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.approx import Approximation, Dense, Diagonal, Kronecker, Tensors
-from torchcurv.curv.factor import Eigen, Factor, factor_from_state, free_to_read
+from torchcurv.curv.factor import Eigen, Factor, Inverse, factor_from_state, free_to_read
 from torchcurv.curv.kinds import KINDS
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.losses import at_least_float32
@@ -296,6 +296,9 @@ class Curvature:
         if isinstance(self.factor, Eigen) and self.factor.diagonal:  # nothing couples: parameter by parameter
             parts = [replace(self.factor, values=values) for values in self.layers[0].split(self.factor.values)]
             return [getattr(part, name)(t, *args) for part, t in zip(parts, tensors, strict=True)]
+        if name == "solve" and isinstance(self.factor, Inverse) and self.factor.left is not None:
+            solved = self.factor.solve_columns(self.layers[0].columns(tensors))
+            return [x.reshape(t.shape) for x, t in zip(solved, tensors, strict=True)]
         x = self.join(tensors)
         if isinstance(self.factor, RowSpace):
             return self.split(_each_of_batch(getattr(self.factor, name), x, *args))

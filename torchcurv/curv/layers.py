@@ -198,14 +198,18 @@ class Layer:
         """(g, o, i) of the joined parameters, the bias being the last input."""
         return self.groups, self.outputs, self.dim
 
+    def columns(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Tensors shaped like `params`, any leading dimensions before -> [..., g, o, features or 1] each."""
+        columns = []
+        for p, tensor in zip(self.params, tensors, strict=True):
+            width = self.features if p is self.weight else 1
+            columns.append(_unflatten(tensor, p.dim(), (self.groups, self.outputs, width)))
+        return columns
+
     def join(self, tensors: list[Tensor]) -> Tensor:
         """Tensors shaped like `params`, any leading dimensions before -> [..., g, o, i]."""
-        if self.weight is None:
-            return _unflatten(tensors[0], 1, (self.groups, self.outputs, 1))
-        weight = _unflatten(tensors[0], self.weight.dim(), (self.groups, self.outputs, self.features))
-        if self.bias is None:
-            return weight
-        return torch.cat([weight, _unflatten(tensors[1], 1, (self.groups, self.outputs, 1))], -1)
+        columns = self.columns(tensors)
+        return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
 
     def split(self, joined: Tensor) -> list[Tensor]:
         """The inverse of `join`."""
