@@ -3,6 +3,7 @@
 Every `make_*` builds a fresh, seeded object and leaves the global random state alone.
 """
 
+import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable
@@ -33,10 +34,17 @@ class LayerCase(NamedTuple):
     id: str
     make_layer: Callable[[], nn.Module]
     input_shape: tuple[int, ...]  # without the batch dimension
+    make_input: Callable[..., Tensor | tuple] | None = None  # (n, seed) -> input; None: randn(n, *input_shape)
+
+    def input_for(self, n: int, seed: int = 1) -> Tensor | tuple:
+        """A batch of n samples for the layer: one tensor, or the tuple of its arguments."""
+        return self.make_input(n, seed) if self.make_input else randn(n, *self.input_shape, seed=seed)
 
 
-def _layer(id: str, make: type[nn.Module], *args, shape: tuple[int, ...], **kwargs) -> LayerCase:
-    return LayerCase(id, lambda: seeded(lambda: make(*args, **kwargs)), shape)
+def _layer(
+    id: str, make: Callable[..., nn.Module], *args, shape: tuple[int, ...], make_input=None, **kwargs
+) -> LayerCase:
+    return LayerCase(id, lambda: seeded(lambda: make(*args, **kwargs)), shape, make_input)
 
 
 LINEAR_LAYERS = [
@@ -128,6 +136,224 @@ LAYERS_SAME_EVEN = [
     _layer("conv1d_same_even", nn.Conv1d, 2, 2, 4, padding="same", shape=(2, 5)),
     _layer("conv2d_same_even", nn.Conv2d, 2, 2, (2, 4), padding="same", groups=2, shape=(2, 3, 4)),
 ]
+
+TRANSPOSED_LAYERS = [
+    _layer("transposed1d", nn.ConvTranspose1d, 3, 2, 3, shape=(3, 4)),
+    _layer("transposed1d_nobias", nn.ConvTranspose1d, 3, 2, 3, bias=False, shape=(3, 4)),
+    _layer("transposed1d_pointwise", nn.ConvTranspose1d, 3, 2, 1, shape=(3, 4)),
+    _layer("transposed1d_stride_pad", nn.ConvTranspose1d, 2, 3, 3, 2, 1, 1, shape=(2, 3)),
+    _layer("transposed1d_dilated", nn.ConvTranspose1d, 2, 2, 3, padding=1, dilation=2, shape=(2, 3)),
+    _layer("transposed1d_stride_over_kernel", nn.ConvTranspose1d, 2, 2, 2, 4, 0, 2, shape=(2, 3)),
+    _layer("transposed1d_pad_over_kernel", nn.ConvTranspose1d, 2, 3, 2, padding=2, shape=(2, 6)),
+    _layer("transposed1d_groups", nn.ConvTranspose1d, 4, 6, 2, groups=2, shape=(4, 3)),
+    _layer("transposed1d_depthwise", nn.ConvTranspose1d, 3, 3, 3, padding=1, groups=3, shape=(3, 4)),
+    _layer("transposed2d", nn.ConvTranspose2d, 2, 3, 2, shape=(2, 3, 2)),
+    _layer("transposed2d_nobias", nn.ConvTranspose2d, 2, 3, 2, bias=False, shape=(2, 3, 2)),
+    _layer("transposed2d_one_position", nn.ConvTranspose2d, 2, 3, 3, padding=2, shape=(2, 3, 3)),
+    _layer("transposed2d_stride_pad", nn.ConvTranspose2d, 2, 2, 3, 2, 1, 1, shape=(2, 2, 3)),
+    _layer("transposed2d_stride_over_kernel", nn.ConvTranspose2d, 2, 2, 2, 3, shape=(2, 2, 2)),
+    _layer("transposed2d_pad_over_kernel", nn.ConvTranspose2d, 2, 2, 2, padding=(2, 3), shape=(2, 5, 7)),
+    _layer(
+        "transposed2d_uneven",
+        *(nn.ConvTranspose2d, 2, 3, (3, 2)),
+        stride=(2, 1),
+        padding=(1, 0),
+        output_padding=(0, 1),
+        dilation=(1, 2),
+        shape=(2, 3, 2),
+    ),
+    _layer("transposed2d_groups", nn.ConvTranspose2d, 4, 4, 2, groups=2, shape=(4, 2, 3)),
+    _layer("transposed2d_groups_nobias", nn.ConvTranspose2d, 4, 6, 2, 2, 1, 1, groups=2, bias=False, shape=(4, 2, 3)),
+    _layer("transposed2d_depthwise", nn.ConvTranspose2d, 3, 3, 2, padding=1, groups=3, shape=(3, 3, 4)),
+    _layer("transposed2d_depthwise_multiplier", nn.ConvTranspose2d, 2, 4, 2, dilation=2, groups=2, shape=(2, 2, 2)),
+    _layer("transposed3d", nn.ConvTranspose3d, 2, 3, 2, padding=1, shape=(2, 3, 2, 3)),
+    _layer(
+        "transposed3d_uneven",
+        *(nn.ConvTranspose3d, 2, 2, (1, 2, 3)),
+        stride=(1, 3, 2),
+        padding=(0, 1, 2),
+        output_padding=(0, 2, 1),
+        dilation=(1, 2, 1),
+        shape=(2, 2, 2, 3),
+    ),
+    _layer("transposed3d_groups", nn.ConvTranspose3d, 4, 2, (2, 1, 2), groups=2, shape=(4, 2, 1, 2)),
+    _layer(
+        "transposed3d_depthwise_nobias", nn.ConvTranspose3d, 2, 2, 2, 2, 1, groups=2, bias=False, shape=(2, 2, 2, 2)
+    ),
+]
+
+
+def _randomized(make: type[nn.Module], *args, train: bool = False, **kwargs) -> nn.Module:
+    """In eval mode unless `train`; parameters of size at least 0.3 and of both signs, running statistics at random."""
+    layer = make(*args, **kwargs).train(train)
+    with torch.no_grad():
+        for param in layer.parameters():
+            param.copy_(torch.randn(param.shape))
+            param.add_(0.3 * param.sign())
+        for name, buffer in layer.named_buffers():
+            if name == "running_mean":
+                buffer.normal_()
+            elif name == "running_var":
+                buffer.uniform_(0.5, 2.0)
+    return layer
+
+
+def _norm(id: str, make: type[nn.Module], *args, shape: tuple[int, ...], **kwargs) -> LayerCase:
+    return _layer(id, _randomized, make, *args, shape=shape, **kwargs)
+
+
+# A layer stays in the mode that make_layer gives it: model.train() or model.eval() would change what it computes.
+NORM_LAYERS = [
+    _norm("batchnorm1d", nn.BatchNorm1d, 3, shape=(3,)),
+    _norm("batchnorm1d_seq", nn.BatchNorm1d, 3, eps=0.1, shape=(3, 4)),
+    _norm("batchnorm2d", nn.BatchNorm2d, 3, shape=(3, 2, 3)),
+    _norm("batchnorm3d", nn.BatchNorm3d, 2, eps=0.1, shape=(2, 2, 1, 3)),
+    _norm("layernorm", nn.LayerNorm, 4, shape=(4,)),
+    _norm("layernorm_nobias", nn.LayerNorm, 4, bias=False, shape=(4,)),
+    _norm("layernorm_seq", nn.LayerNorm, 4, eps=0.1, shape=(3, 4)),
+    _norm("layernorm_2_dims", nn.LayerNorm, (2, 3), shape=(2, 3)),
+    _norm("layernorm_2_dims_seq", nn.LayerNorm, (2, 3), shape=(4, 2, 3)),
+    _norm("layernorm_2_dims_seq_nobias", nn.LayerNorm, (2, 3), bias=False, eps=0.1, shape=(4, 2, 3)),
+    _norm("rmsnorm", nn.RMSNorm, 4, shape=(4,)),
+    _norm("rmsnorm_seq_eps", nn.RMSNorm, 4, eps=0.1, shape=(3, 4)),
+    _norm("rmsnorm_2_dims", nn.RMSNorm, (2, 3), eps=0.1, shape=(2, 2, 3)),
+    _norm("groupnorm_vector", nn.GroupNorm, 2, 6, shape=(6,)),
+    _norm("groupnorm_seq", nn.GroupNorm, 2, 4, eps=0.1, shape=(4, 3)),
+    _norm("groupnorm_map", nn.GroupNorm, 2, 4, shape=(4, 2, 3)),
+    _norm("groupnorm_one_group", nn.GroupNorm, 1, 3, shape=(3, 2, 2)),
+    _norm("instancenorm1d", nn.InstanceNorm1d, 3, affine=True, shape=(3, 4)),
+    _norm("instancenorm2d", nn.InstanceNorm2d, 3, affine=True, eps=0.1, shape=(3, 2, 3)),
+    _norm("instancenorm3d", nn.InstanceNorm3d, 2, affine=True, shape=(2, 2, 2, 2)),
+    _norm("instancenorm1d_running", nn.InstanceNorm1d, 3, affine=True, track_running_stats=True, shape=(3, 4)),
+    _norm("instancenorm2d_running", nn.InstanceNorm2d, 3, affine=True, track_running_stats=True, shape=(3, 2, 3)),
+    _norm("instancenorm3d_running", nn.InstanceNorm3d, 2, affine=True, track_running_stats=True, shape=(2, 2, 1, 2)),
+]
+
+# The output of a sample depends on the other samples: the gradient is a sum over samples, the curvature is not.
+BATCH_STATISTICS_LAYERS = [
+    _norm("batchnorm1d_train", nn.BatchNorm1d, 3, train=True, shape=(3,)),
+    _norm("batchnorm1d_seq_train", nn.BatchNorm1d, 3, train=True, eps=0.1, shape=(3, 4)),
+    _norm("batchnorm2d_train", nn.BatchNorm2d, 3, train=True, shape=(3, 2, 3)),
+    _norm("batchnorm3d_train", nn.BatchNorm3d, 2, train=True, shape=(2, 2, 1, 3)),
+    _norm("batchnorm1d_untracked", nn.BatchNorm1d, 3, track_running_stats=False, shape=(3,)),
+    _norm("batchnorm1d_seq_untracked", nn.BatchNorm1d, 3, track_running_stats=False, shape=(3, 4)),
+    _norm("batchnorm2d_untracked", nn.BatchNorm2d, 3, track_running_stats=False, eps=0.1, shape=(3, 2, 3)),
+    _norm("batchnorm3d_untracked", nn.BatchNorm3d, 2, track_running_stats=False, shape=(2, 2, 1, 3)),
+    _norm("batchnorm2d_untracked_train", nn.BatchNorm2d, 3, track_running_stats=False, train=True, shape=(3, 2, 3)),
+]
+
+ELEMENTWISE_LAYERS = [
+    _norm("prelu", nn.PReLU, shape=(4,)),
+    _norm("prelu_map", nn.PReLU, shape=(3, 2, 2)),
+    _norm("prelu_channels", nn.PReLU, 4, shape=(4,)),
+    _norm("prelu_channels_seq", nn.PReLU, 3, shape=(3, 4)),
+    _norm("prelu_channels_map", nn.PReLU, 3, shape=(3, 2, 2)),
+]
+
+
+def _pairs(*left: int) -> Callable[..., tuple]:
+    """(n, seed) -> ([n, *left], [n, *left[:-1], 3])."""
+    return lambda n, seed=1: (randn(n, *left, seed=seed), randn(n, *left[:-1], 3, seed=seed + 100))
+
+
+BILINEAR_LAYERS = [
+    _layer("bilinear", nn.Bilinear, 2, 3, 4, shape=(2,), make_input=_pairs(2)),
+    _layer("bilinear_nobias", nn.Bilinear, 2, 3, 4, bias=False, shape=(2,), make_input=_pairs(2)),
+    _layer("bilinear_seq", nn.Bilinear, 2, 3, 2, shape=(3, 2), make_input=_pairs(3, 2)),
+    _layer("bilinear_grid_nobias", nn.Bilinear, 2, 3, 2, bias=False, shape=(2, 2, 2), make_input=_pairs(2, 2, 2)),
+]
+
+WORDS = 5
+
+
+def _words(shape: tuple[int, ...], seed: int, padding: int | None) -> Tensor:
+    """Random tokens, none of them `padding`."""
+    x = torch.randint(WORDS, shape, generator=torch.Generator().manual_seed(seed))
+    return x if padding is None else torch.where(x == padding, (padding + 1) % WORDS, x)
+
+
+def _tokens(*shape: int, padding: int | None = None) -> Callable[..., Tensor]:
+    """(n, seed) -> tokens [n, *shape]; the last two of a sample are equal; `padding` in front, and all of sample 1."""
+
+    def make_input(n: int, seed: int = 1) -> Tensor:
+        x = _words((n, *shape), seed, padding)
+        if shape:
+            x[..., -1] = x[..., -2]
+        if padding is not None:
+            x[..., :1] = padding
+            if shape:
+                x[1:2] = padding
+        return x
+
+    return make_input
+
+
+def _weighted_tokens(r: int, padding: int | None = None) -> Callable[..., tuple]:
+    """(n, seed) -> the arguments of an EmbeddingBag with per_sample_weights."""
+    return lambda n, seed=1: (_tokens(r, padding=padding)(n, seed), None, randn(n, r, seed=seed))
+
+
+def _bags(include_last: bool = False, padding: int | None = None, weighted: bool = False) -> Callable[..., tuple]:
+    """(n, seed) -> (tokens, offsets[, weights]) of bags of 3, 0, 2, 1, 3, 0, ... tokens, `padding` in front of each."""
+
+    def make_input(n: int, seed: int = 1) -> tuple:
+        offsets = [0]
+        for k in range(n):
+            offsets.append(offsets[-1] + (3, 0, 2, 1)[k % 4])
+        x = _words((offsets[-1],), seed, padding)
+        x[1] = x[2]
+        if padding is not None:
+            x[[start for start in offsets if start < len(x)]] = padding
+        weights = (randn(len(x), seed=seed),) if weighted else ()
+        return x, torch.tensor(offsets if include_last else offsets[:-1]), *weights
+
+    return make_input
+
+
+def _embedding(id: str, make_input, shape: tuple[int, ...] = (), **kwargs) -> LayerCase:
+    return _layer(id, nn.Embedding, WORDS, 3, shape=shape, make_input=make_input, **kwargs)
+
+
+def _embedding_bag(id: str, make_input, shape: tuple[int, ...] = (), **kwargs) -> LayerCase:
+    return _layer(id, nn.EmbeddingBag, WORDS, 3, shape=shape, make_input=make_input, **kwargs)
+
+
+# input_shape is () where a sample is one token or has no shape of its own.
+EMBEDDING_LAYERS = [
+    _embedding("embedding", _tokens(4), shape=(4,)),
+    _embedding("embedding_vector", _tokens()),
+    _embedding("embedding_grid", _tokens(2, 3), shape=(2, 3)),
+    _embedding("embedding_padding", _tokens(4, padding=1), shape=(4,), padding_idx=1),
+    _embedding("embedding_padding_last", _tokens(4, padding=WORDS - 1), shape=(4,), padding_idx=-1),
+    _embedding("embedding_vector_padding", _tokens(padding=0), padding_idx=0),
+    # the padding row is an output all the same, but gets no gradient
+    _layer(
+        "embedding_padding_not_zero",
+        *(_randomized, nn.Embedding, WORDS, 3),
+        padding_idx=1,
+        shape=(4,),
+        make_input=_tokens(4, padding=1),
+    ),
+]
+
+BAG_LAYERS = [
+    _embedding_bag("bag_sum", _tokens(4), shape=(4,), mode="sum"),
+    _embedding_bag("bag_mean", _tokens(4), shape=(4,), mode="mean"),
+    _embedding_bag("bag_sum_weights", _weighted_tokens(4), shape=(4,), mode="sum"),
+    _embedding_bag("bag_sum_padding", _tokens(4, padding=1), shape=(4,), mode="sum", padding_idx=1),
+    _embedding_bag("bag_mean_padding", _tokens(4, padding=4), shape=(4,), mode="mean", padding_idx=-1),
+    _embedding_bag("bag_sum_weights_padding", _weighted_tokens(4, padding=1), shape=(4,), mode="sum", padding_idx=1),
+    _embedding_bag("bag_sum_offsets", _bags(), mode="sum"),
+    _embedding_bag("bag_mean_offsets", _bags(), mode="mean"),
+    _embedding_bag("bag_sum_offsets_weights", _bags(weighted=True), mode="sum"),
+    _embedding_bag("bag_mean_offsets_padding", _bags(padding=1), mode="mean", padding_idx=1),
+    _embedding_bag("bag_sum_offsets_last", _bags(True), mode="sum", include_last_offset=True),
+    _embedding_bag("bag_mean_offsets_last", _bags(True), mode="mean", include_last_offset=True),
+]
+
+TOKEN_LAYERS = EMBEDDING_LAYERS + BAG_LAYERS
+
+NEW_LAYERS = TRANSPOSED_LAYERS + NORM_LAYERS + ELEMENTWISE_LAYERS + BILINEAR_LAYERS + TOKEN_LAYERS
 
 
 class ConvSetting(NamedTuple):
@@ -351,13 +577,31 @@ class Residual(nn.Module):
         return x
 
 
+class FirstOfSeveral(nn.Sequential):
+    """Sequential whose first module is called with all the arguments."""
+
+    def forward(self, *args) -> Tensor:
+        first, *rest = self
+        x = first(*args)
+        for part in rest:
+            x = part(x)
+        return x
+
+
 def net_around(
-    layer: nn.Module, input_shape, output_shape=(CLASSES,), before: bool = False, seed: int = 1
+    layer: nn.Module, input_shape, output_shape=(CLASSES,), before: bool = False, seed: int = 1, x=None
 ) -> nn.Module:
-    """[Flatten, Linear, Tanh, Unflatten if `before`,] "layer", Tanh, Flatten, Linear, Unflatten."""
+    """[Flatten, Linear, Tanh, Unflatten if `before`,] "layer", Tanh, Flatten, Linear, Unflatten.
+
+    x: an input of the layer, needed where zeros [1, *input_shape] are none (see `LayerCase.input_for`). If it is a
+    tuple the net is called with as many arguments; `before` is for one floating point tensor only.
+    """
     size, outputs = math.prod(input_shape), math.prod(output_shape)
+    several = isinstance(x, tuple)
+    x = torch.zeros(1, *input_shape, dtype=torch.float64) if x is None else x
     with torch.no_grad():
-        features = layer(torch.zeros(1, *input_shape, dtype=torch.float64)).numel()
+        trial = copy.deepcopy(layer)  # its running statistics may move
+        features = trial(*(x if several else (x,)))[0].numel()
 
     def make():
         parts = OrderedDict()
@@ -370,7 +614,7 @@ def net_around(
         parts["flatten"] = nn.Flatten()
         parts["head"] = nn.Linear(features, outputs)
         parts["shape"] = nn.Unflatten(1, tuple(output_shape))
-        return nn.Sequential(parts)
+        return FirstOfSeveral(parts) if several else nn.Sequential(parts)
 
     return seeded(make, seed)
 

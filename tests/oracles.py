@@ -256,10 +256,37 @@ def solve_dense(matrix: Tensor, v: Tensor, damping: float = 0.0) -> Tensor:
 # --- one layer: what came in (a) and what is sent back (s) --------------------------------------------------
 
 
-def layer_inputs(module: nn.Module, x: Tensor, n: int) -> Tensor:
-    """a [n, r, g, i] of Linear, Conv1d, Conv2d, Conv3d; a 1 is appended to i where the module has a bias."""
-    a = x.reshape(n, -1, 1, x.shape[-1]) if isinstance(module, nn.Linear) else _patches(module, x)
-    if module.bias is not None:
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+NORMS = (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def layer_inputs(module: nn.Module, x: Tensor | tuple, n: int) -> Tensor:
+    """a [n, r, g, i] of a layer called with x, or with *x; a 1 is appended to i where the module has a bias.
+
+    Linear: g = 1. Convolutions: the groups; r = output positions, of transposed ones too. Bilinear: g = 1, i the pairs
+    of inputs. Embedding, EmbeddingBag: g = 1, i the words; r = 1 for a bag. Norms, PReLU: g the elements of the
+    weight, i = o = 1.
+    """
+    x, *others = x if isinstance(x, tuple) else (x,)
+    if isinstance(module, nn.Linear):
+        a = x.reshape(n, -1, 1, x.shape[-1])
+    elif isinstance(module, nn.Bilinear):
+        a = torch.einsum("...i,...j->...ij", x, others[0]).reshape(n, -1, 1, x.shape[-1] * others[0].shape[-1])
+    elif isinstance(module, TRANSPOSED):
+        a = _transposed_patches(module, x)
+    elif isinstance(module, NORMS):
+        a = _per_element(module, _normalized(module, x), n)
+    elif isinstance(module, nn.PReLU):
+        a = _per_element(module, x.clamp(max=0), n)
+    elif isinstance(module, nn.Embedding):
+        a = _one_hot(module, x.flatten()).reshape(n, -1, 1, module.num_embeddings)
+    elif isinstance(module, nn.EmbeddingBag):
+        a = torch.stack([_counts(module, *bag) for bag in _bags(module, n, x, *others)]).reshape(n, 1, 1, -1)
+    else:
+        a = _patches(module, x)
+    if getattr(module, "bias", None) is not None:
         a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
     return a.detach()
 
@@ -291,10 +318,87 @@ def _pad(module):
     return [side for padding in reversed(module.padding) for side in (padding, padding)]
 
 
+def _transposed_patches(module, x):
+    """a[n, r, g, (channel of the group, kernel offset k)] = x[n, c, p] where r = p stride - padding + k dilation."""
+    kernel, stride, padding, dilation = module.kernel_size, module.stride, module.padding, module.dilation
+    n, channels, *sizes_in = x.shape
+    dims = range(len(kernel))
+    sizes = [
+        (sizes_in[j] - 1) * stride[j] - 2 * padding[j] + dilation[j] * (kernel[j] - 1) + module.output_padding[j] + 1
+        for j in dims
+    ]
+    a = torch.zeros(n, *sizes, channels, *kernel, dtype=x.dtype)
+    for p in itertools.product(*(range(size) for size in sizes_in)):
+        for k in itertools.product(*(range(size) for size in kernel)):
+            r = [p[j] * stride[j] - padding[j] + k[j] * dilation[j] for j in dims]
+            if all(0 <= r[j] < sizes[j] for j in dims):
+                a[(slice(None), *r, slice(None), *k)] = x[(slice(None), slice(None), *p)]
+    return a.reshape(n, math.prod(sizes), module.groups, -1)
+
+
+def _normalized(module, x):
+    """What a normalization computes before its affine part."""
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        dims = list(range(x.dim() - len(module.normalized_shape), x.dim()))
+        if isinstance(module, nn.RMSNorm):
+            eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+            return x / (x.square().mean(dims, keepdim=True) + eps).sqrt()
+        return _standardized(x, dims, module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return _standardized(x.reshape(len(x), module.num_groups, -1), [2], module.eps).reshape(x.shape)
+    if module.track_running_stats and not module.training:
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        mean, variance = module.running_mean.reshape(shape), module.running_var.reshape(shape)
+        return (x - mean) / (variance + module.eps).sqrt()
+    own = list(range(2, x.dim()))
+    return _standardized(x, own if isinstance(module, INSTANCE_NORMS) else [0, *own], module.eps)
+
+
+def _standardized(x, dims, eps):
+    """Mean and biased variance over `dims` taken out."""
+    centred = x - x.mean(dims, keepdim=True)
+    return centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()
+
+
+def _per_element(module, v, n):
+    """v, like the output of a norm or PReLU -> [n, r, g, 1], g the element of the weight that applies."""
+    elements = module.weight.numel()
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) or elements == 1:
+        return v.reshape(n, -1, elements, 1)
+    return v.reshape(n, elements, -1, 1).transpose(1, 2)
+
+
+def _one_hot(module, tokens):
+    """[tokens, words], zero where the token is padding."""
+    rows = torch.zeros(len(tokens), module.num_embeddings, dtype=module.weight.dtype)
+    for row, token in zip(rows, tokens.tolist(), strict=True):
+        if token != module.padding_idx:
+            row[token] = 1
+    return rows
+
+
+def _bags(module, n, x, offsets=None, weights=None):
+    """(tokens, weights) of each of the n bags."""
+    weights = torch.ones(x.shape, dtype=module.weight.dtype) if weights is None else weights
+    if offsets is None:
+        return list(zip(x, weights, strict=True))
+    ends = offsets.tolist() if module.include_last_offset else [*offsets.tolist(), len(x)]
+    return [(x[ends[k] : ends[k + 1]], weights[ends[k] : ends[k + 1]]) for k in range(n)]
+
+
+def _counts(module, tokens, weights):
+    """[words]: how often each word is in the bag, weighted."""
+    rows = _one_hot(module, tokens)
+    total = (weights[:, None] * rows).sum(0)
+    return total / max(1.0, float(rows.sum())) if module.mode == "mean" else total
+
+
 def layer_signals(module: nn.Module, dz: Tensor, n: int) -> Tensor:
     """s [n, r, g, o] from the gradient with respect to the layer's output."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | nn.Bilinear | nn.Embedding | nn.EmbeddingBag):
         return dz.reshape(n, -1, 1, dz.shape[-1])
+    if isinstance(module, (*NORMS, nn.PReLU)):
+        return _per_element(module, dz, n)
     dz = dz.reshape(n, module.groups, dz.shape[1] // module.groups, -1)  # n g o r
     return dz.permute(0, 3, 1, 2)
 
@@ -309,7 +413,7 @@ def layer_arrays(model: nn.Module, loss: nn.Module, x, y, layer_name: str, kind:
 
     def keep(_, inputs, z):
         z = z if z.requires_grad else z.requires_grad_()
-        calls.append((inputs[0].detach().clone(), z))
+        calls.append((tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in inputs), z))
         return z.clone()  # what follows may work in place
 
     handle = module.register_forward_hook(keep)
@@ -337,18 +441,34 @@ def layer_arrays(model: nn.Module, loss: nn.Module, x, y, layer_name: str, kind:
 # --- what the approximations keep of (a, s) -----------------------------------------------------------------
 
 
-def param_order(groups_outputs: int, i: int, bias: bool) -> Tensor:
-    """Where each entry of (weight.flatten(), bias) lies in the flattened (g, o, i) order."""
-    index = torch.arange(groups_outputs * i).reshape(groups_outputs, i)
-    return torch.cat([index[:, :-1].flatten(), index[:, -1]]) if bias else index.flatten()
+def to_goi(module: nn.Module, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The weight (or anything like it) as it is stored -> [g, o, i], with the bias, if given, as the last i."""
+    if isinstance(module, TRANSPOSED):  # [in, out / groups, k...]
+        g, i, o = module.groups, module.in_channels // module.groups, module.out_channels // module.groups
+        weight = weight.reshape(g, i, o, -1).transpose(1, 2).reshape(g, o, -1)
+    elif isinstance(module, nn.Embedding | nn.EmbeddingBag):  # [words, d]
+        weight = weight.T.unsqueeze(0)
+    elif isinstance(module, (*NORMS, nn.PReLU)):
+        weight = weight.reshape(-1, 1, 1)
+    else:  # [out, ...]
+        g = getattr(module, "groups", 1)
+        weight = weight.reshape(g, len(weight) // g, -1)
+    return weight if bias is None else torch.cat([weight, bias.reshape(*weight.shape[:2], 1)], dim=-1)
+
+
+def param_order(module: nn.Module) -> Tensor:
+    """Where each entry of (weight.flatten(), bias.flatten()) lies in the flattened (g, o, i) order."""
+    weight, bias = module.weight, getattr(module, "bias", None)
+    index = torch.arange(weight.numel()).reshape(weight.shape)
+    bias_index = None if bias is None else weight.numel() + torch.arange(bias.numel())
+    return to_goi(module, index, bias_index).flatten().argsort()
 
 
 def to_param_order(matrix_goi: Tensor, module: nn.Module | None) -> Tensor:
-    """Matrix [goi, goi] or vector [goi] -> the order weight.flatten(), bias; module None: as it is."""
+    """Matrix [goi, goi] or vector [goi] -> the order weight.flatten(), bias.flatten(); module None: as it is."""
     if module is None:
         return matrix_goi
-    outputs = module.weight.shape[0]
-    order = param_order(outputs, len(matrix_goi) // outputs, module.bias is not None)
+    order = param_order(module)
     return matrix_goi[order] if matrix_goi.dim() == 1 else matrix_goi[order][:, order]
 
 

@@ -12,11 +12,12 @@ from torch import nn
 
 from torchcurv import SecondOrderOptimizer, curvature
 from torchcurv.curv import curvature as curvature_module
-from torchcurv.curv import factor as factor_module
+from torchcurv.curv import linalg
 from torchcurv.curv.approx import Dense, Diagonal, Kronecker, project_moments
 from torchcurv.curv.curvature import Curvature, Options
-from torchcurv.curv.factor import Eigen, Inverse, inverse_spd
+from torchcurv.curv.factor import Eigen, Inverse
 from torchcurv.curv.layers import find_layers
+from torchcurv.curv.linalg import inverse_spd
 
 APPROXIMATIONS = ["full", "block", "unit", "kfac", "ekfac", "diag"]
 LAMBDA = 0.03
@@ -259,7 +260,7 @@ def stepper(approx="kfac", **options):
 def test_a_failed_factorisation_keeps_the_last_good_factor_and_is_tried_again(approx, accelerator, monkeypatch):
     if accelerator:
         monkeypatch.setattr(curvature_module, "free_to_read", lambda flag: False)
-        monkeypatch.setattr(factor_module, "free_to_read", lambda flag: False)
+        monkeypatch.setattr(linalg, "free_to_read", lambda flag: False)
     optimizer, block, step = stepper(approx)
     step()
     good = {key: value.clone() for key, value in block.factor.state().items()}
@@ -273,9 +274,9 @@ def test_a_failed_factorisation_keeps_the_last_good_factor_and_is_tried_again(ap
     assert optimizer.metrics()["failed_factorisations"] == 1
     block.tensors[name] = block.tensors[name] + 1e3 * torch.eye(block.tensors[name].shape[-1])
     asked = []
-    inverse_spd = factor_module.inverse_spd
+    inverse_spd = linalg.inverse_spd
     monkeypatch.setattr(
-        "torchcurv.curv.approx.inverse_spd", lambda m, d: (asked.append((m.dtype, d)), inverse_spd(m, d))[1]
+        "torchcurv.curv.sides.inverse_spd", lambda m, d: (asked.append((m.dtype, d)), inverse_spd(m, d))[1]
     )
     with pytest.warns(UserWarning, match=r"block '0': 1 factorisations failed.*last good factor"):
         step()
@@ -314,7 +315,7 @@ def test_columns_are_solved_as_the_whole(d, lead):
 @pytest.mark.parametrize("d", [1, 3, 600])
 def test_a_singular_matrix_is_a_failure_and_no_exception(d):
     matrices = torch.stack([torch.zeros(d, d), 2 * torch.eye(d)]).double()
-    inverse, ok = factor_module.inverse_spd(matrices, 0.0)
+    inverse, ok = linalg.inverse_spd(matrices, 0.0)
     assert not ok
     close(inverse[1], 0.5 * torch.eye(d, dtype=torch.float64))
 

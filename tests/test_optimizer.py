@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchcurv import Preconditioner, SecondOrderOptimizer
 from torchcurv.curv import curvature as curvature_module
-from torchcurv.curv import factor as factor_module
+from torchcurv.curv import linalg as linalg_module
 from torchcurv.curv import losses as losses_module
 
 APPROXIMATIONS = ["full", "block", "unit", "kfac", "ekfac", "diag"]
@@ -347,7 +347,7 @@ def test_a_bad_row_does_not_reach_the_parameters_and_is_counted():
     optimizer = SecondOrderOptimizer(model, approx="full", rows_limit=1, damping=0.5, **PLAIN)
     before = flat(model.parameters())
     backward(model)
-    optimizer._blocks[0].pending_rows[0].signals[0][0, 0] = torch.nan
+    optimizer._blocks[0].pending_rows[0].uses[0][0].s[0, 0] = torch.nan
     optimizer.step()
     close(before - flat(model.parameters()), flat(p.grad for p in model.parameters()) / 0.5)
     assert optimizer.metrics()["skipped_measurements"] == 1
@@ -526,7 +526,7 @@ class Syncs(TorchDispatchMode):
 
 
 def as_on_an_accelerator(monkeypatch):
-    for module in (curvature_module, factor_module, losses_module):
+    for module in (curvature_module, linalg_module, losses_module):
         monkeypatch.setattr(module, "free_to_read", lambda flag: False)
 
 

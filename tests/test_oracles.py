@@ -1,15 +1,19 @@
 """The oracles agree among themselves, with torch, and with the theory."""
 
+import itertools
+
 import cases
 import oracles
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
+    BATCH_STATISTICS_LAYERS,
     LAYERS,
     LAYERS_SAME_EVEN,
     LOSSES,
     MODELS,
+    NEW_LAYERS,
     ids,
     model_case,
     net_around,
@@ -204,9 +208,18 @@ def check_layer(model, loss, x, y, name, params=None):
 
 def same_unit(module):
     """1 where two parameters in parameter order belong to one output unit."""
-    unit = torch.arange(module.weight.shape[0]).repeat_interleave(module.weight[0].numel())
-    if module.bias is not None:
-        unit = torch.cat([unit, torch.arange(module.weight.shape[0])])
+    unit = torch.zeros(module.weight.shape, dtype=torch.long)
+    for index in itertools.product(*(range(size) for size in unit.shape)):
+        if isinstance(module, oracles.TRANSPOSED):
+            group = index[0] // (module.in_channels // module.groups)
+            unit[index] = group * unit.shape[1] + index[1]
+        elif isinstance(module, oracles.NORMS):
+            unit[index] = sum(index[j] * module.weight.stride(j) for j in range(len(index)))
+        else:
+            unit[index] = index[1] if isinstance(module, nn.Embedding | nn.EmbeddingBag) else index[0]
+    unit = unit.flatten()
+    if getattr(module, "bias", None) is not None:
+        unit = torch.cat([unit, torch.arange(module.bias.numel())])
     return (unit[:, None] == unit[None, :]).double()
 
 
@@ -216,45 +229,73 @@ TARGETS = {
 }
 
 
-def check_net_around(layer, input_shape, loss, before):
-    model = net_around(layer, input_shape, before=before)
+def check_net_around(case, loss, before):
+    x = case.input_for(N)
+    model = net_around(case.make_layer(), case.input_shape, before=before, x=x)
     criterion, y = TARGETS[loss]
-    check_layer(model, criterion, randn(N, *input_shape, seed=1), y, "layer")
+    check_layer(model, criterion, x, y, "layer")
 
 
-@pytest.mark.parametrize("before", [False, True], ids=["", "before"])
+ALL_LAYERS = LAYERS + NEW_LAYERS
+PLAIN_LAYERS = [case for case in ALL_LAYERS if case.make_input is None]
+
+
 @pytest.mark.parametrize("loss", TARGETS)
-@pytest.mark.parametrize("case", LAYERS, ids=ids(LAYERS))
-def test_layer_arrays(case, loss, before):
-    check_net_around(case.make_layer(), case.input_shape, loss, before)
+@pytest.mark.parametrize("case", ALL_LAYERS, ids=ids(ALL_LAYERS))
+def test_layer_arrays(case, loss):
+    check_net_around(case, loss, before=False)
+
+
+@pytest.mark.parametrize("loss", TARGETS)
+@pytest.mark.parametrize("case", PLAIN_LAYERS, ids=ids(PLAIN_LAYERS))
+def test_layer_arrays_after_another_layer(case, loss):
+    check_net_around(case, loss, before=True)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 @pytest.mark.parametrize("case", LAYERS_SAME_EVEN, ids=ids(LAYERS_SAME_EVEN))
 def test_layer_arrays_same_even(case):
-    check_net_around(case.make_layer(), case.input_shape, "ce", False)
+    check_net_around(case, "ce", before=False)
 
 
-@pytest.mark.parametrize("case", LAYERS, ids=ids(LAYERS))
+GRADIENT_LAYERS = ALL_LAYERS + BATCH_STATISTICS_LAYERS
+
+
+@pytest.mark.parametrize("case", GRADIENT_LAYERS, ids=ids(GRADIENT_LAYERS))
+def test_signals_times_inputs_are_the_gradient(case):
+    x, (criterion, y) = case.input_for(N), TARGETS["ce"]
+    model, outputs = net_around(case.make_layer(), case.input_shape, x=x), []
+    model.layer.register_forward_hook(lambda module, inputs, z: outputs.append(z))
+    loss = criterion(model(*x) if isinstance(x, tuple) else model(x), y)
+    dz, *truth = torch.autograd.grad(loss, [outputs[0], *model.layer.parameters()])
+    a, s = oracles.layer_inputs(model.layer, x, N), oracles.layer_signals(model.layer, dz, N)
+    got = oracles.to_param_order(torch.einsum("nrgo,nrgi->goi", s, a).flatten(), model.layer)
+    close(got, torch.cat([g.flatten() for g in truth]))
+
+
+# The output at padding is the padding row, which is no part of a.
+AFFINE_LAYERS = [case for case in GRADIENT_LAYERS if case.id != "embedding_padding_not_zero"]
+
+
+@pytest.mark.parametrize("case", AFFINE_LAYERS, ids=ids(AFFINE_LAYERS))
 def test_inputs_times_weight_are_the_output(case):
-    layer, x = case.make_layer(), randn(N, *case.input_shape, seed=1)
-    check_inputs(layer, x)
+    check_inputs(case.make_layer(), case.input_for(N), N)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(cases.conv_settings(padding_modes=("zeros", "circular", "reflect", "replicate")))
 def test_inputs_times_weight_are_the_output_of_any_convolution(setting):
-    check_inputs(setting.make_layer(), setting.make_input())
+    check_inputs(setting.make_layer(), setting.make_input(), setting.batch)
 
 
-def check_inputs(layer, x):
-    a, z = oracles.layer_inputs(layer, x, len(x)), layer(x).detach()
-    outputs = layer.weight.shape[0]
-    W = layer.weight.detach().reshape(outputs, -1)
-    if layer.bias is not None:
-        W = torch.cat([W, layer.bias.detach()[:, None]], dim=1)
-    W = W.reshape(a.shape[2], -1, a.shape[3])
-    close(torch.einsum("goi,nrgi->nrgo", W, a), oracles.layer_signals(layer, z, len(x)))
+def check_inputs(layer, x, n):
+    a = oracles.layer_inputs(layer, x, n)
+    z = (layer(*x) if isinstance(x, tuple) else layer(x)).detach()
+    W = oracles.to_goi(layer, layer.weight, getattr(layer, "bias", None)).detach()
+    z = oracles.layer_signals(layer, z, n)
+    if isinstance(layer, nn.PReLU):
+        z = z - oracles.layer_signals(layer, x.clamp(min=0), n)  # what does not go through the weight
+    close(torch.einsum("goi,nrgi->nrgo", W, a), z)
 
 
 @pytest.mark.parametrize("case", MODELS, ids=ids(MODELS))
@@ -397,5 +438,7 @@ def test_solve_dense():
 
 def test_cases_leave_the_global_random_state_alone():
     before = torch.get_rng_state()
-    model_case("mlp").make_model(), LAYERS[0].make_layer(), net_for(LOSSES[0])
+    model_case("mlp").make_model(), net_for(LOSSES[0])
+    for case in ALL_LAYERS:
+        case.make_layer(), case.input_for(2)
     assert torch.equal(before, torch.get_rng_state())

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchcurv import SecondOrderOptimizer, curvature
 from torchcurv.curv import curvature as curvature_module
-from torchcurv.curv import factor as factor_module
+from torchcurv.curv import linalg as linalg_module
 
 
 def make_model():
@@ -103,12 +103,13 @@ def test_a_short_last_batch_counts_by_its_terms(approx, reduction):
 
 
 def test_looking_at_curvature_leaves_the_model_alone():
-    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double().train()
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(5, 3))
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), normed).double().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     data = [(cases.randn(6, 4), torch.arange(6) % 3)]
-    with pytest.raises(ValueError, match=r"1\.bias, 1\.weight"):
+    with pytest.raises(ValueError, match=r"2\.parametrizations\.weight\.original0, .*original1"):
         curvature(model, "cross_entropy", data)
-    curvature(model, "cross_entropy", data, params=[*model[0].parameters(), *model[2].parameters()])
+    curvature(model, "cross_entropy", data, params=[*model[0].parameters(), *model[1].parameters(), normed.bias])
     assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters()) and not model[0]._forward_hooks
 
@@ -145,7 +146,7 @@ class Syncs(TorchDispatchMode):
 @pytest.mark.parametrize("approx", ["kfac", "diag", "unit", "ekfac"])
 def test_no_host_sync_per_layer_and_step(approx, damping_type, monkeypatch):
     """The KL clip, the running averages and the products read nothing; a factorisation reads its flags at most."""
-    for module in (curvature_module, factor_module):
+    for module in (curvature_module, linalg_module):
         monkeypatch.setattr(module, "free_to_read", lambda flag: False)
     model = make_model()
     optimizer = SecondOrderOptimizer(model, approx=approx, damping_type=damping_type, refactor_every=100)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torchcurv import curvature
-from torchcurv.curv.layers import VIEWS, _conv_moments, _padded, conv_output_size
 from torchcurv.curv.shifted import shifted_cov
 from torchcurv.curv.stats import position_gram
+from torchcurv.curv.views import VIEWS, _conv_moments, _padded, conv_output_size
 
 
 def by_patches(conv, x):
@@ -30,7 +30,7 @@ def test_shifted_products_equal_patches(kernel, dilation, padding, size):
     conv = nn.Conv2d(2, 1, kernel, dilation=dilation, padding=padding).double()
     x = cases.randn(3, 2, *size)
     padded = _padded(conv, x)
-    got = shifted_cov(padded, kernel, dilation, tuple(conv_output_size(conv, padded.shape[2:])))
+    got = shifted_cov(padded, kernel, dilation, tuple(conv_output_size(conv, padded.shape[2:], conv.stride)))
     torch.testing.assert_close(got, by_patches(conv, x), rtol=1e-12, atol=1e-12)
 
 

@@ -249,22 +249,24 @@ def test_a_preconditioner_in_front_of_another_optimizer(behind):
 class Odd(nn.Module):
     def __init__(self):
         super().__init__()
-        self.body, self.scale = nn.Linear(4, 3), nn.Parameter(torch.ones(3))
+        self.body = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
 
     def forward(self, x):
-        return self.body(x) * self.scale
+        return self.body(x)
 
 
 def test_uncovered_parameters_are_listed_or_trained_by_the_gradient():
-    with pytest.raises(ValueError, match=r"scale: put them into a group with approx=None"):
+    with pytest.raises(ValueError, match=r"original0, .*original1: put them into a group with approx=None"):
         SecondOrderOptimizer(Odd())
     model = Odd().double()
     optimizer = SecondOrderOptimizer(model, unsupported="gradient", lr=0.1, momentum=0.0, kl_clip=None)
     x, y = DATA[0]
     nn.functional.cross_entropy(model(x), y).backward()
-    before, g = model.scale.detach().clone(), model.scale.grad.clone()
+    p = model.body.parametrizations.weight.original1
+    before, g = p.detach().clone(), p.grad.clone()
     optimizer.step()
-    torch.testing.assert_close(before - model.scale.detach(), 0.1 * g)
+    torch.testing.assert_close(before - p.detach(), 0.1 * g)
+    assert [block.params for block in optimizer._blocks] == [[model.body.bias]]
 
 
 @pytest.mark.parametrize(

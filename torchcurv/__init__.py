@@ -1,8 +1,8 @@
 """torchcurv: the curvature of a network's loss, layer by layer, in a form an optimizer can use."""
 
-from torchcurv.curv.layers import register_view
 from torchcurv.curv.losses import register_loss
 from torchcurv.curv.operator import CurvatureSet, curvature
+from torchcurv.curv.views import register_view
 from torchcurv.optim.preconditioner import Preconditioner
 from torchcurv.optim.second_order import SecondOrderOptimizer
 

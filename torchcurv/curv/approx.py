@@ -16,8 +16,10 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from torchcurv.curv.factor import Damping, Eigen, Factor, Inverse, eigh, inverse_spd
+from torchcurv.curv.factor import Eigen, Factor, Inverse
 from torchcurv.curv.layers import Layer
+from torchcurv.curv.linalg import Damping
+from torchcurv.curv.sides import block_count, eigenbasis, inverse, mean_diagonal, side_shape, times, times_left
 from torchcurv.curv.stats import Stats
 
 Tensors = dict[str, Tensor]
@@ -73,12 +75,18 @@ class Diagonal:
 
 @dataclass(frozen=True)
 class Dense:
-    """Whole matrices: one per layer ("block"), one over all layers ("full"), one per output unit ("unit")."""
+    """Whole matrices: one per layer ("block"), one over all layers ("full"), one per output unit ("unit").
+
+    wide: the units have so many inputs that of each matrix the diagonal alone is kept.
+    """
 
     per_unit: bool = False
+    wide: bool = False
     linear: ClassVar[tuple[str, ...]] = ("matrix",)
 
     def measure(self, stats: Stats, basis: Basis | None = None) -> Tensors:
+        if self.wide:
+            return {"matrix": stats.squares().flatten(0, 1)[..., None, None]}
         if self.per_unit:
             return {"matrix": stats.unit_blocks().flatten(0, 1)}
         total: Tensor | None = None
@@ -90,21 +98,44 @@ class Dense:
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
         shapes = [layer.shape for layer in layers]
         g, o, d = shapes[0] if self.per_unit else (1, 1, sum(g * o * d for g, o, d in shapes))
-        return {"matrix": like.new_zeros(g * o, d, d)}
+        return {"matrix": like.new_zeros(side_shape(g * o, d, d if self.wide else 1))}
 
     def factor(
         self, tensors: Tensors, damping: Damping, damping_type: str, basis: Basis | None = None
     ) -> tuple[Factor, Tensor]:
         matrix = tensors["matrix"]
+        d = matrix.shape[1]
         if damping_type == "factored":  # one factor alone takes all of the damping
-            right, ok = inverse_spd(matrix, damping)
-            return Inverse(right), ok
-        values, vectors = eigh(matrix)
+            right, ok = inverse(matrix, damping, d)
+            return Inverse(right, shape=(1, d)), ok
+        values, vectors = eigenbasis(matrix, d)
         values = values.clamp_min(0).unsqueeze(-2)
         return Eigen(values, right=vectors, damping=_damping_tensor(damping, values)), _finite(values, vectors)
 
 
 # ------------------------------------------------------------------------------------------------- K-FAC
+
+
+@dataclass(frozen=True)
+class Sides:
+    """How the two sides of a layer's Kronecker product are kept: sizes (o, d) and numbers of diagonal blocks.
+
+    uses: the suffixes of the statistics: "" for the layer as it stands, "_t" for uses of its weight transposed.
+    """
+
+    sizes: tuple[int, int]
+    blocks: tuple[int, int] = (1, 1)
+    uses: tuple[str, ...] = ("",)
+
+    @classmethod
+    def of(cls, layer: Layer, factor_blocks: int, max_factor_dim: int | None) -> Sides:
+        _, o, d = layer.shape
+        left, right = (
+            size if tokens else block_count(size, factor_blocks, max_factor_dim)
+            for size, tokens in zip((o, d), layer.token_sides, strict=True)
+        )
+        uses = sorted({site.transposed for site in layer.sites})
+        return cls((o, d), (left, right), tuple("_t" if transposed else "" for transposed in uses))
 
 
 @dataclass(frozen=True)
@@ -114,66 +145,103 @@ class Kronecker:
     sharing: "expand" takes every position as a sample, "reduce" averages a and sums s over positions first.
     corrected: keep also the exact second moments in the eigenbasis of B ⊗ A, and use them as its eigenvalues
         (ekfac; George et al. 2018). They are measured in the basis of the last factor and carried to a new one.
+    sides: how A and B are kept; None: dense. A weight that is also used transposed (an embedding and its output
+        head) has two such products, and C ≈ Σ_k L_k ⊗ R_k becomes the one with the same partial traces,
+        Σ_k tr(R_k) L_k ⊗ Σ_k tr(L_k) R_k / Σ_k tr(L_k) tr(R_k).
     """
 
     sharing: str = "expand"
     corrected: bool = False
+    sides: Sides | None = None
 
     @property
     def linear(self) -> tuple[str, ...]:
-        return ("B", "moments") if self.corrected else ("B",)
+        uses = ("",) if self.sides is None else self.sides.uses
+        return (*(f"B{suffix}" for suffix in uses), *(["moments"] if self.corrected else []))
+
+    def side_names(self, o: int, d: int) -> tuple[str, str]:
+        """The sizes of (B, A) as a summary prints them: n² is a matrix, k x m² are blocks, n a diagonal."""
+        blocks = (1, 1) if self.sides is None else self.sides.blocks
+        shapes = (side_shape(1, size, k) for size, k in zip((o, d), blocks, strict=True))
+        left, right = (f"{s[1]}²" if len(s) == 3 else f"{s[1]}" if s[2] == 1 else f"{s[1]} x {s[2]}²" for s in shapes)
+        return left, right
 
     def measure(self, stats: Stats, basis: Basis | None = None) -> Tensors:
-        cov, count = stats.input_cov(self.sharing)
-        tensors = {"A": cov, "count": count, "B": stats.output_cov(self.sharing)}
+        tensors: Tensors = {}
+        left, right = (1, 1) if self.sides is None else self.sides.blocks
+        for use in stats.only_layer("kfac"):
+            suffix, inner, outer = ("_t", left, right) if use.transposed else ("", right, left)
+            cov, count = use.inputs.cov(self.sharing, inner)
+            if stats.share != 1:
+                cov, count = cov * stats.share, count * stats.share
+            B = use.output_cov(self.sharing, outer).mul_(stats.scale)
+            for key, value in {f"A{suffix}": cov, f"count{suffix}": count, f"B{suffix}": B}.items():
+                tensors[key] = tensors[key] + value if key in tensors else value
         if self.corrected and basis is not None:
             tensors["moments"] = stats.squares(*basis)
         return tensors
 
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
         g, o, d = layers[0].shape
-        tensors = {"A": like.new_zeros(g, d, d), "count": like.new_zeros(()), "B": like.new_zeros(g, o, o)}
+        sides = self.sides or Sides((o, d))
+        left, right = (like.new_zeros(side_shape(g, *pair)) for pair in zip(sides.sizes, sides.blocks, strict=True))
+        tensors: Tensors = {}
+        for suffix in sides.uses:
+            A, B = (left, right) if suffix else (right, left)
+            tensors |= {f"A{suffix}": A.clone(), f"count{suffix}": like.new_zeros(()), f"B{suffix}": B.clone()}
         return {**tensors, "moments": like.new_zeros(g, o, d)} if self.corrected else tensors
 
     def factor(
         self, tensors: Tensors, damping: Damping, damping_type: str, basis: Basis | None = None
     ) -> tuple[Factor, Tensor]:
-        A, B = tensors["A"] / tensors["count"].clamp_min(torch.finfo(tensors["A"].dtype).tiny), tensors["B"]
+        left, right = self._product(tensors)
+        o, d = (left.shape[-1], right.shape[-1]) if self.sides is None else self.sides.sizes
+        lam = _damping_tensor(damping, left)
         if damping_type == "factored" and not self.corrected:
-            return self._inverses(A, B, _damping_tensor(damping, A))
-        (a, right), (b, left) = eigh(A), eigh(B)
+            shift_right, shift_left = split_damping(mean_diagonal(right, d), mean_diagonal(left, o), lam, (o, d))
+            right, ok_right = inverse(right, shift_right, d)
+            left, ok_left = inverse(left, shift_left, o)
+            return Inverse(right, left, (o, d)), ok_right & ok_left
+        (a, right), (b, left) = eigenbasis(right, d), eigenbasis(left, o)
         if "moments" in tensors and basis is not None:
             values = project_moments(tensors["moments"], basis, (left, right))
         else:
             values = b.clamp_min(0).unsqueeze(-1) * a.clamp_min(0).unsqueeze(-2)
-        factor = Eigen(values, left, right, _damping_tensor(damping, A))
-        return factor, _finite(values, left, right)
+        return Eigen(values, left, right, lam), _finite(values, left, right)
 
-    @staticmethod
-    def _inverses(A: Tensor, B: Tensor, damping: Tensor) -> tuple[Factor, Tensor]:
-        """(A + π sqrt(λ) I)^-1 and (B + sqrt(λ)/π I)^-1, π² = (tr A / dim A) / (tr B / dim B)."""
-        shift_a, shift_b = split_damping(A, B, damping)
-        right, ok_a = inverse_spd(A, shift_a)
-        left, ok_b = inverse_spd(B, shift_b)
-        return Inverse(right, left), ok_a & ok_b
+    def _product(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        """(left, right)."""
+        pairs = []
+        for suffix in ("", "_t"):
+            if f"B{suffix}" in tensors:
+                count = tensors[f"count{suffix}"]
+                A, B = tensors[f"A{suffix}"] / count.clamp_min(torch.finfo(count.dtype).tiny), tensors[f"B{suffix}"]
+                pairs.append((A, B) if suffix else (B, A))
+        if len(pairs) == 1:
+            return pairs[0]
+        traces = [[side.diagonal(dim1=-2, dim2=-1).sum() for side in pair] for pair in pairs]
+        left = sum(L * tr_right for (L, _), (_, tr_right) in zip(pairs, traces, strict=True))
+        right = sum(R * tr_left for (_, R), (tr_left, _) in zip(pairs, traces, strict=True))
+        total = sum(tr_left * tr_right for tr_left, tr_right in traces)
+        assert isinstance(left, Tensor) and isinstance(right, Tensor) and isinstance(total, Tensor)
+        return left, right / total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
-def split_damping(A: Tensor, B: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Damping of A and of B, [g] each: π sqrt(λ) and sqrt(λ)/π.
+def split_damping(mean_a: Tensor, mean_b: Tensor, damping: Tensor, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Damping of A and of B, [g] each: π sqrt(λ) and sqrt(λ)/π, π² = (tr A / dim A) / (tr B / dim B).
 
-    A factor of size 1 takes none, and the other then takes λ over its value; π is 1 where a trace vanishes.
+    mean_a, mean_b: the traces over the sizes; sizes: those of B and of A. A factor of size 1 takes none, and the
+    other then takes λ over its value; π is 1 where a trace vanishes.
     """
-    mean_a = A.diagonal(dim1=-2, dim2=-1).mean(-1)
-    mean_b = B.diagonal(dim1=-2, dim2=-1).mean(-1)
-    tiny = torch.finfo(A.dtype).tiny
+    tiny = torch.finfo(mean_a.dtype).tiny
     safe_a, safe_b = mean_a.clamp_min(tiny), mean_b.clamp_min(tiny)
     known = (mean_a > tiny) & (mean_b > tiny)
     pi = torch.where(known, safe_a / safe_b, 1).sqrt()
     shift_a, shift_b = pi * damping.sqrt(), damping.sqrt() / pi
-    if B.shape[-1] == 1:
+    if sizes[0] == 1:
         whole = mean_b > tiny
         return torch.where(whole, damping / safe_b, shift_a), torch.where(whole, 0, shift_b)
-    if A.shape[-1] == 1:
+    if sizes[1] == 1:
         whole = mean_a > tiny
         return torch.where(whole, 0, shift_a), torch.where(whole, damping / safe_a, shift_b)
     return shift_a, shift_b
@@ -182,4 +250,4 @@ def split_damping(A: Tensor, B: Tensor, damping: Tensor) -> tuple[Tensor, Tensor
 def project_moments(moments: Tensor, old: Basis, new: Basis) -> Tensor:
     """Diagonal in the new basis of the matrix whose eigenvalues in the old basis are `moments`; keeps the trace."""
     (left, right), (new_left, new_right) = old, new
-    return (new_left.mT @ left).square() @ moments @ (new_right.mT @ right).square().mT
+    return times(times_left((new_left.mT @ left).square(), moments), (new_right.mT @ right).square().mT)

@@ -7,12 +7,15 @@ Python cannot collect.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from torchcurv.curv.layers import Site
 
 
 class Edge(NamedTuple):
@@ -29,17 +32,37 @@ class Edge(NamedTuple):
 
 @dataclass(eq=False)
 class Call:
-    """One call of one layer: its detached input and the shape of its output.
+    """One use of one layer: what it was given (detached), and how the gradient at its edge is read.
 
+    shape: of the output. batch_first: from a gradient of that shape to dz [batch, ...] of the site.
     losses: how many losses have used something computed from it.
     """
 
     layer: int
-    module: nn.Module
-    x: Tensor
-    version: int
+    site: Site
+    x: tuple[Any, ...]
     shape: torch.Size
+    batch: int
+    batch_first: Callable[[Tensor], Tensor] | None = None
     losses: int = 0
+
+    def __post_init__(self) -> None:
+        self.versions = [_version(x) for x in self.x]
+
+    @property
+    def edited(self) -> bool:
+        """Whether something it was given was edited in place since."""
+        return self.versions != [_version(x) for x in self.x]
+
+    def signal(self, gradient: Tensor) -> Tensor:
+        """s [batch, r, g, o] from the gradient at the edge."""
+        dz = gradient.reshape(self.shape)
+        dz = dz if self.batch_first is None else self.batch_first(dz)
+        return self.site.view.signal(self.site.module, dz)
+
+
+def _version(x: Any) -> int:
+    return 0 if not isinstance(x, Tensor) or x.is_inference() else x._version
 
 
 @dataclass(eq=False)
@@ -50,6 +73,7 @@ class Capture:
     n: the batch size. shape: of the tensor.
     forward: one object per forward pass of the model; None for layers that were called outside one.
     parts: the captures that this one joins. explicit: whether `observe` dealt with it.
+    mixed: whether samples meet in it (batch statistics), which a pass of our own cuts and the user's backward does not.
     """
 
     calls: list[tuple[Call, Edge | None]]
@@ -58,6 +82,7 @@ class Capture:
     forward: object | None
     parts: list[Capture] = field(default_factory=list)
     explicit: bool = False
+    mixed: bool = False
 
     def deal(self) -> None:
         """`observe` was told of it."""
@@ -70,15 +95,15 @@ class Capture:
         if not self.n or not f.shape[0]:
             return self.n
         fewer = f.dim() < len(self.shape) and f.shape[0] % self.n == 0
-        fits = all(call.shape[0] % f.shape[0] == 0 for call, _ in self.calls)
+        fits = all(call.batch % f.shape[0] == 0 for call, _ in self.calls)
         return self.n if fewer and (f.numel() == self.shape.numel() or not fits) else f.shape[0]
 
 
 @dataclass
 class Noted:
-    """What lies at one edge of the graph: a call of a layer, a capture, or both."""
+    """What lies at one edge of the graph: calls of layers, a capture, or both."""
 
-    call: Call | None = None
+    calls: list[Call] = field(default_factory=list)
     capture: Capture | None = None
 
 

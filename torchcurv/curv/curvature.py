@@ -14,22 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approx import Approximation, Dense, Diagonal, Kronecker, Tensors
-from torchcurv.curv.factor import Eigen, Factor, Inverse, factor_from_state, free_to_read
+from torchcurv.curv.approx import Approximation, Dense, Diagonal, Kronecker, Sides, Tensors
+from torchcurv.curv.factor import Eigen, Factor, Inverse, factor_from_state
 from torchcurv.curv.kinds import KINDS
 from torchcurv.curv.layers import Layer
+from torchcurv.curv.linalg import free_to_read
 from torchcurv.curv.losses import at_least_float32
 from torchcurv.curv.rows import RowSpace
 from torchcurv.curv.schedule import Interval, check_interval, check_number
 from torchcurv.curv.stats import Stats
 
-APPROXIMATIONS: dict[str, Callable[[Options], Approximation]] = {
-    "full": lambda options: Dense(),
-    "block": lambda options: Dense(),
-    "unit": lambda options: Dense(per_unit=True),
-    "kfac": lambda options: Kronecker(options.sharing),
-    "ekfac": lambda options: Kronecker(options.sharing, corrected=True),
-    "diag": lambda options: Diagonal(),
+APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
+    "full": lambda options, layers: Dense(),
+    "block": lambda options, layers: Dense(),
+    "unit": lambda options, layers: Dense(per_unit=True, wide=_wide(options, layers[0])),
+    "kfac": lambda options, layers: Kronecker(options.sharing, sides=_sides(options, layers[0])),
+    "ekfac": lambda options, layers: Kronecker(options.sharing, corrected=True, sides=_sides(options, layers[0])),
+    "diag": lambda options, layers: Diagonal(),
 }
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "curv_type": tuple(KINDS),
@@ -37,6 +38,14 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "sharing": ("expand", "reduce"),
     "damping_type": ("factored", "exact"),
 }
+
+
+def _wide(options: Options, layer: Layer) -> bool:
+    return options.max_factor_dim is not None and layer.dim > options.max_factor_dim
+
+
+def _sides(options: Options, layer: Layer) -> Sides:
+    return Sides.of(layer, options.factor_blocks, options.max_factor_dim)
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,9 @@ class Options:
     update_every, refactor_every: steps between two measurements, and between two factorisations.
     rows_limit: a dense block with more parameters than this goes through the Gram matrix of its rows (one row
         per sample and signal) and never forms its matrix. Such a block has no running average.
+    factor_blocks: K-FAC keeps this many diagonal blocks of each of its two factors; 1 keeps the whole.
+    max_factor_dim: of a K-FAC factor, or of the matrix of a unit, larger than this only the diagonal is kept; None:
+        no limit. The vocabulary side of an embedding is always a diagonal.
     """
 
     curv_type: str = "ggn"
@@ -65,6 +77,8 @@ class Options:
     update_every: Interval = 1
     refactor_every: Interval = 1
     rows_limit: int = 2048
+    factor_blocks: int = 1
+    max_factor_dim: int | None = 8192
 
     def __post_init__(self) -> None:
         for key, allowed in _ALLOWED.items():
@@ -84,13 +98,19 @@ class Options:
             check_number("damping", self.damping, lambda x: 0 <= x < math.inf, "a finite number >= 0, or a 0-d tensor")
         elif self.damping.dim():
             raise ValueError(f"damping is a tensor of shape {tuple(self.damping.shape)}; pass a number or a 0-d tensor")
-        if isinstance(self.rows_limit, bool) or not isinstance(self.rows_limit, int) or self.rows_limit < 1:
-            raise ValueError(f"rows_limit={self.rows_limit!r}; pass an int of at least 1")
+        for key, other in (("rows_limit", ""), ("factor_blocks", ""), ("max_factor_dim", ", or None for no limit")):
+            value = getattr(self, key)
+            if value is None and other:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{key}={value!r}; pass an int of at least 1{other}")
 
 
 OPTION_NAMES = tuple(f.name for f in fields(Options))
 # The options that decide what a block keeps; the others are read when they are needed.
-STRUCTURE = ("curv_type", "approx", "samples", "sharing", "damping_type", "rows_limit")
+STRUCTURE = (
+    "curv_type", "approx", "samples", "sharing", "damping_type", "rows_limit", "factor_blocks", "max_factor_dim",
+)  # fmt: skip
 
 
 class Curvature:
@@ -99,11 +119,12 @@ class Curvature:
     def __init__(self, name: str, layers: list[Layer], options: Options) -> None:
         assert options.approx is not None
         self.name, self.layers, self.options = name, layers, options
-        self.approx = APPROXIMATIONS[options.approx](options)
+        self.approx = APPROXIMATIONS[options.approx](options, layers)
         self.size = sum(torch.Size(layer.shape).numel() for layer in layers)
         dense = options.approx in ("full", "block")
         self.uses_rows = dense and self.size > options.rows_limit
-        self.params = [p for layer in layers for p in layer.params]
+        self.pieces = [piece for layer in layers for piece in layer.pieces]
+        self.params = list(dict.fromkeys(piece.param for piece in self.pieces))
         self.next_update = self.next_refactor = 0  # the steps at which a measurement and a factorisation are due
         self.pending: Tensors = {}
         self.pending_rows: list[Stats] = []
@@ -119,7 +140,14 @@ class Curvature:
     @property
     def key(self) -> tuple[Any, ...]:
         """What makes two blocks the same: the structure and the parameters."""
-        return *(getattr(self.options, name) for name in STRUCTURE), *self.params
+        pieces = ((p, rows and rows.start, rows and rows.stop) for p, rows in self.pieces)
+        return *(getattr(self.options, name) for name in STRUCTURE), *pieces
+
+    @property
+    def state_key(self) -> str:
+        """Under which the state of the first parameter keeps the block: several may share the rows of one."""
+        rows = self.pieces[0].rows
+        return "curvature" if rows is None else f"curvature:{rows.start}"
 
     # -------------------------------------------------------------------------------- measuring
 
@@ -147,8 +175,8 @@ class Curvature:
         if self.uses_rows:
             self.pending_rows.append(stats)
             return
-        new = self.approx.measure(stats, self.basis)
-        self.pending = {key: self.pending[key] + value for key, value in new.items()} if self.pending else new
+        for key, value in self.approx.measure(stats, self.basis).items():
+            self.pending[key] = self.pending[key] + value if key in self.pending else value
 
     @property
     def basis(self) -> tuple[Tensor, Tensor] | None:
@@ -241,7 +269,7 @@ class Curvature:
         basis = None if self.basis is None else (self.basis[0].double(), self.basis[1].double())
         new, ok = self.approx.factor(doubled, 10 * damping, self.options.damping_type, basis)
         dtype = next(iter(self.tensors.values())).dtype
-        return type(new)(**{key: value.to(dtype) for key, value in new.state().items()}), ok
+        return replace(new, **{key: value.to(dtype) for key, value in new.state().items()}), ok  # type: ignore[arg-type]
 
     def bakes_damping(self) -> bool:
         """Whether the factor holds its damping, so that another damping asks for another factor."""
@@ -250,10 +278,10 @@ class Curvature:
     # ---------------------------------------------------------------------------------- reading
 
     def join(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Tensors shaped like `params` -> one [..., g, o, i] per layer."""
+        """Tensors shaped like `pieces` -> one [..., g, o, i] per layer."""
         joined = []
         for layer in self.layers:
-            own, tensors = tensors[: len(layer.params)], tensors[len(layer.params) :]
+            own, tensors = tensors[: len(layer.pieces)], tensors[len(layer.pieces) :]
             joined.append(layer.join(own))
         return joined
 
@@ -261,15 +289,15 @@ class Curvature:
         return [part for layer, x in zip(self.layers, joined, strict=True) for part in layer.split(x)]
 
     def solve(self, tensors: list[Tensor], damping: float | Tensor | None = None) -> list[Tensor]:
-        """(C + damping I)^-1 applied to tensors shaped like `params` (leading dimensions are a batch)."""
+        """(C + damping I)^-1 applied to tensors shaped like `pieces` (leading dimensions are a batch)."""
         return self._apply("solve", tensors, damping)
 
     def matvec(self, tensors: list[Tensor]) -> list[Tensor]:
-        """C applied to tensors shaped like `params`."""
+        """C applied to tensors shaped like `pieces`."""
         return self._apply("matvec", tensors)
 
     def sample(self, damping: float | Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
-        """One draw from N(0, (C + damping I)^-1), shaped like `params`."""
+        """One draw from N(0, (C + damping I)^-1), shaped like `pieces`."""
         assert self.factor is not None
         params = self.params
         dtype = torch.promote_types(params[0].dtype, torch.float32)
@@ -294,11 +322,12 @@ class Curvature:
             raise RuntimeError(f"the curvature of block {self.name!r} has not been measured yet")
         tensors = [at_least_float32(t) for t in tensors]
         if isinstance(self.factor, Eigen) and self.factor.diagonal:  # nothing couples: parameter by parameter
-            parts = [replace(self.factor, values=values) for values in self.layers[0].split(self.factor.values)]
+            values = self.factor.values.reshape(self.layers[0].shape)
+            parts = [replace(self.factor, values=part) for part in self.layers[0].split(values)]
             return [getattr(part, name)(t, *args) for part, t in zip(parts, tensors, strict=True)]
-        if name == "solve" and isinstance(self.factor, Inverse) and self.factor.left is not None:
-            solved = self.factor.solve_columns(self.layers[0].columns(tensors))
-            return [x.reshape(t.shape) for x, t in zip(solved, tensors, strict=True)]
+        if name == "solve" and isinstance(self.factor, Inverse) and self.factor.by_columns:
+            layer = self.layers[0]
+            return layer.uncolumns(self.factor.solve_columns(layer.columns(tensors)))
         x = self.join(tensors)
         if isinstance(self.factor, RowSpace):
             return self.split(_each_of_batch(getattr(self.factor, name), x, *args))
@@ -368,7 +397,8 @@ class Curvature:
         known = saved.get("known", {})
         self.tensors = {key: value for key, value in saved.get("tensors", {}).items() if known[key]}
         self.weights = {key: value for key, value in saved.get("weights", {}).items() if known[key]}
-        self.factor = factor_from_state(saved["factor"]) if known.get("factor") else None
+        layer = self.layers[0]
+        self.factor = factor_from_state(saved["factor"], layer.shape[1:]) if known.get("factor") else None
         self.factor_damping = float(saved.get("factor_damping", math.nan))
 
     def sizes(self) -> str:
@@ -380,9 +410,12 @@ class Curvature:
             return f"rows of {self.size}"
         if approx in ("full", "block"):
             return f"{self.size}²"
-        if approx == "unit":
-            return f"{g * o} x {d}²"
-        return f"{self.size}" if approx == "diag" else f"{count}({o}² ⊗ {d}²)"
+        if isinstance(self.approx, Dense):
+            return f"{g * o} x {d}" if self.approx.wide else f"{g * o} x {d}²"
+        if not isinstance(self.approx, Kronecker):
+            return f"{self.size}"
+        left, right = self.approx.side_names(o, d)
+        return f"{count}({left} ⊗ {right})"
 
     def memory(self) -> int:
         """Bytes held by the running average and the factor."""
@@ -410,7 +443,8 @@ def _choose(ok: Tensor, new: Factor, old: Factor) -> Factor:
     kept, fresh = old.state(), new.state()
     if type(new) is not type(old) or kept.keys() != fresh.keys():
         return new
-    return type(new)(**{key: torch.where(ok, value, kept[key]) for key, value in fresh.items()})
+    chosen = {key: torch.where(ok, value, kept[key]) for key, value in fresh.items()}
+    return replace(new, **chosen)  # type: ignore[arg-type]
 
 
 def _each_of_batch(f: Callable[..., list[Tensor]], x: list[Tensor], *args: Any) -> list[Tensor]:

@@ -1,268 +1,236 @@
-"""Views: every layer with parameters read as a grouped linear map.
+"""Layers: which parameters of a model act as one grouped linear map, and where in the model it is used.
 
-    z[n,r,g,o] = sum_i W[g,o,i] a[n,r,g,i] + b[g,o]
-
-n batch, r positions that share the weight (space, tokens, repeated calls), g groups, i inputs, o outputs.
-A view says how to read `a` from what a module was given and `s` from the gradient at what it returned; the
-gradient of the parameters is then always `einsum("nrgo,nrgi->goi", s, a)`.
+Most layers are a module with a view, whose calls a forward hook sees. Others live inside a module that does more
+(attention, recurrent networks) or are Parameters of a user's own module: `inner.py` tells of them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from itertools import product
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parameter import UninitializedParameter
 
-from torchcurv.curv.shifted import shifted_cov
+from torchcurv.curv.inner import Part, inner_parts
+from torchcurv.curv.views import View, view_of
 
-Read = Callable[..., Tensor]
+
+class Piece(NamedTuple):
+    """A parameter, or some of its rows: nn.MultiheadAttention keeps the weights of q, k and v in one."""
+
+    param: Tensor
+    rows: slice | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Our part of a tensor shaped like the parameter, any leading dimensions before."""
+        if self.rows is None:
+            return tensor
+        dim = tensor.dim() - self.param.dim()
+        return tensor.narrow(dim, self.rows.start, self.rows.stop - self.rows.start)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.param.shape if self.rows is None else self.param[self.rows].shape
 
 
-@dataclass(frozen=True)
-class View:
-    """How one module type is read.
+@dataclass(eq=False)
+class Site:
+    """A place where a layer's parameters are used: a module, and how it is read.
 
-    inputs:     (module, x) -> a [n, r, g, i], without the 1 of the bias
-    signal:     (module, dz) -> s [n, r, g, o], dz shaped like the module's output
-    groups:     module -> g
-    mean_input: (module, x) -> mean_r a [n, 1, g, i]; only where it is cheaper than `inputs(...).mean(1)`
-    moments:    (module, x) -> (sum_{n,r} a a^T [g, i, i], sum_{n,r} a [g, i], n r), or None where the sums over
-                `inputs(...)` are as cheap
+    weight, bias: the module's own, covered or not. transposed: whether its W is the layer's transposed.
+    inner: the name of the part, where the use is inside the module and not its whole call.
     """
 
-    inputs: Read
-    signal: Read
-    groups: Callable[[nn.Module], int] = lambda module: 1
-    mean_input: Read | None = None
-    moments: Callable[..., tuple[Tensor, Tensor, int] | None] | None = None
+    name: str
+    module: nn.Module
+    view: View
+    weight: Piece | None
+    bias: Piece | None
+    inner: bool = False
+    transposed: bool = False
 
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        settings = ("groups", "kernel_size", "stride", "padding", "dilation", "padding_mode", "output_padding")
+        return (self.view, *(getattr(self.module, key, None) for key in settings))
 
-# ---------------------------------------------------------------------------------------------- linear
-
-
-def _linear(module: nn.Module, x: Tensor) -> Tensor:
-    return x.reshape(x.shape[0], -1, 1, x.shape[-1])
-
-
-# --------------------------------------------------------------------------------------- convolutions
-
-
-def conv_padding(module: Any) -> list[tuple[int, int]]:
-    """(left, right) per spatial dimension, in the order of the dimensions."""
-    if module.padding == "valid":
-        return [(0, 0) for _ in module.kernel_size]
-    if module.padding == "same":
-        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        return [(t // 2, t - t // 2) for t in total]
-    return [(p, p) for p in module.padding]
-
-
-def _padded(module: Any, x: Tensor) -> Tensor:
-    pairs = conv_padding(module)
-    if not any(left or right for left, right in pairs):
-        return x
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return F.pad(x, [p for pair in reversed(pairs) for p in pair], mode=mode)
-
-
-def conv_output_size(module: Any, padded: Iterable[int]) -> list[int]:
-    """Spatial size of the output, from the spatial size of the padded input."""
-    settings = zip(padded, module.kernel_size, module.stride, module.dilation, strict=True)
-    return [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in settings]
-
-
-def _patches(module: Any, x: Tensor) -> Tensor:
-    """The windows a convolution multiplies, as a strided view of the padded input: n c k1..kd o1..od."""
-    x = _padded(module, x)
-    n, c, *size = x.shape
-    batch, channel, *strides = x.stride()
-    out = conv_output_size(module, size)
-    window = [d * t for d, t in zip(module.dilation, strides, strict=True)]
-    move = [s * t for s, t in zip(module.stride, strides, strict=True)]
-    return x.as_strided((n, c, *module.kernel_size, *out), (batch, channel, *window, *move))
-
-
-def _conv_inputs(module: Any, x: Tensor) -> Tensor:
-    """Stored as [g, i, n, r]: one row per input feature, so that products need no other copy."""
-    patches, d = _patches(module, x), len(module.kernel_size)
-    n, g = x.shape[0], module.groups
-    rows = patches.permute(*range(1, 2 + d), 0, *range(2 + d, 2 + 2 * d))  # c k1..kd n o1..od
-    features = rows.shape[: 1 + d].numel() // g
-    return rows.reshape(g, features, n, -1).permute(2, 3, 0, 1)
-
-
-def _conv_signal(module: Any, dz: Tensor) -> Tensor:
-    n, channels = dz.shape[:2]
-    g = module.groups
-    return dz.reshape(n, g, channels // g, -1).permute(0, 3, 1, 2)
-
-
-def _conv_mean_input(module: Any, x: Tensor) -> Tensor:
-    """mean_r a by one strided box mean per kernel position; no patches are stored."""
-    patches, d = _patches(module, x), len(module.kernel_size)
-    n = x.shape[0]
-    space = tuple(range(2, 2 + d))
-    offsets = product(*(range(k) for k in module.kernel_size))
-    every = (slice(None), slice(None))
-    means = [patches[every + offset].mean(space) for offset in offsets]
-    return torch.stack(means, -1).reshape(n, 1, module.groups, -1)
-
-
-def _conv_moments(module: Any, x: Tensor) -> tuple[Tensor, Tensor, int] | None:
-    """By shifted products, where the regions are large against their borders (2 to 3 times faster on the CPU)."""
-    kernel, dilation = module.kernel_size, module.dilation
-    if x.is_cuda or module.groups > 1 or set(module.stride) != {1} or set(kernel) == {1} or len(kernel) > 2:
-        return None
-    padded = _padded(module, x)
-    out = conv_output_size(module, padded.shape[2:])
-    if x.shape[1] < 8 or any(o < 4 * d * (k - 1) for o, d, k in zip(out, dilation, kernel, strict=True)):
-        return None
-    count = x.shape[0] * math.prod(out)
-    total = _conv_mean_input(module, x).sum((0, 1)) * math.prod(out)
-    return shifted_cov(padded, kernel, dilation, tuple(out)).unsqueeze(0), total, count
-
-
-def _conv_groups(module: Any) -> int:
-    return module.groups
-
-
-_CONV = View(_conv_inputs, _conv_signal, _conv_groups, _conv_mean_input, _conv_moments)
-
-VIEWS: dict[type[nn.Module], View] = {
-    nn.Linear: View(_linear, _linear),
-    nn.Conv1d: _CONV,
-    nn.Conv2d: _CONV,
-    nn.Conv3d: _CONV,
-}
-
-
-def register_view(
-    module_type: type[nn.Module],
-    inputs: Read,
-    signal: Read,
-    groups: Callable[[nn.Module], int] = lambda module: 1,
-) -> None:
-    """Teach torchcurv to read a module type whose `weight` (and `bias`) act as a grouped linear map.
-
-    inputs(module, x) -> a [n, r, g, i], signal(module, dz) -> s [n, r, g, o] and groups(module) -> g must satisfy
-    `weight.grad.reshape(g, o, i) == einsum("nrgo,nrgi->goi", s, a)` and `bias.grad.reshape(g, o) ==
-    einsum("nrgo->go", s)` for x the module's first input and dz the gradient at its output. Subclasses of
-    `module_type` are read the same way unless they are registered themselves.
-    """
-    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
-        raise TypeError(f"register_view: got {module_type!r}; pass a subclass of torch.nn.Module")
-    VIEWS[module_type] = View(inputs, signal, groups)
-
-
-def view_of(module: nn.Module) -> View | None:
-    """The view of the nearest class in the module's MRO, so that subclasses count."""
-    return next((VIEWS[cls] for cls in type(module).__mro__ if cls in VIEWS), None)
-
-
-# ----------------------------------------------------------------------------------------------- layer
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(g, o, i) of W, without the bias."""
+        g = self.view.groups(self.module)
+        if self.weight is None:
+            assert self.bias is not None
+            return g, self.bias.shape.numel() // g, 0
+        shape = self.weight.shape
+        if self.view.transposed:
+            return g, shape[1], shape[0] // g * shape[2:].numel()
+        return g, shape[0] // g, shape[1:].numel()
 
 
 @dataclass(eq=False)
 class Layer:
-    """A module (or several that share one weight) bound to its view and to the parameters we cover.
+    """The parameters we cover of one grouped linear map, and the sites that share its weight.
 
-    A frozen or uncovered weight or bias is None: the block is then over the other one alone.
+    A frozen or uncovered weight or bias is None: the block is then over the other one alone. The first site says
+    which way round the weight is seen.
     """
 
     name: str
-    modules: list[nn.Module]
-    view: View
-    weight: Tensor | None
-    bias: Tensor | None
+    sites: list[Site]
+    weight: Piece | None
+    bias: Piece | None
+    owned: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        shape = _parameter(self.modules[0], "weight").shape
-        self.groups = self.view.groups(self.modules[0])
-        self.outputs = shape[0] // self.groups
-        self.features = shape[1:].numel()
+        self.view = self.sites[0].view
+        self.groups, self.outputs, self.features = self.sites[0].shape
         self.dim = (self.features if self.weight is not None else 0) + (self.bias is not None)
 
     @property
+    def pieces(self) -> list[Piece]:
+        return [piece for piece in (self.weight, self.bias) if piece is not None]
+
+    @property
     def params(self) -> list[Tensor]:
-        return [p for p in (self.weight, self.bias) if p is not None]
+        return [piece.param for piece in self.pieces]
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(g, o, i) of the joined parameters, the bias being the last input."""
         return self.groups, self.outputs, self.dim
 
+    def site_shape(self, site: Site) -> tuple[int, int, int]:
+        """(g, o, i) of W as the site sees it."""
+        g, o, i = self.groups, self.outputs, self.features
+        return (g, i, o) if site.transposed else (g, o, i)
+
+    @property
+    def token_sides(self) -> tuple[bool, bool]:
+        """Whether the (outputs, inputs) are a vocabulary, whose covariance is kept as a diagonal of counts."""
+        tokens = [site.transposed for site in self.sites if site.view.tokens]
+        return True in tokens, False in tokens
+
     def columns(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Tensors shaped like `params`, any leading dimensions before -> [..., g, o, features or 1] each."""
+        """Tensors shaped like `pieces`, any leading dimensions before -> [..., g, o, features or 1] each."""
         columns = []
-        for p, tensor in zip(self.params, tensors, strict=True):
-            width = self.features if p is self.weight else 1
-            columns.append(_unflatten(tensor, p.dim(), (self.groups, self.outputs, width)))
+        for piece, tensor in zip(self.pieces, tensors, strict=True):
+            lead = tensor.shape[: tensor.dim() - piece.param.dim()]
+            if piece is not self.weight:
+                columns.append(tensor.reshape(*lead, self.groups, self.outputs, 1))
+            elif self.view.transposed:
+                stored = tensor.reshape(*lead, self.groups, -1, self.outputs, piece.shape[2:].numel())
+                columns.append(stored.transpose(-3, -2).flatten(-2))
+            else:
+                columns.append(tensor.reshape(*lead, self.groups, self.outputs, self.features))
         return columns
 
+    def uncolumns(self, columns: list[Tensor]) -> list[Tensor]:
+        """The inverse of `columns`."""
+        tensors = []
+        for piece, column in zip(self.pieces, columns, strict=True):
+            if piece is self.weight and self.view.transposed:
+                column = column.unflatten(-1, (-1, piece.shape[2:].numel())).transpose(-3, -2)
+                tensors.append(column.reshape(*column.shape[:-4], *piece.shape))
+            else:
+                tensors.append(column.reshape(*column.shape[:-3], *piece.shape))
+        return tensors
+
     def join(self, tensors: list[Tensor]) -> Tensor:
-        """Tensors shaped like `params`, any leading dimensions before -> [..., g, o, i]."""
+        """Tensors shaped like `pieces`, any leading dimensions before -> [..., g, o, i]."""
         columns = self.columns(tensors)
         return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
 
     def split(self, joined: Tensor) -> list[Tensor]:
         """The inverse of `join`."""
-        lead, parts = joined.shape[:-3], []
-        if self.weight is not None:
-            parts.append(joined[..., : self.features].reshape(*lead, *self.weight.shape))
-        if self.bias is not None:
-            parts.append(joined[..., -1].reshape(*lead, *self.bias.shape))
-        return parts
-
-
-def _parameter(module: nn.Module, name: str) -> Tensor:
-    parameter = module._parameters[name]
-    assert parameter is not None
-    return parameter
-
-
-def _unflatten(tensor: Tensor, dims: int, shape: tuple[int, ...]) -> Tensor:
-    return tensor.reshape(*tensor.shape[: tensor.dim() - dims], *shape)
+        sizes = [self.features if piece is self.weight else 1 for piece in self.pieces]
+        return self.uncolumns(list(joined.split(sizes, -1)))
 
 
 def find_layers(model: nn.Module, covered: Callable[[Tensor], bool]) -> list[Layer]:
-    """One Layer per module that has a view and a covered parameter; modules that share a weight share a Layer.
+    """One Layer per grouped linear map with a covered parameter; sites that share a weight share a Layer.
 
     covered: whether a parameter is trained with a curvature.
     """
-    layers: dict[int, Layer] = {}
+    shared: dict[tuple[int, int], list[Site]] = {}
+    for site in _sites(model):
+        key = site.weight or site.bias
+        assert key is not None
+        shared.setdefault((id(key.param), 0 if key.rows is None else key.rows.start), []).append(site)
+    layers = []
+    for sites in shared.values():
+        weight, bias = (_covered(piece, covered) for piece in (sites[0].weight, _shared_bias(sites)))
+        if weight is None and bias is None:
+            continue
+        refusal = sites[0].view.refuses(sites[0].module)
+        if refusal is not None:
+            name, kind = sites[0].name, type(sites[0].module).__name__
+            raise ValueError(
+                f"layer {name!r} ({kind}) cannot be read: {refusal}. Put its parameters into a group with approx=None"
+            )
+        sites = _oriented(sites)
+        owned = [piece.param for piece in (sites[0].weight, _shared_bias(sites)) if piece is not None]
+        layers.append(Layer(sites[0].name, sites, weight, bias, owned))
+    return layers
+
+
+def _covered(piece: Piece | None, covered: Callable[[Tensor], bool]) -> Piece | None:
+    return piece if piece is not None and piece.param.requires_grad and covered(piece.param) else None
+
+
+def _shared_bias(sites: list[Site]) -> Piece | None:
+    return next((site.bias for site in sites if site.bias is not None), None)
+
+
+def _oriented(sites: list[Site]) -> list[Site]:
+    """The site that decides how the weight is seen first; those that use it transposed are marked.
+
+    A token embedding and the linear layer that shares its weight see it transposed.
+    """
+    if len(sites) == 1:
+        return sites
+    first = min(sites, key=lambda site: (site.bias is None, site.view.tokens))
+    for site in sites:
+        site.transposed = site.view.transposed != first.view.transposed
+        same_use = site.geometry == first.geometry
+        matrices = all(one.weight is not None and one.weight.param.dim() == 2 for one in (site, first))
+        if not (same_use or (matrices and site.shape[0] == first.shape[0] == 1)) or site.bias not in (None, first.bias):
+            raise ValueError(
+                f"layers {first.name!r} and {site.name!r} share a weight but not its use (module type, bias or "
+                "settings differ): put the shared parameters into a group with approx=None"
+            )
+    return [first, *(site for site in sites if site is not first)]
+
+
+def _sites(model: nn.Module) -> Iterator[Site]:
+    """Every use of parameters in a model, in the order of its modules."""
+    inside: set[int] = set()  # modules whose forward is never called
     for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
         view = view_of(module)
-        if view is None:
-            continue
-        own = [module._parameters.get(key) for key in ("weight", "bias")]
-        if any(isinstance(p, UninitializedParameter) for p in own):
-            raise ValueError(
-                f"layer {name!r} ({type(module).__name__}) has no parameters yet: run the model once on a batch "
-                "before building the optimizer"
-            )
-        weight, bias = (p if p is not None and p.requires_grad and covered(p) else None for p in own)
-        if own[0] is None or (weight is None and bias is None):
-            continue
-        layer = layers.get(id(own[0]))
-        if layer is None:
-            layers[id(own[0])] = Layer(name, [module], view, weight, bias)
-        elif layer.view is view and layer.bias is bias and _same_geometry(layer.modules[0], module):
-            layer.modules.append(module)
-        else:
-            raise ValueError(
-                f"layers {layer.name!r} and {name!r} share a weight but not its use (module type, bias or settings "
-                "differ): put the shared parameters into a group with approx=None"
-            )
-    return list(layers.values())
+        if view is not None:
+            weight, bias = _own(name, module, view.weight), _own(name, module, view.bias)
+            if weight is not None or bias is not None:
+                yield Site(name, module, view, weight, bias)
+        parts, children = inner_parts(module, view)
+        inside |= {id(child) for child in children}
+        for part in parts:
+            yield _inner_site(name, module, part)
 
 
-def _same_geometry(one: nn.Module, other: nn.Module) -> bool:
-    settings = ("groups", "kernel_size", "stride", "padding", "dilation", "padding_mode")
-    return all(getattr(one, key, None) == getattr(other, key, None) for key in settings)
+def _own(name: str, module: nn.Module, key: str) -> Piece | None:
+    parameter = module._parameters.get(key)
+    if isinstance(parameter, UninitializedParameter):
+        raise ValueError(
+            f"layer {name!r} ({type(module).__name__}) has no parameters yet: run the model once on a batch before "
+            "building the optimizer"
+        )
+    return None if parameter is None else Piece(parameter)
+
+
+def _inner_site(name: str, module: nn.Module, part: Part) -> Site:
+    weight, bias = (None if own is None else Piece(*own) for own in (part.weight, part.bias))
+    return Site(f"{name}.{part.name}" if name else part.name, module, part.view, weight, bias, inner=True)

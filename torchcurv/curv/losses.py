@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchcurv.curv.factor import free_to_read
+from torchcurv.curv.linalg import free_to_read
 
 REDUCTIONS = ("mean", "sum", "none")
 

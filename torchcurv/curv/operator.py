@@ -66,16 +66,27 @@ class CurvatureSet:
 
     def _apply(self, v: Vector, f: Callable[[Curvature, list[Tensor]], list[Tensor]]) -> Any:
         columns, restore = self._columns(v)
+        return restore(
+            self._gathered(lambda block: f(block, [piece.of(columns[piece.param]) for piece in block.pieces]))
+        )
+
+    def _gathered(self, f: Callable[[Curvature], list[Tensor]]) -> dict[Tensor, Tensor]:
+        """Per parameter, what f says of its pieces in each block."""
         out: dict[Tensor, Tensor] = {}
         for block in self.blocks.values():
-            out.update(zip(block.params, f(block, [columns[p] for p in block.params]), strict=True))
-        return restore(out)
+            for piece, x in zip(block.pieces, f(block), strict=True):
+                if piece.rows is None:
+                    out[piece.param] = x
+                    continue
+                lead = x.shape[: x.dim() - piece.param.dim()]
+                if piece.param not in out:
+                    out[piece.param] = x.new_zeros(*lead, *piece.param.shape)
+                piece.of(out[piece.param]).copy_(x)
+        return out
 
     def _flat(self, f: Callable[[Curvature], list[Tensor]]) -> Tensor:
         """One tensor per parameter, from every block, flattened in order."""
-        out: dict[Tensor, Tensor] = {}
-        for block in self.blocks.values():
-            out.update(zip(block.params, f(block), strict=True))
+        out = self._gathered(f)
         return torch.cat([out[p].flatten() for p in self.params])
 
     # ---------------------------------------------------------------------------------- algebra
@@ -90,9 +101,7 @@ class CurvatureSet:
 
     def sample(self, damping: float | Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
         """One draw from N(0, (C + damping I)^-1), a list like `params`."""
-        drawn: dict[Tensor, Tensor] = {}
-        for block in self.blocks.values():
-            drawn.update(zip(block.params, block.sample(damping, generator), strict=True))
+        drawn = self._gathered(lambda block: block.sample(damping, generator))
         return [drawn[p] for p in self.params]
 
     def diag(self) -> Tensor:

@@ -7,7 +7,7 @@ the signal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,12 @@ from torchcurv.curv.curvature import Curvature
 from torchcurv.curv.kinds import signals
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.losses import Loss, Terms, at_least_float32
-from torchcurv.curv.stats import Inputs, Stats
+from torchcurv.curv.stats import Inputs, Stats, Use
 
 if TYPE_CHECKING:
     from torchcurv.curv.record import Record
 
 SIGNAL_ELEMENTS = 1 << 25  # elements of layer outputs held at once when many signals are sent
-PATCH_ELEMENTS = 1 << 22  # elements of layer inputs read at once when the gradient is checked
 
 
 class Receiver:
@@ -46,38 +45,57 @@ class Receiver:
     def members(self, blocks: list[Curvature]) -> list[Call]:
         return [call for block in blocks for k in self.record.members[block.name] for call in self.calls.get(k, [])]
 
-    def inputs(self, layer: int, used: list[Call]) -> Inputs:
-        """The layer's inputs over the calls that this loss reaches."""
-        key = (layer, *(id(call) for call in used))
+    def inputs(self, used: list[Call]) -> Inputs:
+        """A layer's inputs over the calls of one site, or sites alike, that this loss reaches."""
+        key = tuple(id(call) for call in used)
         if key not in self._inputs:
             for call in used:
                 self.check(call)
-            calls = [call.x for call in used]
-            self._inputs[key] = Inputs(self.record.layers[layer], calls, self.n, self.terms.position_weights)
+            layer = self.record.layers[used[0].layer]
+            calls = [(call.site.module, call.x) for call in used]
+            self._inputs[key] = Inputs(layer, used[0].site, calls, self.n, self.terms.position_weights)
         return self._inputs[key]
 
     def check(self, call: Call) -> None:
         name, n = self.record.layers[call.layer].name, self.n
-        if call.x.shape[0] % n or call.shape[0] % n:
+        if call.batch % n:
             raise ValueError(
-                f"layer {name!r} was called with a tensor of shape {tuple(call.x.shape)}, whose dimension 0 is no "
+                f"layer {name!r} was called with a tensor of shape {tuple(call.x[0].shape)}, whose dimension 0 is no "
                 f"multiple of the batch size {n} (dimension 0 of the model's output): put the batch first, call "
                 "optimizer.observe(output, target) with an output whose dimension 0 is the batch, or give this "
                 "layer's parameters a group with approx=None"
             )
-        if not call.x.is_inference() and call.x._version != call.version:
+        if call.edited:
             raise RuntimeError(
                 f"the input of layer {name!r} was edited in place after the layer had read it: apply that operation "
                 "out of place, or give this layer's parameters a group with approx=None"
             )
 
-    def signal(self, layer: int, used: list[Call], grads: list[Tensor]) -> Tensor:
+    def signal(self, used: list[Call], grads: list[Tensor]) -> Tensor:
         """s [n, r, g, o] from the gradients at the outputs of the calls."""
-        view, parts = self.record.layers[layer].view, []
+        parts = []
         for call, grad in zip(used, grads, strict=True):
-            s = at_least_float32(view.signal(call.module, grad.reshape(call.shape)))
+            s = at_least_float32(call.signal(grad))
             parts.append(s.reshape(self.n, -1, *s.shape[-2:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def uses(self, layer: int, got: Callable[[Call], list[Tensor | None]]) -> list[Use]:
+        """The pairs (a, s) of a layer: one for the calls that see its weight alike.
+
+        got: the gradients at the output of a call, one per signal; None where there is none.
+        """
+        alike: dict[tuple[Any, ...], list[Call]] = {}
+        for call in self.calls.get(layer, []):
+            if got(call)[0] is not None:
+                key = call.site.transposed, call.site.bias is None, call.site.view.inputs
+                alike.setdefault(key, []).append(call)
+        uses = []
+        for used in alike.values():
+            inputs = self.inputs(used)
+            rows = zip(*(got(call) for call in used), strict=True)
+            each = [self.signal(used, list(grads)) for grads in rows]
+            uses.append(Use(inputs, each[0].unsqueeze(0) if len(each) == 1 else torch.stack(each)))
+        return uses
 
     def deliver(
         self,
@@ -91,19 +109,9 @@ class Receiver:
         got = {id(call): [grads[k] for grads in chunk] for k, call in enumerate(calls)}
         for block in blocks:
             members = self.record.members[block.name]
-            inputs: list[Inputs | None] = []
-            stacked: list[Tensor | None] = []
-            for k in members:
-                used = [call for call in self.calls.get(k, []) if got.get(id(call), [None])[0] is not None]
-                if not used:
-                    inputs.append(None)
-                    stacked.append(None)
-                    continue
-                inputs.append(self.inputs(k, used))
-                each = [self.signal(k, used, [got[id(call)][v] for call in used]) for v in range(len(chunk))]  # type: ignore[misc]
-                stacked.append(each[0].unsqueeze(0) if len(each) == 1 else torch.stack(each))
-            if any(s is not None for s in stacked):
-                block.measure(Stats(inputs, stacked, scale, share, block.layers))
+            uses = [self.uses(k, lambda call: got.get(id(call), [None])) for k in members]
+            if any(uses):
+                block.measure(Stats(uses, scale, share, block.layers))
 
 
 class Pass:
@@ -146,7 +154,7 @@ class Pass:
         for block in self.blocks:
             block.begin(task)
         own_loss_only = terms.uniform and not self.capture.explicit and task != -1
-        own_loss_only &= all(call.losses <= 1 for call, _ in self.capture.calls)
+        own_loss_only &= not self.capture.mixed and all(call.losses <= 1 for call, _ in self.capture.calls)
         record._inside = True
         try:
             with full_precision(self.f.device.type):
@@ -211,35 +219,33 @@ class Pass:
         for block in blocks:
             wrong: list[tuple[Tensor, str]] = []
             for k in self.record.members[block.name]:
-                used = [(call, at_call[id(call)]) for call in self.receiver.calls.get(k, [])]
-                wrong += self._unexplained(self.record.layers[k], used, gradients)
+                uses = self.receiver.uses(k, lambda call: [at_call.get(id(call))])
+                grads = [at_call.get(id(call)) for call in self.receiver.calls.get(k, [])]
+                eps = max((torch.finfo(grad.dtype).eps for grad in grads if grad is not None), default=0.0)
+                wrong += self._unexplained(self.record.layers[k], uses, gradients, eps)
             if wrong and bool(torch.stack([flag for flag, _ in wrong]).any()):
                 self.record.refuse(block, [name for flag, name in wrong if flag])
             self.record.verified.add(block.name)
 
     def _unexplained(
-        self, layer: Layer, used: list[tuple[Call, Tensor | None]], gradients: dict[Tensor, Tensor | None]
+        self, layer: Layer, uses: list[Use], gradients: dict[Tensor, Tensor | None], eps: float
     ) -> list[tuple[Tensor, str]]:
-        """(whether its gradient is not that of these calls, its name) for each parameter of the layer."""
-        dtype = torch.promote_types(layer.params[0].dtype, torch.float32)
-        expected = layer.params[0].new_zeros(layer.shape, dtype=dtype)
-        size, eps = expected.new_zeros(()), torch.finfo(layer.params[0].dtype).eps
-        for call, grad in used:
-            if grad is not None:
-                self.receiver.check(call)
-                eps = max(eps, torch.finfo(grad.dtype).eps)
-                size += _add_gradient_(expected, layer, call, grad)
-        found = [
-            expected if p not in gradients else torch.zeros_like(part) if gradients[p] is None else gradients[p]
-            for p, part in zip(layer.params, layer.split(expected), strict=True)
-        ]
-        parts = [
-            (p, at_least_float32(g).reshape(part.shape) - part)  # type: ignore[arg-type]
-            for p, g, part in zip(layer.params, found, layer.split(expected), strict=True)
-            if p in gradients
-        ]
-        bound = max(8 * eps, 1e-2) * expected.norm() + 4 * eps * size
-        return [(gap.norm() > bound, self.record.names.get(p, layer.name)) for p, gap in parts]
+        """(whether its gradient is not that of these uses, its name) for each parameter of the layer."""
+        dtype = layer.params[0].dtype
+        eps = max(eps, torch.finfo(dtype).eps)
+        expected = layer.params[0].new_zeros(layer.shape, dtype=torch.promote_types(dtype, torch.float32))
+        size = expected.new_zeros(())
+        for use in uses:
+            gradient, magnitude = use.gradient()
+            expected, size = expected + gradient, size + magnitude
+        flags = []
+        for piece, part in zip(layer.pieces, layer.split(expected), strict=True):
+            if piece.param in gradients:
+                found = gradients[piece.param]
+                gap = part if found is None else at_least_float32(piece.of(found)) - part
+                bound = max(8 * eps, 1e-2) * expected.norm() + 4 * eps * size
+                flags.append((gap.norm() > bound, self.record.names.get(piece.param, layer.name)))
+        return flags
 
     # -------------------------------------------------------------------- the user's own backward
 
@@ -265,23 +271,6 @@ def full_precision(device_type: str) -> AbstractContextManager[Any]:
     """Autocast switched off, where it is on."""
     on = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else nullcontext()
-
-
-def _add_gradient_(total: Tensor, layer: Layer, call: Call, grad: Tensor) -> Tensor:
-    """Add sum_{n,r} s a^T of one call to total [g, o, i], some rows at a time; norm(s) norm(a)."""
-    s, squares = at_least_float32(layer.view.signal(call.module, grad.reshape(call.shape))), total.new_zeros(2)
-    rows = call.x.shape[0]
-    per_row = layer.view.inputs(call.module, call.x[:1]).numel()
-    size = max(1, PATCH_ELEMENTS // max(1, per_row))
-    for start in range(0, rows, size):
-        part = s[start : start + size]
-        a = at_least_float32(layer.view.inputs(call.module, call.x[start : start + size]))
-        if layer.weight is not None:
-            total[..., : layer.features] += torch.einsum("nrgo,nrgi->goi", part, a)
-        if layer.bias is not None:
-            total[..., -1] += part.sum((0, 1))
-        squares += torch.stack([part.square().sum(), a.square().sum() + a.shape[:-1].numel()])
-    return squares.prod().sqrt()
 
 
 class _Waiting:

@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchcurv.curv.capture import Call, Capture, Edge, Frozen, Noted, edge_of, frozen, metadata
 from torchcurv.curv.curvature import Curvature
-from torchcurv.curv.layers import Layer
+from torchcurv.curv.inner import Watch
+from torchcurv.curv.layers import Layer, Site
 from torchcurv.curv.losses import Loss, Terms, at_least_float32, loss_of
 from torchcurv.curv.passes import Pass
+from torchcurv.curv.views import uses_batch_statistics
 
 
 @dataclass
@@ -127,27 +130,50 @@ class Record:
         self._inside = False
         self._checked = False
         self._key = ("torchcurv", id(self))
-        hooks = [Hook(partial(self._on_layer, k)) for k in range(len(self.layers))]
-        start, end, self._hooks = Hook(self._on_start), Hook(self._on_end), hooks
-        self._handles = [
-            module.register_forward_hook(hook, with_kwargs=True)
-            for hook, layer in zip(hooks, self.layers, strict=True)
-            for module in layer.modules
-        ]
+        self._handles: list[Any] = []
+        self._hooks: list[tuple[Hook, set[int]]] = []  # with the layers they feed
+        self._inner: dict[int, list[tuple[int, Site]]] = {}  # the sites inside modules, by the id of their parameter
+        self._watches: list[Watch | None] = []
+        self._unknown_uses: dict[Tensor, str] = {}
+        self._mixed = False  # whether batch statistics were used in the running forward pass
+        self._hook_layers()
+        start, end = Hook(self._on_start), Hook(self._on_end)
         self._handles.append(model.register_forward_pre_hook(start))
         self._handles.append(model.register_forward_hook(end, always_call=True))
         self._whole = [start, end]
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                self._whole.append(Hook(self._on_batch_norm))
+                self._handles.append(module.register_forward_hook(self._whole[-1], with_kwargs=True))
         if isinstance(loss_fn, nn.Module):
             self._whole.append(Hook(self._on_loss_known))
             self._handles.append(loss_fn.register_forward_hook(self._whole[-1], with_kwargs=True))
         self.set_due(block.name for block in blocks)
 
+    def _hook_layers(self) -> None:
+        inside: dict[nn.Module, list[tuple[int, Site]]] = {}
+        for k, layer in enumerate(self.layers):
+            for site in layer.sites:
+                if site.inner:
+                    inside.setdefault(site.module, []).append((k, site))
+                    self._inner.setdefault(_owner(site), []).append((k, site))
+                    continue
+                hook = Hook(partial(self._on_layer, k, site))
+                self._hooks.append((hook, {k}))
+                self._handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
+        for module, sites in inside.items():
+            bare = [site.bias.param for _, site in sites if site.weight is None and site.bias is not None]
+            before, after = Hook(partial(self._watch, bare)), Hook(self._unwatch)
+            self._hooks += [(hook, {k for k, _ in sites}) for hook in (before, after)]
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(after, always_call=True))
+
     def set_due(self, names: Iterable[str]) -> None:
         """Which blocks the next forward passes feed."""
         self.due = set(names) - self.refused
         due_layers = {k for name in self.due for k in self.members[name]}
-        for k, hook in enumerate(self._hooks):
-            hook.on = k in due_layers
+        for hook, layers in self._hooks:
+            hook.on = not due_layers.isdisjoint(layers)
         for hook in self._whole:
             hook.on = bool(self.due)
 
@@ -163,31 +189,98 @@ class Record:
     def _at(self, edge: Edge) -> Noted:
         return metadata(edge.node).setdefault(self._key, {}).setdefault(edge.number, Noted())
 
-    def _on_layer(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    def _on_layer(
+        self, k: int, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> Any:
         if _ignored():
             return None
-        layer, x = self.layers[k], _argument(args, kwargs, 0, "input")
-        if not isinstance(x, Tensor) or not isinstance(out, Tensor):
+        layer, names = self.layers[k], site.view.arguments
+        x = tuple(_argument(args, kwargs, position, name) for position, name in enumerate(names))
+        if not isinstance(x[0], Tensor) or not isinstance(out, Tensor):
             raise ValueError(
-                f"layer {layer.name!r} was called with a {type(x).__name__} and returned a {type(out).__name__}; a "
+                f"layer {layer.name!r} was called with a {type(x[0]).__name__} and returned a {type(out).__name__}; a "
                 "tensor as first argument and a tensor back is what can be read. Put its parameters into a group "
                 "with approx=None"
             )
-        if not out.requires_grad or not _own_parameters(module, layer):
+        if not out.requires_grad or not _own_parameters(site):
             return None
+        x = tuple(value.detach() if isinstance(value, Tensor) else value for value in x)
+        return self._note(out, [Call(k, site, x, out.shape, out.shape[0] if out.dim() else 1)])
+
+    def _note(self, out: Tensor, calls: list[Call]) -> Tensor | None:
+        """Keep calls at the node of their output; a tensor is to take the place of that output."""
         edge = edge_of(out)
-        call = Call(k, module, x.detach(), 0 if x.is_inference() else x._version, out.shape)
-        self._at(edge).call = call
+        self._at(edge).calls.extend(calls)
         if self._depth:
-            self._calls.append((call, edge))
+            self._calls += [(call, edge) for call in calls]
         # A view of part of another tensor: in-place edits must reach a clone, or they would rewrite our edge.
         return out.clone() if out._base is not None and edge.node is out.grad_fn else None
+
+    def _watch(self, bare: list[Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A module with inner layers starts. A recomputation must run the same functions, but is not noted."""
+        running = torch._C._current_graph_task_id() != -1
+        if (_ignored() and not running) or not torch.is_grad_enabled():
+            self._watches.append(None)
+            return
+        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), None)
+        note = _unnoted if running else self._note_inner
+        watch = Watch(note, None if first is None else len(first), bare, self._unknown_uses.setdefault)
+        self._watches.append(watch)
+        watch.__enter__()
+
+    def _unwatch(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        watch = self._watches.pop() if self._watches else None
+        if watch is not None:
+            watch.__exit__(None, None, None)
+
+    def _note_inner(
+        self, param: Tensor, rows: slice | None, x: Tensor, out: Tensor, batch_first: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """A product with these rows of a parameter, or a use of it as a bias or scale."""
+        if not out.requires_grad:
+            return out
+        calls = []
+        for k, site in self._inner.get(id(param), ()):
+            if not self._hook_is_due(k):
+                continue
+            own = site.weight.rows if site.weight is not None else None
+            read = batch_first
+            if rows is not None and own is not None:
+                if not rows.start <= own.start < own.stop <= rows.stop:
+                    continue
+                read = partial(_columns, batch_first, slice(own.start - rows.start, own.stop - rows.start))
+            calls.append(Call(k, site, (x,), out.shape, len(x), read))
+        noted = self._note(out, calls) if calls else None
+        return out if noted is None else noted
+
+    def _hook_is_due(self, k: int) -> bool:
+        return any(k in self.members[name] for name in self.due)
+
+    def _on_batch_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Through batch statistics the samples meet: a pass of our own takes the statistics as constants."""
+        x = _argument(args, kwargs, 0, "input")
+        if _ignored() or not uses_batch_statistics(module) or not isinstance(out, Tensor) or not out.requires_grad:
+            return
+        self._mixed = True
+        if isinstance(x, Tensor) and x.requires_grad and out.grad_fn is not None:
+            out.grad_fn.register_hook(partial(self._cut, module, x.detach()))
+
+    @torch.no_grad()
+    def _cut(self, module: Any, x: Tensor, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> Any:
+        """dx = dz weight / sqrt(var + eps) in place of the gradient of batch norm."""
+        if not self._inside or inputs[0] is None or outputs[0] is None:
+            return None
+        dims = [0, *range(2, x.dim())]
+        scale = (at_least_float32(x).var(dims, correction=0) + module.eps).rsqrt()
+        scale = scale if module.weight is None else scale * module.weight
+        shaped = scale.reshape(1, -1, *(1,) * (x.dim() - 2))
+        return ((outputs[0] * shaped).to(inputs[0].dtype), *inputs[1:])
 
     def _on_start(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if _ignored():
             return
         if not self._depth:
-            self._calls = []
+            self._calls, self._mixed = [], False
         self._depth += 1
 
     def _on_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -234,7 +327,8 @@ class Record:
                     own.append((call, None))
                 elif number < last:
                     own.append((call, at))
-            capture = self._at(edge).capture = Capture(own, out.shape[0], out.shape, forward)
+            capture = Capture(own, out.shape[0], out.shape, forward, mixed=self._mixed)
+            self._at(edge).capture = capture
             if isinstance(self.loss_fn, str):
                 hook = partial(self._on_output, capture, edge.number, edge.shape, frozen(out), Once())
                 edge.node.register_prehook(hook)
@@ -300,8 +394,7 @@ class Record:
             if noted.capture is not None:
                 captures.append((noted.capture, edge))
                 continue
-            if noted.call is not None:
-                calls.append((noted.call, None if edge[:2] == start[:2] else edge))
+            calls += [(call, None if edge[:2] == start[:2] else edge) for call in noted.calls]
             for node, number in edge.node.next_functions:
                 if node is not None and (node, number) not in seen:
                     seen.add((node, number))
@@ -322,7 +415,9 @@ class Record:
                     calls.append((call, edge if at is None else at))
         n = captures[0][0].n if captures else f.shape[0]
         parts = [capture for capture, _ in captures]
-        joined = self._at(start).capture = Capture(calls, n, f.shape, next(iter(forwards), None), parts)
+        mixed = self._mixed if not parts else any(part.mixed for part in parts)
+        joined = Capture(calls, n, f.shape, next(iter(forwards), None), parts, mixed=mixed)
+        self._at(start).capture = joined
         return joined, start
 
     # ---------------------------------------------------------------------------------- backward
@@ -442,12 +537,16 @@ class Record:
             raise RuntimeError(
                 f"the gradient of {', '.join(params)} is not the one that the recorded calls of the layer explain: "
                 "the parameter is used elsewhere too (F.linear(x, layer.weight), a layer of another type that shares "
-                "it), or the layer does more to its output than a layer of its type. Put it into a group with "
-                'approx=None, or pass unsupported="gradient"'
+                f"it), or the layer does more to its output than a layer of its type{self._where(block)}. Put it into "
+                'a group with approx=None, or pass unsupported="gradient"'
             )
         self.refused.add(block.name)
         block.forget_pending()
         self.set_due(self.due)
+
+    def _where(self, block: Curvature) -> str:
+        uses = [self._unknown_uses[p] for p in block.params if p in self._unknown_uses]
+        return f" (a bare parameter may be added or multiplied to the batch; torch.{uses[0]} used it)" if uses else ""
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Draws that a resumed run repeats, and that leave the global generators alone."""
@@ -468,12 +567,27 @@ def _order(tensor: Tensor) -> int:
     return -1 if tensor.grad_fn is None else tensor.grad_fn._sequence_nr()
 
 
-def _own_parameters(module: nn.Module, layer: Layer) -> bool:
+def _own_parameters(site: Site) -> bool:
     """Whether the module runs on the parameters we cover, not on others put in for one call (functional_call)."""
-    own = module._parameters
-    return (layer.weight is None or own.get("weight") is layer.weight) and (
-        layer.bias is None or own.get("bias") is layer.bias
+    own = site.module._parameters
+    return (site.weight is None or own.get(site.view.weight) is site.weight.param) and (
+        site.bias is None or own.get(site.view.bias) is site.bias.param
     )
+
+
+def _owner(site: Site) -> int:
+    """The id of the parameter that an inner layer is recognised by."""
+    piece = site.weight or site.bias
+    assert piece is not None
+    return id(piece.param)
+
+
+def _unnoted(param: Tensor, rows: slice | None, x: Tensor, out: Tensor, batch_first: Any) -> Tensor:
+    return out
+
+
+def _columns(batch_first: Callable[[Tensor], Tensor], columns: slice, gradient: Tensor) -> Tensor:
+    return batch_first(gradient)[..., columns]
 
 
 def _count_loss(capture: Capture) -> None:

@@ -10,14 +10,12 @@ Such a block has no running average and is not saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.factor import Damping, eigh, inverse_spd
-from torchcurv.curv.layers import Layer
+from torchcurv.curv.linalg import Damping, eigh, inverse_spd
 from torchcurv.curv.stats import Stats
 
 
@@ -33,49 +31,37 @@ class RowSpace:
     damping: Tensor | None = None
     finite: Tensor | None = None
 
-    def _per_layer(self, x: list[Tensor], stats: Stats) -> Iterable[tuple[int, Tensor]]:
-        return ((index, x[index]) for index in range(len(stats.layers)) if stats.inputs[index] is not None)
-
-    def _each(self, x: list[Tensor], stats: Stats) -> Tensor:
-        """V x for joined tensors x, one [g, o, d] per layer -> [v n]."""
-        total: Tensor | int = 0
-        for index, matrix in self._per_layer(x, stats):
-            layer, inputs, s = stats.layers[index], stats.inputs[index], stats.signals[index]
-            assert inputs is not None and s is not None
-            z = _outputs(layer, inputs.a, matrix)
-            total = total + torch.einsum("vnrgo,nrgo->vn", s, z)
-        assert isinstance(total, Tensor)
-        return (total * _root_scale(stats, total)).flatten()
-
     def rows_times(self, x: list[Tensor]) -> Tensor:
-        return torch.cat([self._each(x, stats) for stats in self.stats])
+        """V x for joined tensors x, one [g, o, d] per layer -> [rows]."""
+        parts = []
+        for stats in self.stats:
+            dots = [use.dot(matrix) for uses, matrix in zip(stats.uses, x, strict=True) for use in uses]
+            total = torch.stack(dots).sum(0)
+            parts.append((total * _root_scale(stats, total)).flatten())
+        return torch.cat(parts)
 
     def rows_transposed_times(self, u: Tensor) -> list[Tensor]:
         """V^T u, one [g, o, d] per layer."""
-        layers = self.stats[0].layers
-        total: list[Tensor] = [u.new_zeros(layer.shape) for layer in layers]
+        total = [u.new_zeros(layer.shape) for layer in self.stats[0].layers]
         start = 0
         for stats in self.stats:
-            v, n = next(s for s in stats.signals if s is not None).shape[:2]
+            v, n = stats.shape
             weights = u[start : start + v * n].reshape(v, n)
             weights = weights * _root_scale(stats, weights)
             start += v * n
-            for index, matrix in self._per_layer(total, stats):
-                layer, inputs, s = layers[index], stats.inputs[index], stats.signals[index]
-                assert inputs is not None and s is not None
-                matrix += _gradient(layer, inputs.a, torch.einsum("vnrgo,vn->nrgo", s, weights))
+            for uses, matrix in zip(stats.uses, total, strict=True):
+                for use in uses:
+                    matrix += use.combination(weights)
         return total
 
     def gram(self) -> Tensor:
-        """V V^T, layer by layer: (s·s')(a·a') where there is one position, else from that layer's rows."""
+        """V V^T, layer by layer: (s·s')(a·a') where there is one use at one position, else from the layer's rows."""
         total: Tensor | int = 0
         for index in range(len(self.stats[0].layers)):
-            reached = [stats for stats in self.stats if stats.inputs[index] is not None]
-            if not reached:
+            uses = [stats.uses[index] for stats in self.stats]
+            if not any(uses):
                 continue
-            signals = [s.signals[index] for s in reached]
-            single = all(s is not None and s.shape[2] == 1 for s in signals)
-            if single and len(reached) == len(self.stats):
+            if all(len(own) == 1 and own[0].s.shape[2] == 1 for own in uses):
                 total = total + _product_gram(self.stats, index)
             else:
                 rows = torch.cat([stats.layer_rows(index) for stats in self.stats])
@@ -132,7 +118,7 @@ class RowSpace:
         """sum of the rows' squares, one [g, o, d] per layer."""
         layers = self.stats[0].layers
         squares = [
-            sum(stats.layer_rows(k).square().sum(0) for stats in self.stats if stats.inputs[k] is not None)
+            sum(stats.layer_rows(k).square().sum(0) for stats in self.stats if stats.uses[k])
             for k in range(len(layers))
         ]
         like = next(x for x in squares if isinstance(x, Tensor))
@@ -146,36 +132,13 @@ def _root_scale(stats: Stats, like: Tensor) -> Tensor:
     return torch.as_tensor(stats.scale, dtype=like.dtype, device=like.device).sqrt()
 
 
-def _outputs(layer: Layer, a: Tensor, matrix: Tensor) -> Tensor:
-    """W a + b -> [n, r, g, o] for the joined matrix [g, o, d]."""
-    weight, bias = layer.weight, layer.bias
-    if weight is None:
-        return matrix[..., -1].expand(*a.shape[:2], *matrix.shape[:2])
-    z = torch.einsum("nrgi,goi->nrgo", a, matrix[..., : a.shape[-1]])
-    return z if bias is None else z + matrix[..., -1]
-
-
-def _gradient(layer: Layer, a: Tensor, s: Tensor) -> Tensor:
-    """sum_{n,r} s a^T -> [g, o, d]."""
-    parts = []
-    if layer.weight is not None:
-        parts.append(torch.einsum("nrgo,nrgi->goi", s, a))
-    if layer.bias is not None:
-        parts.append(s.sum((0, 1)).unsqueeze(-1))
-    return torch.cat(parts, -1)
-
-
 def _product_gram(all_stats: tuple[Stats, ...], index: int) -> Tensor:
     """K[(v n), (w m)] = sum_g (s_vn · s_wm)(a_n · a_m + [bias]) over all the passes' rows."""
-    layer = all_stats[0].layers[index]
-    inputs, signals = [], []
-    for stats in all_stats:
-        inp, s = stats.inputs[index], stats.signals[index]
-        assert inp is not None and s is not None
-        inputs.append(inp.a[:, 0].repeat(s.shape[0], 1, 1))
-        signals.append(s[:, :, 0].flatten(0, 1) * _root_scale(stats, s))
-    a, s = torch.cat(inputs), torch.cat(signals)
-    pairs = torch.einsum("ngi,mgi->gnm", a, a) if layer.weight is not None else 0
-    if layer.bias is not None:
+    uses = [(stats, stats.uses[index][0]) for stats in all_stats]
+    inputs = uses[0][1].inputs
+    a = torch.cat([use.inputs.a[:, 0].repeat(len(use.s), 1, 1) for _, use in uses])
+    s = torch.cat([use.s[:, :, 0].flatten(0, 1) * _root_scale(stats, use.s) for stats, use in uses])
+    pairs = torch.einsum("ngi,mgi->gnm", a, a) if inputs.weight_covered else 0
+    if inputs.bias_covered:
         pairs = pairs + 1
     return (torch.einsum("ngo,mgo->gnm", s, s) * pairs).sum(0)

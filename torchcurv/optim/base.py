@@ -171,11 +171,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._blocks.append(kept)
             self._group_index.append(group_of[id(fresh)])
         self._built_for, self._outdated = self._trainable(), False
-        firsts = {block.params[0] for block in self._blocks}
+        kept_states = {(block.params[0], block.state_key) for block in self._blocks}
         for p, state in self.state.items():
-            if p not in firsts:
-                state.pop("curvature", None)
-        self._unsaved = [block for block in self._blocks if "curvature" not in self.state.get(block.params[0], {})]
+            for key in [key for key in state if key.startswith("curvature") and (p, key) not in kept_states]:
+                del state[key]
+        self._unsaved = [b for b in self._blocks if b.state_key not in self.state.get(b.params[0], {})]
         if self._finalizer is not None:
             self._finalizer()
         self._record = Record(self.model, self._blocks, **self._settings, unsupported=self._unsupported)
@@ -192,9 +192,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             )
 
     def _check_agreement(self, layer: Layer, groups: dict[Tensor, int], options: dict[Tensor, Options]) -> None:
-        module = layer.modules[0]
-        own = [p for p in (module._parameters.get("weight"), module._parameters.get("bias")) if p in groups]
-        own = [p for p in own if p is not None and p.requires_grad]
+        own = [p for p in layer.owned if p in groups and p.requires_grad]
         for other in own[1:]:
             one = options[own[0]]
             for key in OPTION_NAMES:
@@ -347,7 +345,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                     self._save_param(self.state[p], p, group)
         for block in dict.fromkeys(self._unsaved):
             block.release_rows()
-            self.state[block.params[0]]["curvature"] = block.state()
+            self.state[block.params[0]][block.state_key] = block.state()
         self._unsaved = []
 
     def _save_param(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
@@ -357,13 +355,19 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """(C + λ I)^-1 applied to the gradients of the covered parameters, in float32 or better."""
         solved: dict[Tensor, Tensor] = {}
         for block, index in zip(self._blocks, self._group_index, strict=True):
-            params = block.params
-            if not block.has_factor or not any(p in gradients for p in params):
+            if not block.has_factor or not any(p in gradients for p in block.params):
                 continue
-            given = [gradients[p] if p in gradients else torch.zeros_like(p) for p in params]
+            given = [
+                piece.of(gradients[p] if (p := piece.param) in gradients else torch.zeros_like(p))
+                for piece in block.pieces
+            ]
             damping = None if block.bakes_damping() else self._damping(self.param_groups[index])
-            solutions = block.solve(given, damping)
-            solved.update((p, x) for p, x in zip(params, solutions, strict=True) if p in gradients)
+            for piece, x in zip(block.pieces, block.solve(given, damping), strict=True):
+                p = piece.param
+                if p in gradients and piece.rows is None:
+                    solved[p] = x
+                elif p in gradients:
+                    piece.of(solved.setdefault(p, gradients[p].to(x.dtype, copy=True))).copy_(x)
         return solved
 
     # -------------------------------------------------------------------------------------- public
@@ -408,20 +412,24 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """A table of what every parameter got: layer, curvature, approximation, block sizes, memory in bytes."""
         self._require_record()
         rows = [("parameter", "shape", "block", "curv_type", "approx", "block sizes", "memory")]
-        owner = {p: block for block in self._blocks for p in block.params}
+        owners: dict[Tensor, list[Curvature]] = {}
+        for block in self._blocks:
+            for p in block.params:
+                owners.setdefault(p, []).append(block)
         for group in self.param_groups:
             for p in group["params"]:
-                shape, block = "x".join(map(str, p.shape)) or "scalar", owner.get(p)
-                if block is None:
+                shape = "x".join(map(str, p.shape)) or "scalar"
+                if p not in owners:
                     why = "frozen" if not p.requires_grad else "plain gradient"
                     rows.append((self._names.get(p, "?"), shape, "-", "-", why, "-", "-"))
                     continue
-                memory = f"{block.memory():,}" if p is block.params[0] else '"'
-                options = block.options
-                kind = options.curv_type if options.samples is None else f"{options.curv_type}({options.samples})"
-                kind = options.curv_type if options.curv_type == "empirical_fisher" else kind
-                names = (self._names[p], shape, block.name, kind, str(options.approx), block.sizes(), memory)
-                rows.append(names)
+                for block in owners[p]:
+                    memory = f"{block.memory():,}" if p is block.params[0] else '"'
+                    options = block.options
+                    kind = options.curv_type if options.samples is None else f"{options.curv_type}({options.samples})"
+                    kind = options.curv_type if options.curv_type == "empirical_fisher" else kind
+                    name, sizes = self._names[p], block.sizes()
+                    rows.append((name, shape, block.name, kind, str(options.approx), sizes, memory))
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         return "\n".join(line.rstrip() for line in lines)
@@ -465,7 +473,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._take_group(index)
         self._build()
         for block in self._blocks:
-            block.load_state(self.state.get(block.params[0], {}).get("curvature", {}))
+            block.load_state(self.state.get(block.params[0], {}).get(block.state_key, {}))
         self._require_record().start_step(self._steps, self._due())
 
     def __getstate__(self) -> dict[str, Any]:

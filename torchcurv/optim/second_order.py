@@ -44,7 +44,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         weight_decay: decoupled decay. l2: coefficient of l2/2 norm(p)² in the loss, in g and in the damping.
         maximize: ascend.
         samples: signals drawn per step; None: the exact curvature (one backward pass per output element).
-        sharing, ema_decay, update_every, refactor_every, rows_limit: see `torchcurv.curv.curvature.Options`.
+        sharing, ema_decay, update_every, refactor_every, rows_limit, factor_blocks, max_factor_dim: see
+            `torchcurv.curv.curvature.Options`.
         reduction, class_dim: of a loss given by name. output_fn: from the model's output to the loss's input.
         grad_scaler: the torch.amp.GradScaler that scales the loss, if any.
         unsupported: "error" lists parameters without a known curvature, "gradient" trains them with the gradient.
@@ -84,6 +85,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         update_every: int | Callable[[int], int] = 1,
         refactor_every: int | Callable[[int], int] = 1,
         rows_limit: int = 2048,
+        factor_blocks: int = 1,
+        max_factor_dim: int | None = 8192,
         reduction: str | None = None,
         class_dim: int | None = None,
         output_fn: Callable[[Any], Tensor] | None = None,
