@@ -26,11 +26,30 @@ def close(x, truth, tol=1e-10):
 
 
 def problem(case, loss=None, n=N):
-    model = cases.net_around(case.make_layer(), case.input_shape, before=True)
-    x = cases.randn(n, *case.input_shape, seed=2)
+    x = case.input_for(n, seed=2)
+    model = cases.net_around(case.make_layer(), case.input_shape, before=case.make_input is None, x=x)
     loss = nn.CrossEntropyLoss() if loss is None else loss
     y = torch.arange(n) % cases.CLASSES
     return model, loss, x, y
+
+
+def is_token_layer(module):
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
+
+
+def kfac_truth(a, s, module, sharing="expand", blocks=1):
+    """B ⊗ A of each group, of each factor only the diagonal blocks; the vocabulary side is a diagonal."""
+    A, B = oracles.kron_factors(a, s, sharing, None)
+    A, B = A * mask(A.shape[-1], A.shape[-1] if is_token_layer(module) else blocks), B * mask(B.shape[-1], blocks)
+    products = [torch.kron(left.contiguous(), right.contiguous()) for left, right in zip(B, A, strict=True)]
+    return oracles.to_param_order(torch.block_diag(*products), module)
+
+
+def mask(d, blocks):
+    """1 in the diagonal blocks of size ceil(d / blocks)."""
+    m = -(-d // min(blocks, d))
+    place = torch.arange(d) // m
+    return (place[:, None] == place).double()
 
 
 def layer_truth(approx, a, s, module, sharing="expand"):
@@ -38,36 +57,96 @@ def layer_truth(approx, a, s, module, sharing="expand"):
     if approx == "diag":
         return oracles.diag_from_arrays(a, s, module).diag()
     if approx == "kfac":
-        return oracles.kfac_from_arrays(a, s, sharing, module=module)
+        return kfac_truth(a, s, module, sharing)
     return {"unit": oracles.unit_from_arrays, "block": oracles.block_from_arrays}[approx](a, s, module)
+
+
+ALL_LAYERS = cases.LAYERS + cases.NEW_LAYERS
 
 
 @SAME_EVEN
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", cases.LAYERS + cases.LAYERS_SAME_EVEN, ids=ids(cases.LAYERS + cases.LAYERS_SAME_EVEN))
+@pytest.mark.parametrize("case", ALL_LAYERS + cases.LAYERS_SAME_EVEN, ids=ids(ALL_LAYERS + cases.LAYERS_SAME_EVEN))
 def test_every_approximation_of_every_layer_equals_its_dense_truth(case, kind):
     model, loss, x, y = problem(case)
     module = model.get_submodule("layer")
     truth_kind = "empirical_fisher" if kind == "empirical_fisher" else "ggn"
     a, s = oracles.layer_arrays(model, loss, x, y, "layer", kind=truth_kind)
+    options = {"curv_type": kind, "params": list(module.parameters())}
     for approx in ("diag", "unit", "block", "kfac"):
-        got = curvature(model, loss, [(x, y)], curv_type=kind, approx=approx, params=module.parameters())
+        got = curvature(model, loss, [(x, y)], approx=approx, **options)
         close(got.to_dense(), layer_truth(approx, a, s, module))
-    reduced = curvature(model, loss, [(x, y)], curv_type=kind, sharing="reduce", params=module.parameters())
+    reduced = curvature(model, loss, [(x, y)], sharing="reduce", **options)
     close(reduced.to_dense(), layer_truth("kfac", a, s, module, "reduce"))
+    rows = curvature(model, loss, [(x, y)], approx="block", rows_limit=1, **options)
+    close(rows.to_dense(), layer_truth("block", a, s, module))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", cases.BATCH_STATISTICS_LAYERS, ids=ids(cases.BATCH_STATISTICS_LAYERS))
+def test_batch_statistics_count_as_constants(case, kind):
+    """The layer before a batch norm that uses the statistics of its batch, and the batch norm itself."""
+    model, loss, x, y = problem(case)
+    copy = cases.net_around(case.make_layer(), case.input_shape, before=True, x=x)
+    copy.load_state_dict(model.state_dict())
+    norm = copy.get_submodule("layer")
+    norm.eval()
+    norm.momentum, norm.track_running_stats = 1.0, True
+    seen = copy.before(x).detach()
+    dims = [d for d in range(seen.dim()) if d != 1]
+    norm.running_mean, norm.running_var = seen.mean(dims), seen.var(dims, correction=0)
+    for approx in ("block", "diag", "kfac"):
+        got, expected = (curvature(m, loss, [(x, y)], curv_type=kind, approx=approx) for m in (model, copy))
+        close(got.to_dense(), expected.to_dense())
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("case", cases.LAYERS, ids=ids(cases.LAYERS))
+@pytest.mark.parametrize("case", ALL_LAYERS, ids=ids(ALL_LAYERS))
 def test_ekfac_has_the_exact_second_moments_in_its_basis(case, sharing):
     model, loss, x, y = problem(case)
     module = model.get_submodule("layer")
     a, s = oracles.layer_arrays(model, loss, x, y, "layer")
     got = curvature(model, loss, [(x, y)], approx="ekfac", sharing=sharing, params=module.parameters())
     left, right = got.blocks["layer"].basis
+    right = dense_side(right, a.shape[-1])
     truth = oracles.ekfac_from_arrays(a, s, sharing, module=module, bases=(right, left))
     close(got.to_dense(), truth)
     close(got.trace(), oracles.block_from_arrays(a, s, module).trace())
+
+
+def dense_side(side, d):
+    return side if side.dim() == 3 else torch.stack([torch.block_diag(*blocks)[:d, :d] for blocks in side])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    case=st.sampled_from([c for c in ALL_LAYERS if not c.id.startswith(("batchnorm", "groupnorm"))]),
+    blocks=st.integers(1, 6),
+    sharing=st.sampled_from(["expand", "reduce"]),
+)
+def test_factors_in_blocks(case, blocks, sharing):
+    model, loss, x, y = problem(case)
+    module = model.get_submodule("layer")
+    a, s = oracles.layer_arrays(model, loss, x, y, "layer")
+    options = {"params": list(module.parameters()), "sharing": sharing}
+    got = curvature(model, loss, [(x, y)], factor_blocks=blocks, **options)
+    truth = kfac_truth(a, s, module, sharing, blocks)
+    eye, v = torch.eye(len(truth), dtype=truth.dtype), cases.randn(len(truth), seed=7)
+    close(got.to_dense(), truth)
+    close(got.diag(), truth.diag())
+    close(got.trace(), truth.trace())
+    close(got.logdet(0.1), torch.logdet(truth + 0.1 * eye))
+    close(got.solve(v, 0.1), torch.linalg.solve(truth + 0.1 * eye, v))
+    wide = curvature(model, loss, [(x, y)], max_factor_dim=1, **options)
+    close(wide.to_dense(), kfac_truth(a, s, module, sharing, 10**6))
+    exact = curvature(model, loss, [(x, y)], approx="ekfac", factor_blocks=blocks, **options)
+    close(exact.trace(), oracles.block_from_arrays(a, s, module).trace())
+
+
+def test_units_too_wide_for_a_matrix_keep_their_diagonal():
+    model, loss, x, y = problem(cases.LAYERS[0])
+    wide, diagonal = (curvature(model, loss, [(x, y)], approx=a, max_factor_dim=1) for a in ("unit", "diag"))
+    close(wide.to_dense(), diagonal.to_dense())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -47,7 +47,6 @@ def _fisher(row: Any, terms: Terms, samples: int | None, generator: Generator) -
 
 
 def _empirical_fisher(row: Any, terms: Terms, samples: int | None, generator: Generator) -> Iterator[Tensor]:
-    assert terms.residual is not None
     yield terms.residual()
 
 

@@ -67,7 +67,8 @@ class Site:
         shape = self.weight.shape
         if self.view.transposed:
             return g, shape[1], shape[0] // g * shape[2:].numel()
-        return g, shape[0] // g, shape[1:].numel()
+        outputs = max(1, shape[0] // g)  # 1 where each of the weight's dimensions counts groups
+        return g, outputs, shape.numel() // (g * outputs)
 
 
 @dataclass(eq=False)

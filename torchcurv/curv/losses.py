@@ -45,7 +45,7 @@ class Terms:
     reduction: Tensor | float
     weights: Tensor | None
     uniform: bool
-    residual: Callable[[], Tensor] | None
+    residual: Callable[[], Tensor]
 
     def __post_init__(self) -> None:
         if self.weights is not None and free_to_read(self.weights) and bool((self.weights == 1).all()):
@@ -273,7 +273,7 @@ class Loss:
 
     # --------------------------------------------------------------- losses known by their name alone
 
-    def terms_from_gradient(self, f: Tensor, arriving: Tensor, n: int) -> Terms:
+    def terms_from_gradient(self, f: Tensor, arriving: Tensor, n: int, loss_scale: Tensor | float = 1.0) -> Terms:
         """Terms of a loss that was named, not seen: the gradient that arrived at the output stands for the target.
 
         A row of a classification counts as ignored where that gradient is exactly zero although the prediction
@@ -288,8 +288,12 @@ class Loss:
         count: Tensor | float = 1.0
         if self.reduction == "mean":
             count = canonical.numel() if weights is None else weights.sum()
-        scale = 2 if self.row is SquaredError else 1
-        return Terms(canonical, scale / count, weights, True, None)
+        reduction = (2 if self.row is SquaredError else 1) / count
+
+        def residual() -> Tensor:
+            return at_least_float32(self.layout(arriving, n)[0]) / loss_scale / reduction
+
+        return Terms(canonical, reduction, weights, True, residual)
 
     def check_arriving(self, f: Tensor, arriving: Tensor, terms: Terms, scale: Tensor | float) -> None:
         """Raise if the gradient at the output cannot be that of the named loss. Reads numbers: first use only.

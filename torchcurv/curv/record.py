@@ -521,7 +521,7 @@ class Record:
         edge, output = Edge(torch._C._current_autograd_node(), number, shape), f.read()
         loss, scale = self._loss(), self._unscale()
         arrived = arriving.reshape(output.shape)
-        terms = loss.terms_from_gradient(output, arrived, capture.n)
+        terms = loss.terms_from_gradient(output, arrived, capture.n, scale)
         if not self._checked and not terms.empty:
             loss.check_arriving(output, arrived, terms, scale)
             self._checked = True
