@@ -603,7 +603,7 @@ def test_an_exception_in_the_forward_leaves_nothing_behind():
     with pytest.raises(ZeroDivisionError):
         opt.model(x)
     handle.remove()
-    assert not opt._record._calls and not opt._record._depth
+    assert not opt._record.forward._calls and not opt._record.forward._depth
     CE(opt.model(x), y).backward()
     close(measured(opt), truth(opt, CE, x, y))
 

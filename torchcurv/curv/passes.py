@@ -155,7 +155,7 @@ class Pass:
             block.begin(task)
         own_loss_only = terms.uniform and not self.capture.explicit and task != -1
         own_loss_only &= not self.capture.mixed and all(call.losses <= 1 for call, _ in self.capture.calls)
-        record._inside = True
+        record.forward.inside = True
         try:
             with full_precision(self.f.device.type):
                 self.verify([block for block in self.blocks if block.name not in record.verified])
@@ -169,7 +169,7 @@ class Pass:
                     else:
                         self.send(blocks, kind, samples, factor)
         finally:
-            record._inside = False
+            record.forward.inside = False
         record.passes += 1
 
     # ------------------------------------------------------------------------ a pass of our own
