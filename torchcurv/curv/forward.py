@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchcurv.curv.capture import Call, Capture, Edge, Noted, edge_of, metadata
 from torchcurv.curv.hooks import Hook, argument, ignored
-from torchcurv.curv.inner import Watch
+from torchcurv.curv.inner import Watch, sample_gradients
 from torchcurv.curv.layers import Layer, Site
 from torchcurv.curv.losses import at_least_float32
 from torchcurv.curv.views import uses_batch_statistics
@@ -66,10 +66,10 @@ class Forward:
                 self._handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
         for module, sites in inside.items():
             bare = [site.bias.param for _, site in sites if site.weight is None and site.bias is not None]
-            before, after = Hook(partial(self._watch, bare)), Hook(self._unwatch)
+            before, after = Hook(partial(self._watch, bare)), Hook(partial(self._unwatch, sites))
             self._hooks += [(hook, {k for k, _ in sites}) for hook in (before, after)]
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(after, always_call=True))
+            self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
 
     def set_due(self, layers: set[int]) -> None:
         """Which layers the next forward passes note."""
@@ -154,10 +154,29 @@ class Forward:
         self._watches.append(watch)
         watch.__enter__()
 
-    def _unwatch(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _unwatch(
+        self,
+        sites: list[tuple[int, Site]],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
         watch = self._watches.pop() if self._watches else None
-        if watch is not None:
-            watch.__exit__(None, None, None)
+        if watch is None:
+            return None
+        watch.__exit__(None, None, None)
+        out = output[0] if isinstance(output, tuple) and output else output
+        if ignored() or not isinstance(out, Tensor) or not out.requires_grad or not out.dim():
+            return None
+        calls, batch = [], len(out)
+        for k, site in sites:
+            if site.by_sample and k in self.due and (site.opaque or _unknown(site, self.unknown_uses)):
+                assert site.bias is not None
+                read = sample_gradients(module, site.part, site.bias.param.detach(), args, kwargs, batch)
+                calls.append(Call(k, site, (out.new_empty(batch),), out.shape, batch, read))
+        noted = self._note(out, calls) if calls else None
+        return noted if noted is None or out is output else (noted, *output[1:])
 
     def _note_inner(
         self, param: Tensor, rows: slice | None, x: Tensor, out: Tensor, batch_first: Callable[[Tensor], Tensor]
@@ -249,6 +268,10 @@ def _own_parameters(site: Site) -> bool:
     return (site.weight is None or own.get(site.view.weight) is site.weight.param) and (
         site.bias is None or own.get(site.view.bias) is site.bias.param
     )
+
+
+def _unknown(site: Site, unknown_uses: dict[Tensor, str]) -> bool:
+    return site.bias is not None and site.bias.param in unknown_uses
 
 
 def _owner(site: Site) -> int:

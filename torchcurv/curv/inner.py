@@ -10,6 +10,7 @@ knows. Attention runs torch's own code; fused recurrent functions run step by st
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FunctionType
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from torchcurv.curv.unrolled import UNROLLED
@@ -33,25 +35,41 @@ Note = Callable[[Tensor, Rows, Tensor, Tensor, Read], Tensor]
 
 
 class Part(NamedTuple):
-    """A grouped linear map inside a module: (parameter, rows of it that belong to the map)."""
+    """A grouped linear map inside a module: (parameter, rows of it that belong to the map).
+
+    opaque: what the module computes with it is not known; there are only the gradients of its samples.
+    """
 
     name: str
     view: View
     weight: tuple[Tensor, Rows] | None
     bias: tuple[Tensor, Rows] | None
+    opaque: bool = False
 
 
 def inner_parts(module: nn.Module, view: View | None) -> tuple[list[Part], list[nn.Module]]:
     """The inner layers of one module, and the modules in it whose forward is never called."""
     if isinstance(module, nn.MultiheadAttention):
-        return _attention_parts(module), [module.out_proj]
+        own, known = _attention_parts(module), {"in_proj_weight", "in_proj_bias"}
+        known |= {f"{name}_proj_weight" for name in "qkv"}
+        return own + _bare_parts(module, known), [module.out_proj]
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return _recurrent_parts(module), []
-    if type(module).__module__.startswith("torch.nn"):  # what torch computes with them is not known here
-        return [], []
-    known = {view.weight, view.bias} if view is not None else set()
-    bare = [(name, p) for name, p in module._parameters.items() if p is not None and name not in known]
-    return [Part(name, _bare_view(p.numel()), None, (p, None)) for name, p in bare], []
+    return _bare_parts(module, set() if view is None else {view.weight, view.bias}), []
+
+
+def _bare_parts(module: nn.Module, known: set[str]) -> list[Part]:
+    """The other parameters of a module: its own, and those that its parametrizations compute them from."""
+    if isinstance(module, ParametrizationList):
+        return []
+    named = {name: p for name, p in module._parameters.items() if p is not None and name not in known}
+    computed = getattr(module, "parametrizations", None)
+    computed = {} if computed is None else {f"parametrizations.{name}": p for name, p in computed.named_parameters()}
+    opaque = type(module).__module__.startswith("torch.nn")
+    return [
+        Part(name, _bare_view(p.numel()), None, (p, None), opaque or name in computed)
+        for name, p in (named | computed).items()
+    ]
 
 
 def _whole(module: nn.Module, name: str) -> tuple[Tensor, Rows] | None:
@@ -121,6 +139,40 @@ _MOVES = _of(
 _KEEPS = _of("to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "cuda", "cpu")
 _ADDS, _SUBTRACTS = _of("add", "add_", "__radd__"), _of("sub", "sub_", "subtract")
 _MULTIPLIES = _of("mul", "mul_", "multiply", "__rmul__")
+
+
+# ------------------------------------------------------------------------------------- opaque parameters
+
+
+def sample_gradients(
+    module: nn.Module, name: str, param: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int
+) -> Read:
+    """dz [batch, ...] at the module's output -> the gradient of the parameter for each sample [batch, numel].
+
+    The module is run again, sample by sample under vmap: right for modules whose samples do not meet.
+    """
+    names = list(kwargs)
+    given = [x.detach() if isinstance(x, Tensor) else x for x in (*args, *kwargs.values())]
+    batched = [k for k, x in enumerate(given) if isinstance(x, Tensor) and x.dim() and len(x) == batch]
+
+    def one(dz: Tensor, *own: Tensor) -> Tensor:
+        mine = dict(zip(batched, own, strict=True))
+        x = [mine[k].unsqueeze(0) if k in mine else value for k, value in enumerate(given)]
+        positional, named = tuple(x[: len(args)]), dict(zip(names, x[len(args) :], strict=True))
+
+        def output(p: Tensor) -> Tensor:
+            out = torch.func.functional_call(module, {name: p}, positional, named)
+            return out[0] if isinstance(out, tuple) else out
+
+        pull: Any = torch.func.vjp(output, param)[1]
+        return pull(dz.unsqueeze(0))[0]
+
+    def read(dz: Tensor) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            return torch.func.vmap(one)(dz, *(given[k] for k in batched)).reshape(batch, -1)
+
+    return read
 
 
 # ------------------------------------------------------------------------------------------------ watch

@@ -41,7 +41,9 @@ class Site:
     """A place where a layer's parameters are used: a module, and how it is read.
 
     weight, bias: the module's own, covered or not. transposed: whether its W is the layer's transposed.
-    inner: the name of the part, where the use is inside the module and not its whole call.
+    part: the name in the module, where the use is inside it and not its whole call.
+    opaque: whether nothing is known of it but the gradients of samples. by_sample: whether these may be taken, by
+    running the module sample by sample.
     """
 
     name: str
@@ -49,8 +51,14 @@ class Site:
     view: View
     weight: Piece | None
     bias: Piece | None
-    inner: bool = False
+    part: str = ""
+    opaque: bool = False
+    by_sample: bool = False
     transposed: bool = False
+
+    @property
+    def inner(self) -> bool:
+        return bool(self.part)
 
     @property
     def geometry(self) -> tuple[Any, ...]:
@@ -134,9 +142,9 @@ class Layer:
         for piece, column in zip(self.pieces, columns, strict=True):
             if piece is self.weight and self.view.transposed:
                 column = column.unflatten(-1, (-1, piece.shape[2:].numel())).transpose(-3, -2)
-                tensors.append(column.reshape(*column.shape[:-4], *piece.shape))
+                tensors.append(column.reshape((*column.shape[:-4], *piece.shape)))
             else:
-                tensors.append(column.reshape(*column.shape[:-3], *piece.shape))
+                tensors.append(column.reshape((*column.shape[:-3], *piece.shape)))
         return tensors
 
     def join(self, tensors: list[Tensor]) -> Tensor:
@@ -150,15 +158,22 @@ class Layer:
         return self.uncolumns(list(joined.split(sizes, -1)))
 
 
-def find_layers(model: nn.Module, covered: Callable[[Tensor], bool]) -> list[Layer]:
+def find_layers(
+    model: nn.Module, covered: Callable[[Tensor], bool], by_sample: Callable[[Tensor], bool] = lambda p: False
+) -> list[Layer]:
     """One Layer per grouped linear map with a covered parameter; sites that share a weight share a Layer.
 
-    covered: whether a parameter is trained with a curvature.
+    covered: whether a parameter is trained with a curvature. by_sample: whether its gradients may be taken sample by
+    sample, where nothing better is known.
     """
     shared: dict[tuple[int, int], list[Site]] = {}
     for site in _sites(model):
         key = site.weight or site.bias
         assert key is not None
+        if site.inner and site.weight is None:
+            site.by_sample = by_sample(key.param)
+        if site.opaque and not site.by_sample:
+            continue
         shared.setdefault((id(key.param), 0 if key.rows is None else key.rows.start), []).append(site)
     layers = []
     for sites in shared.values():
@@ -234,4 +249,5 @@ def _own(name: str, module: nn.Module, key: str) -> Piece | None:
 
 def _inner_site(name: str, module: nn.Module, part: Part) -> Site:
     weight, bias = (None if own is None else Piece(*own) for own in (part.weight, part.bias))
-    return Site(f"{name}.{part.name}" if name else part.name, module, part.view, weight, bias, inner=True)
+    full = f"{name}.{part.name}" if name else part.name
+    return Site(full, module, part.view, weight, bias, part.name, part.opaque)

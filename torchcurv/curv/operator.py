@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchcurv.curv.capture import edge_of
 from torchcurv.curv.curvature import Curvature, Options
 from torchcurv.curv.factor import Eigen
-from torchcurv.curv.layers import find_layers
+from torchcurv.curv.layers import Layer, find_layers
 from torchcurv.curv.losses import loss_of
 from torchcurv.curv.passes import Pass
 from torchcurv.curv.record import Record
@@ -169,11 +169,11 @@ def curvature(
     chosen = Options(curv_type=curv_type, approx=approx, samples=samples, **{**DEFAULTS, **options})
     if approx is None:
         raise ValueError("approx=None asks for no curvature; choose an approximation")
-    covered = _covered(model, params)
+    covered = _covered(model, params, chosen)
     loss = loss_of(loss_fn, reduction, class_dim)
     if loss.reduction == "none":
         raise ValueError("reduction='none' says nothing about the weight of each term; pass 'mean' or 'sum'")
-    blocks = _blocks(model, covered, chosen)
+    blocks = _blocks(_layers(model, covered, chosen), chosen)
     record = Record(model, blocks, None, seed=seed)
     if approx == "ekfac" and iter(data) is data:
         data = list(data)
@@ -187,7 +187,11 @@ def curvature(
     return CurvatureSet(blocks, {name: p for name, p in model.named_parameters() if p in covered})
 
 
-def _covered(model: nn.Module, params: Any) -> set[Tensor]:
+def _layers(model: nn.Module, covered: set[Tensor], options: Options) -> list[Layer]:
+    return find_layers(model, lambda p: p in covered, lambda p: options.approx == "diag")
+
+
+def _covered(model: nn.Module, params: Any, options: Options) -> set[Tensor]:
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     if params is None:
         chosen = {p for p in names if p.requires_grad}
@@ -196,20 +200,19 @@ def _covered(model: nn.Module, params: Any) -> set[Tensor]:
     strangers = sum(p not in names for p in chosen)
     if strangers:
         raise ValueError(f"{strangers} of the parameters given are not parameters of the model")
-    layers = find_layers(model, lambda p: p in chosen)
+    layers = _layers(model, chosen, options)
     missing = [names[p] for p in chosen - {p for layer in layers for p in layer.params}]
     if missing:
         raise ValueError(
             f"no curvature is known for the parameters {', '.join(sorted(missing))}: pass params= without them, or "
-            "teach torchcurv the layer with torchcurv.register_view"
+            'choose approx="diag", or teach torchcurv the layer with torchcurv.register_view'
         )
     if not chosen:
         raise ValueError("the model has no trainable parameters: there is no curvature to look at")
     return chosen
 
 
-def _blocks(model: nn.Module, covered: set[Tensor], options: Options) -> list[Curvature]:
-    layers = find_layers(model, lambda p: p in covered)
+def _blocks(layers: list[Layer], options: Options) -> list[Curvature]:
     if options.approx == "full":
         return [Curvature("full", layers, options)]
     return [Curvature(layer.name, [layer], options) for layer in layers]

@@ -142,14 +142,15 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         groups = {p: k for k, group in enumerate(self.param_groups) for p in group["params"]}
         options = {p: Options(**{key: self.param_groups[k][key] for key in OPTION_NAMES}) for p, k in groups.items()}
         covered = {p for p in groups if options[p].approx is not None and p.requires_grad}
-        layers = find_layers(self.model, lambda p: p in covered)
+        layers = find_layers(self.model, lambda p: p in covered, lambda p: p in covered and options[p].approx == "diag")
         in_layer = {p for layer in layers for p in layer.params}
         missing = [self._names[p] for p in groups if p in covered and p not in in_layer]
         if missing and self._unsupported == "error":
             raise ValueError(
                 f"no curvature is known for the parameters {', '.join(missing)}: put them into a group with "
-                'approx=None to train them with the plain gradient, or pass unsupported="gradient" to do so for '
-                "everything that is not covered, or teach torchcurv the layer with torchcurv.register_view"
+                'approx=None to train them with the plain gradient, or with approx="diag" to have their gradients '
+                'taken sample by sample, or pass unsupported="gradient" to train everything that is not covered with '
+                "the plain gradient, or teach torchcurv the layer with torchcurv.register_view"
             )
         chosen: list[tuple[Layer, Options]] = []
         for layer in layers:
@@ -304,7 +305,16 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             if nothing:
                 self._save()
             return not nothing
-        if nothing:
+        unknown = record.forward.unknown_uses
+        used = [f"{self._names[p]} in torch.{unknown[p]}" for b in missing for p in b.params if p in unknown]
+        if used and self._unsupported == "error":
+            raise RuntimeError(
+                f"nothing is known of the curvature of {', '.join(used)}: a parameter of a module's own may be added "
+                "to, or multiplied with, something of the batch. Put it into a group with approx=None, or with "
+                'approx="diag" to have its gradients taken sample by sample, or pass unsupported="gradient", or teach '
+                "torchcurv the module with torchcurv.register_view"
+            )
+        if nothing and not used:
             trigger = self._silent_trigger(record.loss_fn)
             raise RuntimeError(
                 f"there are gradients but no curvature was captured: {trigger}. Call the model and the loss between "
