@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torchcurv import curvature
+from torchcurv.curv.inputs import position_gram
 from torchcurv.curv.shifted import shifted_cov
-from torchcurv.curv.stats import position_gram
 from torchcurv.curv.views import VIEWS, _conv_moments, _padded, conv_output_size
 
 

@@ -18,10 +18,11 @@ from torch.autograd.graph import get_gradient_edge
 
 from torchcurv.curv.capture import Call, Capture, Edge
 from torchcurv.curv.curvature import Curvature
+from torchcurv.curv.inputs import Inputs
 from torchcurv.curv.kinds import signals
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.losses import Loss, Terms, at_least_float32
-from torchcurv.curv.stats import Inputs, Stats, Use
+from torchcurv.curv.stats import Stats, Use
 
 if TYPE_CHECKING:
     from torchcurv.curv.record import Record
@@ -92,6 +93,8 @@ class Receiver:
         uses = []
         for used in alike.values():
             inputs = self.inputs(used)
+            if not inputs.weight_covered and not inputs.bias_covered:
+                continue
             rows = zip(*(got(call) for call in used), strict=True)
             each = [self.signal(used, list(grads)) for grads in rows]
             uses.append(Use(inputs, each[0].unsqueeze(0) if len(each) == 1 else torch.stack(each)))

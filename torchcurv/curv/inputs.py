@@ -1,0 +1,237 @@
+"""Inputs: what came into one layer in one pass, and the products it enters.
+
+    a [n, r, g, i]       the 1 of a bias is kept implicit
+
+It is read from the module when first asked for, and never where a question has a shorter answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchcurv.curv.layers import Layer, Site
+from torchcurv.curv.losses import at_least_float32
+from torchcurv.curv.sides import folded, side_shape
+from torchcurv.curv.tokens import Tokens
+from torchcurv.curv.views import Arguments
+
+PATCH_ELEMENTS = 1 << 22  # elements of layer inputs read at once where they are not kept
+SYMMETRIC_FROM, COLUMNS = 512, 256  # a Gram matrix this large is formed by blocks of columns, 20-30 % cheaper
+
+
+# ----------------------------------------------------------------------------------------------- sums
+
+
+def gram(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """x^T x for x [k, d], into `out` if given.
+
+    A large one is formed by blocks of columns, each times the columns up to it, and the blocks above the diagonal
+    stay zero: whoever factors a statistic reads its lower triangle.
+    """
+    d = x.shape[1]
+    if d < SYMMETRIC_FROM or x.is_cuda:
+        return x.mT @ x if out is None else torch.mm(x.mT, x, out=out)
+    out = x.new_zeros(d, d) if out is None else out
+    for start in range(0, d, COLUMNS):
+        end = min(start + COLUMNS, d)
+        torch.mm(x[:, start:end].mT, x[:, :end], out=out[start:end, :end])
+    return out
+
+
+def position_gram(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """sum_{n,r} x x^T -> [g, d, d] for x [n, r, g, d], in whichever layout x is stored; into zeros `out` if given."""
+    n, r, g, d = x.shape
+    if g > 1:
+        total = torch.einsum("nrgi,nrgj->gij", x, x)
+        return total if out is None else out.copy_(total)
+    out = x.new_zeros(1, d, d) if out is None else out
+    x = x.squeeze(2)
+    mergeable = n == 1 or x.stride(0) == r * x.stride(1)
+    if not mergeable and x.stride(1) == 1 and r > d and not x.is_cuda:  # channels first: one product per sample
+        out[0].addbmm_(x.mT, x)
+    else:
+        gram(x.reshape(n * r, d), out[0])
+    return out
+
+
+def block_gram(x: Tensor, blocks: int) -> Tensor:
+    """The diagonal blocks of sum_{n,r} x x^T for x [n, r, g, d], in the shape of a side (sides.py)."""
+    g, d = x.shape[2:]
+    shape = side_shape(g, d, blocks)
+    if blocks == 1:
+        return position_gram(x)
+    if shape[-1] == 1:
+        return x.square().sum((0, 1))[..., None, None]
+    parts = folded(x, shape[-1])
+    return torch.einsum("nrgkp,nrgkq->gkpq", parts, parts)
+
+
+# -------------------------------------------------------------------------------------- one layer's inputs
+
+
+class Inputs:
+    """The inputs of one layer in one pass: read from the module when first asked, shared by all signals.
+
+    calls: modules, and what each was given, [n k, ...]; repeated calls and k are further positions r.
+    weights: term weights [n, t], or None; they reach the positions where r = t, else the sample as a whole.
+    """
+
+    def __init__(
+        self, layer: Layer, site: Site, calls: list[tuple[nn.Module, Arguments]], n: int, weights: Tensor | None
+    ) -> None:
+        self.layer, self.site, self.calls, self.n, self.weights = layer, site, calls, n, weights
+        self.view = site.view
+        self.weight_covered = layer.weight is not None
+        self.bias_covered = layer.bias is not None and site.bias is not None
+        self.bias_column = layer.bias is not None and not site.transposed  # zeros where this site has no bias
+
+    def _read(self, module: nn.Module, x: Arguments) -> Tensor | Tokens:
+        read = self.view.inputs(module, *x)
+        if isinstance(read, Tokens):
+            return read.per_sample(self.n)
+        return at_least_float32(read).reshape(self.n, -1, *read.shape[-2:])
+
+    @cached_property
+    def _all(self) -> Tensor | Tokens:
+        read = [self._read(module, x) for module, x in self.calls]
+        if len(read) == 1:
+            return read[0]
+        tokens = [part for part in read if isinstance(part, Tokens)]
+        return Tokens.joined(tokens) if tokens else torch.cat([part for part in read if isinstance(part, Tensor)], 1)
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """The inputs as tokens, where they are one-hot rows over a vocabulary."""
+        return self._all if isinstance(self._all, Tokens) else None
+
+    @property
+    def a(self) -> Tensor:
+        return self._all.dense() if isinstance(self._all, Tokens) else self._all
+
+    def part(self, samples: slice) -> Tensor:
+        """a of some of the samples."""
+        return self._all.of(samples).dense() if isinstance(self._all, Tokens) else self._all[samples]
+
+    @property
+    def with_ones(self) -> Tensor:
+        """a with the columns that the joined parameters have: inputs if the weight is covered, 1 for the bias."""
+        return self._with_bias(self.a)
+
+    def _with_bias(self, a: Tensor) -> Tensor:
+        parts = [a] if self.weight_covered else []
+        if self.bias_column:
+            parts.append(torch.full_like(a[..., :1], float(self.bias_covered)))
+        return torch.cat(parts, -1)
+
+    @cached_property
+    def mean(self) -> Tensor | Tokens:
+        """mean_r a [n, 1, g, i]."""
+        read, (module, x) = self.view.mean_input, self.calls[0]
+        if read is not None and len(self.calls) == 1 and len(x[0]) == self.n:
+            return read(module, at_least_float32(x[0]))
+        return self._all.mean() if isinstance(self._all, Tokens) else self._all.mean(1, keepdim=True)
+
+    def _weights(self, positions: int) -> Tensor | None:
+        if self.weights is None:
+            return None
+        aligned = self.weights.shape[1] == positions
+        return self.weights if aligned else self.weights.mean(1, keepdim=True).expand(-1, positions)
+
+    def cov(self, sharing: str, blocks: int = 1) -> tuple[Tensor, Tensor]:
+        """(sum w a a^T as a side of that many blocks, sum w) over samples, and over positions for "expand"."""
+        key = sharing, blocks
+        if key not in self._covs:
+            self._covs[key] = self._dense_cov(sharing) if blocks == 1 else self._block_cov(sharing, blocks)
+        return self._covs[key]
+
+    @cached_property
+    def _covs(self) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+        return {}
+
+    def _block_cov(self, sharing: str, blocks: int) -> tuple[Tensor, Tensor]:
+        read = self._all if sharing == "expand" else self.mean
+        w = self._weights(read.positions if isinstance(read, Tokens) else read.shape[1])
+        if isinstance(read, Tokens):
+            count = read.weight.new_full((), float(len(read.index) * read.positions)) if w is None else w.sum()
+            squares = read.square_sums(None if w is None else w.to(read.weight.dtype))
+            return squares[None, :, None, None], count.to(squares.dtype)
+        a = self._with_bias(read)
+        if w is None:
+            return block_gram(a, blocks), a.new_full((), float(a.shape[0] * a.shape[1]))
+        w = w.to(a.dtype)
+        return block_gram(a * w.sqrt()[..., None, None], blocks), w.sum()
+
+    def _dense_cov(self, sharing: str) -> tuple[Tensor, Tensor]:
+        layer, first = self.layer, self.calls[0][1][0]
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        g, o, d = layer.shape
+        d = o if self.site.transposed else d
+        out = torch.zeros(g, d, d, dtype=dtype, device=first.device)
+        inner = out[:, :-1, :-1] if self.bias_column else out
+        sums, count = self._moments(sharing, inner if self.weight_covered else None)
+        if self.bias_covered:
+            out[:, -1, -1] = count
+            if self.weight_covered:
+                out[:, -1, :-1] = out[:, :-1, -1] = sums
+        return out, count
+
+    def _moments(self, sharing: str, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(sum w a [g, i], sum w); sum w a a^T [g, i, i] goes into the zeros `out`."""
+        read = self.view.moments
+        if sharing == "expand" and self.weights is None and read is not None and len(self.calls) == 1:
+            module, x = self.calls[0]
+            known = read(module, at_least_float32(x[0]))
+            if known is not None:
+                if out is not None:
+                    out.copy_(known[0])
+                return known[1], known[1].new_full((), float(known[2]))
+        a = self.a if sharing == "expand" else self.mean
+        assert isinstance(a, Tensor)
+        n, r = a.shape[:2]
+        w = self._weights(r)
+        if w is None:
+            sums, count = a.sum((0, 1)), a.new_full((), float(n * r))
+        else:
+            w = w.to(a.dtype)
+            sums, count = torch.einsum("nrgi,nr->gi", a, w), w.sum()
+            a = a * w.sqrt()[..., None, None]
+        if out is not None:
+            position_gram(a, out)
+        return sums, count
+
+    # ------------------------------------------------------------- products, in the orientation of the site
+
+    def outputs(self, weight: Tensor) -> Tensor:
+        """W a [n, r, g, o] for W [g, o, i]."""
+        if self.tokens is not None:
+            return self.tokens.rows_of(weight[0].mT).unsqueeze(2)
+        return torch.einsum("nrgi,goi->nrgo", self.a, weight)
+
+    def gradient(self, s: Tensor) -> Tensor:
+        """sum_{n,r} s a^T [g, o, i] for s [n, r, g, o]."""
+        if self.tokens is not None:
+            return self.tokens.added_rows(s.squeeze(2)).mT.unsqueeze(0)
+        return torch.einsum("nrgo,nrgi->goi", s, self.a)
+
+    def gradient_in_parts(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """(`gradient`, norm(a)²) without keeping a, which may be many times larger than what the module was given."""
+        module, x = self.calls[0]
+        read: Callable[..., Any] = self.view.inputs
+        if self.view.tokens:
+            return self.gradient(s), self._all.weight.square().sum()  # type: ignore[union-attr]
+        if "_all" in self.__dict__ or self.view.whole or len(self.calls) > 1 or len(x) > 1:
+            return self.gradient(s), self.a.square().sum()
+        each = len(x[0]) // self.n
+        size = max(1, PATCH_ELEMENTS // max(1, read(module, x[0][:each]).numel()))
+        total, square = s.new_zeros(self.layer.site_shape(self.site)), s.new_zeros(())
+        for start in range(0, self.n, size):
+            a = at_least_float32(read(module, x[0][start * each : (start + size) * each]))
+            a = a.reshape(-1, s.shape[1], *a.shape[-2:])
+            total += torch.einsum("nrgo,nrgi->goi", s[start : start + size], a)
+            square += a.square().sum()
+        return total, square
