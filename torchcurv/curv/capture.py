@@ -45,6 +45,7 @@ class Call:
     batch: int
     batch_first: Callable[[Tensor], Tensor] | None = None
     losses: int = 0
+    superseded: bool = False  # by the gradients of samples of the whole module
 
     def __post_init__(self) -> None:
         self.versions = [_version(x) for x in self.x]

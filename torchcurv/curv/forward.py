@@ -39,6 +39,7 @@ class Forward:
         self._calls: list[tuple[Call, Edge]] = []
         self._depth = 0  # of calls of the model's own forward
         self._watches: list[Watch | None] = []
+        self._recent: dict[int, list[Call]] = {}  # uses of a bare parameter in the running call of its module
         self._key = ("torchcurv", id(self))
         self._handles: list[Any] = []
         self._hooks: list[tuple[Hook, set[int]]] = []  # with the layers they feed
@@ -148,10 +149,12 @@ class Forward:
         if (ignored() and not running) or not torch.is_grad_enabled():
             self._watches.append(None)
             return
-        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), None)
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and not isinstance(x, nn.Parameter))
+        first = next((x for x in given if x.dim()), None)
         note = _unnoted if running else self._note_inner
         watch = Watch(note, None if first is None else len(first), bare, self.unknown_uses.setdefault)
         self._watches.append(watch)
+        self._recent |= {id(p): [] for p in bare}
         watch.__enter__()
 
     def _unwatch(
@@ -166,6 +169,8 @@ class Forward:
         if watch is None:
             return None
         watch.__exit__(None, None, None)
+        bare = [site.bias.param for _, site in sites if site.weight is None and site.bias is not None]
+        recent = {id(p): self._recent.pop(id(p), []) for p in bare}
         out = output[0] if isinstance(output, tuple) and output else output
         if ignored() or not isinstance(out, Tensor) or not out.requires_grad or not out.dim():
             return None
@@ -173,6 +178,8 @@ class Forward:
         for k, site in sites:
             if site.by_sample and k in self.due and (site.opaque or _unknown(site, self.unknown_uses)):
                 assert site.bias is not None
+                for call in recent[id(site.bias.param)]:
+                    call.superseded = True
                 read = sample_gradients(module, site.part, site.bias.param.detach(), args, kwargs, batch)
                 calls.append(Call(k, site, (out.new_empty(batch),), out.shape, batch, read))
         noted = self._note(out, calls) if calls else None
@@ -195,6 +202,8 @@ class Forward:
                     continue
                 read = partial(_columns, batch_first, slice(own.start - rows.start, own.stop - rows.start))
             calls.append(Call(k, site, (x,), out.shape, len(x), read))
+            if id(param) in self._recent:
+                self._recent[id(param)].append(calls[-1])
         noted = self._note(out, calls) if calls else None
         return out if noted is None else noted
 

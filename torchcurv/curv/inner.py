@@ -170,7 +170,14 @@ def sample_gradients(
     def read(dz: Tensor) -> Tensor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-            return torch.func.vmap(one)(dz, *(given[k] for k in batched)).reshape(batch, -1)
+            try:
+                return torch.func.vmap(one)(dz, *(given[k] for k in batched)).reshape(batch, -1)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"the gradients of samples of {name!r} of a {type(module).__name__} could not be taken (a module "
+                    "that draws random numbers or changes its buffers cannot be run again): put it into a group with "
+                    "approx=None"
+                ) from error
 
     return read
 
@@ -251,7 +258,7 @@ class Watch(TorchFunctionMode):
         return out
 
     def _derived(self, one: Bare, out: Tensor, index: Tensor, factor: float) -> Tensor:
-        if isinstance(out, Tensor) and index.shape == out.shape:
+        if isinstance(out, Tensor) and torch.is_grad_enabled() and index.shape == out.shape:
             self.bare[id(out)] = Bare(out, one.param, index, factor)
         return out
 
@@ -259,12 +266,13 @@ class Watch(TorchFunctionMode):
         """z = x + p, x - p, p - x, x * p; the other operand is a number or something of the batch."""
         first = id(args[0]) in self.bare
         other = args[1] if first else args[0]
+        scale = other.detach() if isinstance(other, Tensor) and func in _MULTIPLIES else None
+        if scale is not None and func is torch.Tensor.mul_:
+            scale = scale.clone()
+        factor = one.factor
         out: Tensor = func(*args, **kwargs)
-        factor, scale = one.factor, None
         if func in _MULTIPLIES:
-            if isinstance(other, Tensor):
-                scale = other.detach()
-            else:
+            if scale is None:
                 factor = factor * other
         elif not first:
             factor *= kwargs.get("alpha", 1) * (-1 if func in _SUBTRACTS else 1)
@@ -285,7 +293,7 @@ class Watch(TorchFunctionMode):
             dz = (dz if scale is None else dz * scale).reshape(shape[0], -1)
             return dz.new_zeros(shape[0], size).index_add_(1, places, dz)
 
-        x = out.new_empty(len(out)) if scale is None or len(scale) != len(out) else scale
+        x = out.new_empty(len(out)) if scale is None or scale.shape[:1] != out.shape[:1] else scale
         return self.note(one.param, None, x, out, gradient_of_samples)
 
 

@@ -167,7 +167,11 @@ def find_layers(
     sample, where nothing better is known.
     """
     shared: dict[tuple[int, int], list[Site]] = {}
-    for site in _sites(model):
+    found = list(_sites(model))
+    held = {id(piece.param) for site in found if site.weight for piece in (site.weight, site.bias) if piece}
+    for site in found:
+        if site.inner and site.weight is None and site.bias is not None and id(site.bias.param) in held:
+            continue  # the bias of a layer that another module holds too
         key = site.weight or site.bias
         assert key is not None
         if site.inner and site.weight is None:
@@ -212,12 +216,16 @@ def _oriented(sites: list[Site]) -> list[Site]:
         site.transposed = site.view.transposed != first.view.transposed
         same_use = site.geometry == first.geometry
         matrices = all(one.weight is not None and one.weight.param.dim() == 2 for one in (site, first))
-        if not (same_use or (matrices and site.shape[0] == first.shape[0] == 1)) or site.bias not in (None, first.bias):
+        if not (same_use or (matrices and site.shape[0] == first.shape[0] == 1)) or not _same(site.bias, first.bias):
             raise ValueError(
                 f"layers {first.name!r} and {site.name!r} share a weight but not its use (module type, bias or "
                 "settings differ): put the shared parameters into a group with approx=None"
             )
     return [first, *(site for site in sites if site is not first)]
+
+
+def _same(bias: Piece | None, other: Piece | None) -> bool:
+    return bias is None or (other is not None and bias.param is other.param and bias.rows == other.rows)
 
 
 def _sites(model: nn.Module) -> Iterator[Site]:

@@ -62,7 +62,7 @@ class CurvatureSet:
             raise ValueError(f"a flat vector needs the shape [{size}] or [{size}, K]; this one has {tuple(v.shape)}")
         rows = v.reshape(size, -1).mT.split([p.numel() for p in params], -1)
         columns = {p: row.reshape(-1, *p.shape) for p, row in zip(params, rows, strict=True)}
-        return columns, lambda out: torch.cat([out[p].flatten(1) for p in params], 1).mT.reshape(v.shape)
+        return columns, lambda out: torch.cat([out[p].reshape(len(out[p]), -1) for p in params], 1).mT.reshape(v.shape)
 
     def _apply(self, v: Vector, f: Callable[[Curvature, list[Tensor]], list[Tensor]]) -> Any:
         columns, restore = self._columns(v)
@@ -251,6 +251,9 @@ def _measure(
         Pass(record, capture, blocks, loss, terms, edge_of(f), f.detach(), edge).run(1.0)
     if not any(block.captured for block in blocks):
         raise ValueError("data is empty: there is nothing to measure")
+    unreached = [block.name for block in blocks if not block.captured]
+    if unreached:
+        raise ValueError(f"the loss does not depend on {', '.join(unreached)}: pass params= without their parameters")
     for block in blocks:
         block.update(1.0)
         if loss.reduction == "mean":

@@ -40,7 +40,8 @@ class Receiver:
         self.record, self.terms, self.n = record, terms, terms.f.shape[0]
         self.calls: dict[int, list[Call]] = {}
         for call in calls:
-            self.calls.setdefault(call.layer, []).append(call)
+            if not call.superseded:
+                self.calls.setdefault(call.layer, []).append(call)
         self._inputs: dict[tuple[int, ...], Inputs] = {}
 
     def members(self, blocks: list[Curvature]) -> list[Call]:
@@ -161,7 +162,7 @@ class Pass:
         record.forward.inside = True
         try:
             with full_precision(self.f.device.type):
-                self.verify([block for block in self.blocks if block.name not in record.verified])
+                self.verify([block for block in self.blocks if record.doubtful(block, self.receiver.n)])
                 kinds: dict[tuple[str, int | None], list[Curvature]] = {}
                 for block in self.blocks:
                     if block.name in record.due:
@@ -206,9 +207,11 @@ class Pass:
     # ------------------------------------------------------------------------ the first pass of a block
 
     def verify(self, blocks: list[Curvature]) -> None:
-        """Raise unless the gradient of every parameter is sum_r s a^T over the recorded calls, for one signal.
+        """Raise unless the gradient of every parameter is sum_r s a^T over the recorded calls, for one signal of half
+        of the samples, and nothing arrives at the other half.
 
-        Finds weights that are used outside their layers and layers that do more than their type, on first use only.
+        Finds weights that are used outside their layers, layers that do more than their type, batches that are not
+        dimension 0, and samples that meet; on first use only.
         """
         calls = self.receiver.members(blocks)
         # a hook on a parameter may change its gradient, and must not run more often than the user's backward
@@ -216,19 +219,25 @@ class Pass:
         if not params:
             return
         draw = self.loss.row.draw(self.terms.f, self.record.generator(self.f.device))
+        silent = slice(self.receiver.n // 2)
+        draw[silent] = 0  # samples that send nothing: nothing may arrive at them
         got = self._backward(calls, draw, params)
         at_call = {id(call): grad for call, grad in zip(calls, got, strict=False)}
         gradients = dict(zip(params, got[len(calls) :], strict=True))
         for block in blocks:
             wrong: list[tuple[Tensor, str]] = []
+            mixed: list[Tensor] = []
             for k in self.record.members[block.name]:
                 uses = self.receiver.uses(k, lambda call: [at_call.get(id(call))])
                 grads = [at_call.get(id(call)) for call in self.receiver.calls.get(k, [])]
                 eps = max((torch.finfo(grad.dtype).eps for grad in grads if grad is not None), default=0.0)
                 wrong += self._unexplained(self.record.layers[k], uses, gradients, eps)
+                mixed += [use.s[:, silent].any() for use in uses]
             if wrong and bool(torch.stack([flag for flag, _ in wrong]).any()):
-                self.record.refuse(block, [name for flag, name in wrong if flag])
-            self.record.verified.add(block.name)
+                self.record.refuse(block, self.record.unexplained(block, [name for flag, name in wrong if flag]))
+            elif mixed and bool(torch.stack(mixed).any()):
+                self.record.refuse(block, self.record.meeting(block))
+            self.record.verified[block.name] = self.receiver.n > 1
 
     def _unexplained(
         self, layer: Layer, uses: list[Use], gradients: dict[Tensor, Tensor | None], eps: float

@@ -82,7 +82,8 @@ class Record:
         self.members = {block.name: [index[id(layer)] for layer in block.layers] for block in blocks}
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.step, self.passes = 0, 0
-        self.verified: set[str] = set()  # blocks whose gradient was found to be that of their recorded calls
+        # Blocks whose gradient was found to be that of their recorded calls, and whether of more than one sample.
+        self.verified: dict[str, bool] = {}
         self.refused: set[str] = set()  # blocks whose gradient was not, under unsupported="gradient"
         self._checked = False
         self.forward = Forward(model, self.layers, self._gather)
@@ -310,22 +311,45 @@ class Record:
         assert self.loss_fn is not None
         return loss_of(self.loss_fn, self.reduction, self.class_dim)
 
-    def refuse(self, block: Curvature, params: list[str]) -> None:
+    def doubtful(self, block: Curvature, n: int) -> bool:
+        """Whether the gradient of a block has still to be compared with that of its recorded calls.
+
+        One sample alone does not show where samples meet. A use that is not known may not have mattered before.
+        """
+        separate = self.verified.get(block.name)
+        if separate is None or (n > 1 and not separate):
+            return True
+        by_sample = any(site.by_sample for layer in block.layers for site in layer.sites)
+        return not by_sample and not self.forward.unknown_uses.keys().isdisjoint(block.params)
+
+    def refuse(self, block: Curvature, why: str) -> None:
         """The gradient of a block is not that of its recorded calls."""
         if self.unsupported == "error":
             raise RuntimeError(
-                f"the gradient of {', '.join(params)} is not the one that the recorded calls of the layer explain: "
-                "the parameter is used elsewhere too (F.linear(x, layer.weight), a layer of another type that shares "
-                f"it), or the layer does more to its output than a layer of its type{self._where(block)}. Put it into "
-                'a group with approx=None, or pass unsupported="gradient"'
+                f'{why}. Put it into a group with approx=None, or pass unsupported="gradient" to train what is not '
+                "supported with the plain gradient"
             )
         self.refused.add(block.name)
         block.forget_pending()
         self.set_due(self.due)
 
-    def _where(self, block: Curvature) -> str:
+    def unexplained(self, block: Curvature, params: list[str]) -> str:
         uses = [self.forward.unknown_uses[p] for p in block.params if p in self.forward.unknown_uses]
-        return f" (a bare parameter may be added or multiplied to the batch; torch.{uses[0]} used it)" if uses else ""
+        bare = f"; a bare parameter may be added to, or multiplied with, the batch, and torch.{', '.join(uses)} used it"
+        return (
+            f"the gradient of {', '.join(params)} is not the one that the recorded calls of the layer explain: the "
+            "parameter is used elsewhere too (F.linear(x, layer.weight), a layer of another type that shares it), or "
+            f"the layer does more to its output than a layer of its type{bare if uses else ''}"
+        )
+
+    def meeting(self, block: Curvature) -> str:
+        names = ", ".join(self.names.get(p, block.name) for p in block.params)
+        return (
+            f"the gradient of {names} is not a sum over samples: what one sample of the output (its dimension 0) sends "
+            "back arrives at another sample of the layer. Either the layer is called with another dimension first: "
+            "put the batch first. Or the samples meet on the way: call optimizer.observe(output.unsqueeze(0), "
+            "target.unsqueeze(0)) to take them as one"
+        )
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Draws that a resumed run repeats, and that leave the global generators alone."""

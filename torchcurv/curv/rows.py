@@ -61,7 +61,8 @@ class RowSpace:
             uses = [stats.uses[index] for stats in self.stats]
             if not any(uses):
                 continue
-            if all(len(own) == 1 and own[0].s.shape[2] == 1 for own in uses):
+            alike = {(use.transposed, use.inputs.bias_covered) for own in uses for use in own}
+            if len(alike) == 1 and all(len(own) == 1 and own[0].s.shape[2] == 1 for own in uses):
                 total = total + _product_gram(self.stats, index)
             else:
                 rows = torch.cat([stats.layer_rows(index) for stats in self.stats])

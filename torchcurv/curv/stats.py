@@ -119,6 +119,8 @@ class Use:
         if inputs.tokens is not None and inputs.weight_covered:  # whose side is a diagonal: right is the identity
             squares = inputs.tokens.squared_gradients(s.squeeze(3)).mT.unsqueeze(0)
             return self.joined(squares, s.sum(2).square().sum((0, 1)) if inputs.bias_covered else None)
+        if right is None and self.layer.bias is not None and not inputs.bias_covered:
+            return None
         if right is not None:
             a, explicit, implicit_bias = _rotated(inputs.with_ones, right), True, False
         else:
