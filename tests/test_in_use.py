@@ -158,10 +158,6 @@ def tokens(n=N, seed=0):
     return models.integers(WORDS, n, T, seed=seed), models.integers(WORDS, n, seed=seed + 100)
 
 
-def words(n=N, seed=0):
-    return tokens(n, seed)[0], models.integers(V, n, seed=seed)
-
-
 def built(make):
     """make() in eval mode, float64, running statistics away from 0 and 1."""
     model = cases.seeded(make).eval()
@@ -315,7 +311,7 @@ def test_sequences_with_the_time_first_are_right_or_refused(name, n, kind):
     opt = optimizer(model, CE, curv_type=kind, approx="block", rows_limit=10**6)
     try:
         CE(model(x), y).backward()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         assert "put the batch first" in str(error)
         return
     assert_measured(opt, truth_of(model, CE, x, y, kind))
@@ -620,9 +616,6 @@ def test_reentrant_checkpoints_are_right_or_refused(kind, name, training):
 COMPILED = {
     "attention": (lambda: Attends(times=1), floats, "eager"),
     "encoder": (lambda: Blocks(CHECKPOINTED["encoder"], None), floats, "eager"),
-    "lstm": (lambda: Recurrent(times=1), floats, "aot_eager"),
-    "cell": (LoopedCell, floats, "eager"),
-    "norms": (lambda: SharedNorm(lambda: nn.LayerNorm(W)), floats, "aot_eager"),
     "batch norm, transposed convolution": (TwiceConvolved, floats, "aot_eager"),
     "bare": (TwiceBare, floats, "eager"),
     "tied": (lambda: TwiceEmbedded(tied=True), tokens, "eager"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchcurv.curv.capture import Call, Capture, Edge, Noted, edge_of, metadata
@@ -132,6 +133,8 @@ class Forward:
         if not out.requires_grad or not _own_parameters(site):
             return None
         x = tuple(value.detach() if isinstance(value, Tensor) else value for value in x)
+        if site.view.mode is not None:
+            x += (site.view.mode(module),)
         return self._note(out, [Call(k, site, x, out.shape, out.shape[0] if out.dim() else 1)])
 
     def _note(self, out: Tensor, calls: list[Call]) -> Tensor | None:
@@ -229,12 +232,26 @@ class Forward:
 
     # ------------------------------------------------------------------------------------ reading the graph
 
+    def _start(self, f: Tensor) -> Edge:
+        """The edge of f: its own and not that of its base where the model's output lies between them."""
+        base = edge_of(f)
+        own = Edge(*get_gradient_edge(f)[:2], f.shape)
+        at: Any = own
+        while at.node is not None and at.node is not base.node:
+            if self.noted(at).capture is not None:
+                return own
+            if len(at.node.next_functions) != 1:
+                break
+            node, number = at.node.next_functions[0]
+            at = Edge(node, number, f.shape)
+        return base
+
     def find(self, f: Tensor) -> tuple[Capture, Edge] | None:
         """The capture of f, or of the model's output that f is computed from, and the edge it is kept at.
 
         Layers that lie between (or were called outside the model's own forward) make a capture of f itself.
         """
-        start = edge_of(f)
+        start = self._start(f)
         calls: list[tuple[Call, Edge | None]] = []
         captures: list[tuple[Capture, Edge]] = []
         seen, queue = set(), [start]

@@ -20,7 +20,7 @@ class Hook:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.target is None or not self.on:
             return None
-        call = _uncompiled if torch.compiler.is_compiling() else _plain
+        call = uncompiled if torch.compiler.is_compiling() else _plain
         return call(self.target, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
@@ -34,7 +34,7 @@ def _plain(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return target(*args, **kwargs)
 
 
-_uncompiled = torch._disable_dynamo(_plain)  # unlike torch.compiler.disable, imports the compiler only when called
+uncompiled = torch._disable_dynamo(_plain)  # unlike torch.compiler.disable, imports the compiler only when called
 
 
 def ignored() -> bool:

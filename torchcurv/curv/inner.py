@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import ParametrizationList
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from torchcurv.curv.hooks import uncompiled
 from torchcurv.curv.unrolled import UNROLLED
 from torchcurv.curv.views import LINEAR, View
 
@@ -205,6 +206,11 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return uncompiled(self._run, (func, args, kwargs), {})
+        return self._run(func, args, kwargs)
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.multi_head_attention_forward:
             return self._attention(*args, **kwargs)
         if func in UNROLLED:
@@ -233,7 +239,11 @@ class Watch(TorchFunctionMode):
     def _noted(self, x: Tensor, weight: Tensor, out: Tensor, batch_first: Read) -> Tensor:
         stored = weight if weight._base is None else weight._base
         start = (weight.storage_offset() - stored.storage_offset()) // max(1, stored.stride(0))
-        return self.note(stored, slice(start, start + len(weight)), batch_first(x.detach()), out, batch_first)
+        rows, given = slice(start, start + len(weight)), batch_first(x.detach())
+        others = [mode.note for mode in _get_current_function_mode_stack() if isinstance(mode, Watch)]
+        for note in dict.fromkeys([self.note, *others]):  # one for each optimizer on the model
+            out = note(stored, rows, given, out, batch_first)
+        return out
 
     # ------------------------------------------------------------------------------ bare parameters
 

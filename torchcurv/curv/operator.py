@@ -277,4 +277,5 @@ def _left_alone(model: nn.Module) -> Any:
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                buffer.copy_(saved[name])
+                if not torch.equal(buffer, saved[name]):  # a copy would spoil graphs that hold the buffer
+                    buffer.copy_(saved[name])

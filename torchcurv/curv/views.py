@@ -43,6 +43,7 @@ class View:
     transposed: the weight is stored [g i', o, ...] and not [g o, i ...]
     tokens:     inputs returns Tokens
     whole:      inputs depends on the batch as a whole
+    mode:       module -> how it works at the time of the call, which `inputs` gets as a last argument
     refuses:    module -> why this module cannot be read, if it cannot
     """
 
@@ -57,6 +58,7 @@ class View:
     transposed: bool = False
     tokens: bool = False
     whole: bool = False
+    mode: Callable[[Any], Any] | None = None
     refuses: Callable[[Any], str | None] = lambda module: None
 
 
@@ -215,17 +217,17 @@ def uses_batch_statistics(module: Any) -> bool:
     return module.training or module.running_mean is None
 
 
-def _batch_norm(module: Any, x: Tensor) -> Tensor:
-    if uses_batch_statistics(module):
+def _batch_norm(module: Any, x: Tensor, of_the_batch: bool) -> Tensor:
+    if of_the_batch:
         return _channels_last(module, F.batch_norm(x, None, None, training=True, eps=module.eps))
     mean, var = (at.to(x.dtype) for at in (module.running_mean, module.running_var))
     return _channels_last(module, F.batch_norm(x, mean, var, eps=module.eps))
 
 
-def _instance_norm(module: Any, x: Tensor) -> Tensor:
-    if module.training or module.running_mean is None:
+def _instance_norm(module: Any, x: Tensor, of_the_sample: bool) -> Tensor:
+    if of_the_sample:
         return _channels_last(module, F.instance_norm(x, eps=module.eps))
-    return _batch_norm(module, x)
+    return _batch_norm(module, x, False)
 
 
 def _prelu_inputs(module: Any, x: Tensor) -> Tensor:
@@ -236,8 +238,8 @@ def _prelu_signal(module: Any, x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, 1, 1) if module.num_parameters == 1 else _channels_last(module, x)
 
 
-_BATCH_NORM = View(_batch_norm, _channels_last, _weight_size, whole=True)
-_INSTANCE_NORM = View(_instance_norm, _channels_last, _weight_size)
+_BATCH_NORM = View(_batch_norm, _channels_last, _weight_size, whole=True, mode=uses_batch_statistics)
+_INSTANCE_NORM = View(_instance_norm, _channels_last, _weight_size, mode=uses_batch_statistics)
 
 
 # ---------------------------------------------------------------------------------------------- tokens
