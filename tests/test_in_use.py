@@ -1290,3 +1290,13 @@ def test_the_summary_of_every_model_has_a_line_for_every_parameter(case):
         named = [line.split()[0] for line in lines[1:]]
         assert set(named) == {name for name, _ in model.named_parameters()}
     assert [line.split()[:3] for line in before] == [line.split()[:3] for line in after]
+
+
+def test_the_summary_shows_blocks_and_diagonals():
+    model = built(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3)))
+    text = SecondOrderOptimizer(model, factor_blocks=2, max_factor_dim=8).summary()
+    assert "(2 x 2² ⊗ 2 x 3²)" in text and "(9 ⊗ 2 x 3²)" in text and "(2 x 2² ⊗ 10)" in text
+    embedding = built(lambda: nn.Sequential(nn.Embedding(11, 4), nn.LayerNorm(4), nn.Linear(4, 3)))
+    groups = [{"params": embedding[1].parameters(), "approx": "unit"}, {"params": embedding[0].parameters()}]
+    text = SecondOrderOptimizer(embedding, groups).summary()
+    assert "(4² ⊗ 11)" in text and "4 x 2²" in text

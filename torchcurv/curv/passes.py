@@ -200,7 +200,15 @@ class Pass:
         inner = [edge for edge, own in zip(wanted, at_f, strict=True) if not own]
         got: Iterable[Tensor | None] = ()
         if inner:
-            got = torch.autograd.grad([self.f_edge.public], inner, [restored], retain_graph=True, allow_unused=True)
+            try:
+                got = torch.autograd.grad([self.f_edge.public], inner, [restored], retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                if "Checkpointing is not compatible" not in str(error):
+                    raise
+                raise RuntimeError(
+                    "torch.utils.checkpoint with use_reentrant=True hides the layers inside it from a curvature pass: "
+                    "pass use_reentrant=False"
+                ) from error
         rest = iter(got)
         return [restored if own else next(rest) for own in at_f]
 
