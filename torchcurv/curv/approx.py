@@ -32,6 +32,8 @@ class Approximation(Protocol):
 
     def measure(self, stats: Stats, basis: Basis | None = None) -> Tensors: ...
 
+    def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors: ...
+
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors: ...
 
     def factor(
@@ -48,6 +50,17 @@ def _finite(*tensors: Tensor) -> Tensor:
     return ok.all()
 
 
+SPECTRA = ("abs", "clip", "shift", "keep")
+
+
+def mapped(values: Tensor, spectrum: str | None) -> Tensor:
+    """What becomes of negative eigenvalues [..., d]. None: there are none but by rounding."""
+    spectrum = spectrum or "clip"
+    if spectrum == "shift":
+        return values - values.amin(-1, keepdim=True).clamp_max(0)
+    return {"abs": torch.abs, "clip": lambda x: x.clamp_min(0), "keep": lambda x: x}[spectrum](values)
+
+
 # ---------------------------------------------------------------------------------------------- diagonal
 
 
@@ -55,10 +68,17 @@ def _finite(*tensors: Tensor) -> Tensor:
 class Diagonal:
     """diag(C) = sum_{v,n} (sum_r s a)^2."""
 
+    spectrum: str | None = None
     linear: ClassVar[tuple[str, ...]] = ("diag",)
 
     def measure(self, stats: Stats, basis: Basis | None = None) -> Tensors:
         return {"diag": stats.squares()}
+
+    def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
+        """From some of the rows [k, P] of a symmetric matrix, in the coordinates of the factor."""
+        diagonal = rows.new_zeros(rows.shape[1])
+        diagonal[start : start + len(rows)] = rows.diagonal(start)
+        return {"diag": diagonal.reshape(shapes[0])}
 
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
         return {"diag": like.new_zeros(layers[0].shape)}
@@ -66,7 +86,7 @@ class Diagonal:
     def factor(
         self, tensors: Tensors, damping: Damping, damping_type: str, basis: Basis | None = None
     ) -> tuple[Factor, Tensor]:
-        values = tensors["diag"]
+        values = mapped(tensors["diag"], self.spectrum)
         return Eigen(values, damping=_damping_tensor(damping, values)), _finite(values)
 
 
@@ -82,6 +102,7 @@ class Dense:
 
     per_unit: bool = False
     wide: bool = False
+    spectrum: str | None = None
     linear: ClassVar[tuple[str, ...]] = ("matrix",)
 
     def measure(self, stats: Stats, basis: Basis | None = None) -> Tensors:
@@ -95,6 +116,25 @@ class Dense:
         assert total is not None
         return {"matrix": (total * stats.scale).unsqueeze(0)}
 
+    def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
+        """From some of the rows [k, P] of a symmetric matrix, in the coordinates of the factor."""
+        count, size = rows.shape
+        if not self.per_unit:
+            matrix = rows.new_zeros(1, size, size)
+            matrix[0, start : start + count] = rows
+            return {"matrix": matrix}
+        g, o, d = shapes[0]
+        places = torch.arange(start, start + count, device=rows.device)
+        unit, place = places // d, places % d
+        own = rows.reshape(count, g * o, d)[torch.arange(count, device=rows.device), unit]
+        if self.wide:
+            diagonal = rows.new_zeros(g * o, d)
+            diagonal[unit, place] = own[torch.arange(count, device=rows.device), place]
+            return {"matrix": diagonal[..., None, None]}
+        matrix = rows.new_zeros(g * o, d, d)
+        matrix[unit, place] = own
+        return {"matrix": matrix}
+
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
         shapes = [layer.shape for layer in layers]
         g, o, d = shapes[0] if self.per_unit else (1, 1, sum(g * o * d for g, o, d in shapes))
@@ -105,11 +145,11 @@ class Dense:
     ) -> tuple[Factor, Tensor]:
         matrix = tensors["matrix"]
         d = matrix.shape[1]
-        if damping_type == "factored":  # one factor alone takes all of the damping
+        if damping_type == "factored" and self.spectrum is None:  # one factor alone takes all of the damping
             right, ok = inverse(matrix, damping, d)
             return Inverse(right, shape=(1, d)), ok
         values, vectors = eigenbasis(matrix, d)
-        values = values.clamp_min(0).unsqueeze(-2)
+        values = mapped(values, self.spectrum).unsqueeze(-2)
         return Eigen(values, right=vectors, damping=_damping_tensor(damping, values)), _finite(values, vectors)
 
 
@@ -180,6 +220,9 @@ class Kronecker:
         if self.corrected and basis is not None:
             tensors["moments"] = stats.squares(*basis)
         return tensors
+
+    def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
+        raise NotImplementedError
 
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
         g, o, d = layers[0].shape

@@ -14,30 +14,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approx import Approximation, Dense, Diagonal, Kronecker, Sides, Tensors
+from torchcurv.curv.approx import SPECTRA, Approximation, Dense, Diagonal, Kronecker, Sides, Tensors, mapped
 from torchcurv.curv.factor import Eigen, Factor, Inverse, factor_from_state
-from torchcurv.curv.kinds import KINDS
+from torchcurv.curv.kinds import KINDS, SECOND
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.linalg import free_to_read
-from torchcurv.curv.losses import at_least_float32
+from torchcurv.curv.losses import at_least_float32, random_signs
 from torchcurv.curv.rows import RowSpace
 from torchcurv.curv.schedule import Interval, check_interval, check_number
+from torchcurv.curv.second import HessianProducts
 from torchcurv.curv.stats import Stats
 
 APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
-    "full": lambda options, layers: Dense(),
-    "block": lambda options, layers: Dense(),
-    "unit": lambda options, layers: Dense(per_unit=True, wide=_wide(options, layers[0])),
+    "full": lambda options, layers: Dense(spectrum=_spectrum(options)),
+    "block": lambda options, layers: Dense(spectrum=_spectrum(options)),
+    "unit": lambda options, layers: Dense(True, _wide(options, layers[0]), _spectrum(options)),
     "kfac": lambda options, layers: Kronecker(options.sharing, sides=_sides(options, layers[0])),
     "ekfac": lambda options, layers: Kronecker(options.sharing, corrected=True, sides=_sides(options, layers[0])),
-    "diag": lambda options, layers: Diagonal(),
+    "diag": lambda options, layers: Diagonal(_spectrum(options)),
 }
+HESSIAN_METHODS = ("exact", "hutchinson")
 _ALLOWED: dict[str, tuple[Any, ...]] = {
-    "curv_type": tuple(KINDS),
+    "curv_type": (*KINDS, SECOND),
     "approx": (*APPROXIMATIONS, None),
     "sharing": ("expand", "reduce"),
     "damping_type": ("factored", "exact"),
+    "hessian_method": HESSIAN_METHODS,
+    "indefinite": SPECTRA,
 }
+
+
+def _spectrum(options: Options) -> str | None:
+    return options.indefinite if options.curv_type == SECOND else None
 
 
 def _wide(options: Options, layer: Layer) -> bool:
@@ -62,6 +70,10 @@ class Options:
     update_every, refactor_every: steps between two measurements, and between two factorisations.
     rows_limit: a dense block with more parameters than this goes through the Gram matrix of its rows (one row
         per sample and signal) and never forms its matrix. Such a block has no running average.
+    hessian_method: of curv_type="hessian": "exact" (products with unit vectors), or "hutchinson" for "diag" (`samples`
+        products with random signs).
+    indefinite: what becomes of negative eigenvalues of the Hessian (or entries of its diagonal): "abs", "clip" (zero),
+        "shift" (all are raised until the least is zero), or "keep", which can only be looked at.
     factor_blocks: K-FAC keeps this many diagonal blocks of each of its two factors; 1 keeps the whole.
     max_factor_dim: of a K-FAC factor, or of the matrix of a unit, larger than this only the diagonal is kept; None:
         no limit. The vocabulary side of an embedding is always a diagonal.
@@ -77,6 +89,8 @@ class Options:
     update_every: Interval = 1
     refactor_every: Interval = 1
     rows_limit: int = 2048
+    hessian_method: str = "exact"
+    indefinite: str = "abs"
     factor_blocks: int = 1
     max_factor_dim: int | None = 8192
 
@@ -86,6 +100,8 @@ class Options:
                 raise ValueError(
                     f"{key}={getattr(self, key)!r} is unknown; allowed are {', '.join(map(repr, allowed))}"
                 )
+        if self.curv_type == SECOND:
+            self._check_hessian()
         samples = self.samples
         if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
             raise ValueError(f"samples={samples!r}; pass an int of at least 1, or None for the exact curvature")
@@ -105,11 +121,23 @@ class Options:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{key}={value!r}; pass an int of at least 1{other}")
 
+    def _check_hessian(self) -> None:
+        if self.approx in ("kfac", "ekfac"):
+            raise ValueError(
+                f'approx={self.approx!r} of the Hessian is not known: choose "full", "block", "unit" or "diag", or '
+                'curv_type="ggn"'
+            )
+        if self.hessian_method == "hutchinson" and self.approx not in ("diag", None):
+            raise ValueError(
+                f'hessian_method="hutchinson" estimates a diagonal: write approx="diag", not {self.approx!r}'
+            )
+
 
 OPTION_NAMES = tuple(f.name for f in fields(Options))
 # The options that decide what a block keeps; the others are read when they are needed.
 STRUCTURE = (
     "curv_type", "approx", "samples", "sharing", "damping_type", "rows_limit", "factor_blocks", "max_factor_dim",
+    "hessian_method", "indefinite",
 )  # fmt: skip
 
 
@@ -123,6 +151,11 @@ class Curvature:
         self.size = sum(torch.Size(layer.shape).numel() for layer in layers)
         dense = options.approx in ("full", "block")
         self.uses_rows = dense and self.size > options.rows_limit
+        if self.uses_rows and options.curv_type == SECOND:
+            raise ValueError(
+                f"block {name!r} has {self.size} parameters, and its Hessian is kept as a matrix: raise rows_limit="
+                f'{options.rows_limit}, or choose approx="unit" or "diag"'
+            )
         self.pieces = [piece for layer in layers for piece in layer.pieces]
         self.params = list(dict.fromkeys(piece.param for piece in self.pieces))
         self.next_update = self.next_refactor = 0  # the steps at which a measurement and a factorisation are due
@@ -175,8 +208,41 @@ class Curvature:
         if self.uses_rows:
             self.pending_rows.append(stats)
             return
-        for key, value in self.approx.measure(stats, self.basis).items():
+        self._add(self.approx.measure(stats, self.basis))
+
+    def _add(self, measured: Tensors) -> None:
+        for key, value in measured.items():
             self.pending[key] = self.pending[key] + value if key in self.pending else value
+
+    @torch.no_grad()
+    def differentiate(self, products: HessianProducts, generator: torch.Generator | None = None) -> None:
+        """Add the Hessian of one loss: what the approximation keeps of its rows, or of products with random signs."""
+        if self.options.hessian_method == "hutchinson":
+            draws = self.options.samples or 1
+            z = random_signs(products.first[0].new_empty(draws, self.size), generator)
+            product = self._coordinates(products(self._of_parameters(z, products.params)))
+            self._add({"diag": (z * product).mean(0).reshape(self.layers[0].shape)})
+            return
+        for start, rows in products.rows(self.size, lambda units: self._of_parameters(units, products.params)):
+            self._add(self.approx.of_rows(start, self._coordinates(rows), [layer.shape for layer in self.layers]))
+
+    def _of_parameters(self, x: Tensor, params: list[Tensor]) -> list[Tensor]:
+        """Vectors over the coordinates of the factor [k, size] -> [k, *shape] for each parameter."""
+        parts = self.split(self.unflatten(x.reshape(-1, *self._factor_shape)))
+        whole = {p: x.new_zeros(len(x), *p.shape) for p in params}
+        for piece, part in zip(self.pieces, parts, strict=True):
+            piece.of(whole[piece.param]).copy_(part)
+        return list(whole.values())
+
+    def _coordinates(self, tensors: list[Tensor]) -> Tensor:
+        """The inverse of `_of_parameters`, of what belongs to the block."""
+        by_param = dict(zip(self.params, tensors, strict=True))
+        joined = self.join([piece.of(by_param[piece.param]) for piece in self.pieces])
+        return self.flatten(joined).flatten(1)
+
+    @property
+    def _factor_shape(self) -> tuple[int, int, int]:
+        return self.layers[0].shape if len(self.layers) == 1 else (1, 1, self.size)
 
     @property
     def basis(self) -> tuple[Tensor, Tensor] | None:
@@ -219,7 +285,8 @@ class Curvature:
         """Statistics that are eigenvalues in the basis of the factor reach it without a factorisation."""
         for key in ("diag", "moments"):
             if key in self.tensors and isinstance(self.factor, Eigen):
-                self.factor = replace(self.factor, values=self.tensors[key])
+                values = self.tensors[key]
+                self.factor = replace(self.factor, values=mapped(values, _spectrum(self.options)))
 
     def _count(self, which: int, bad: Tensor) -> None:
         if self.flags is None:

@@ -7,12 +7,14 @@ are watched while they run (inner.py). Where samples meet in batch statistics, o
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchcurv.curv.capture import Call, Capture, Edge, Noted, edge_of, metadata
@@ -27,7 +29,9 @@ class Forward:
     """The hooks on a model.
 
     ended: called after each forward pass of the model, with what was noted in it and the model's output.
-    inside: set while a pass of our own runs. mixed: whether samples met in the last forward pass.
+    inside: set while a pass of our own runs. twice: whether the graph will be differentiated twice, which fused
+    attention cannot. constant_statistics: whether batch statistics are constants in it.
+    mixed: whether samples met in the last forward pass.
     """
 
     def __init__(
@@ -35,6 +39,8 @@ class Forward:
     ) -> None:
         self.layers, self.ended = layers, ended
         self.inside = self.mixed = False
+        self.constant_statistics, self.twice = True, False
+        self._twice: AbstractContextManager[Any] = nullcontext()
         self.due: set[int] = set()
         self.unknown_uses: dict[Tensor, str] = {}  # functions that used a bare parameter in a way that is not known
         self._calls: list[tuple[Call, Edge]] = []
@@ -103,6 +109,8 @@ class Forward:
             return
         if not self._depth:
             self._calls, self.mixed = [], False
+            self._twice = sdpa_kernel(SDPBackend.MATH) if self.twice else nullcontext()
+            self._twice.__enter__()
         self._depth += 1
 
     def _on_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -111,6 +119,7 @@ class Forward:
         self._depth -= 1
         if self._depth:
             return
+        self._twice.__exit__(None, None, None)
         calls, self._calls = self._calls, []
         if calls and output is not None:
             self.ended(calls, output)
@@ -222,7 +231,7 @@ class Forward:
     @torch.no_grad()
     def _cut(self, module: Any, x: Tensor, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> Any:
         """dx = dz weight / sqrt(var + eps) in place of the gradient of batch norm."""
-        if not self.inside or inputs[0] is None or outputs[0] is None:
+        if not self.inside or not self.constant_statistics or inputs[0] is None or outputs[0] is None:
             return None
         dims = [0, *range(2, x.dim())]
         scale = (at_least_float32(x).var(dims, correction=0) + module.eps).rsqrt()

@@ -98,6 +98,12 @@ class CrossEntropy:
         drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator).reshape(*p.shape[:-1], 1)
         return p.scatter_add(-1, drawn, -torch.ones_like(p[..., :1]))
 
+    @staticmethod
+    def hessian(f: Tensor, v: Tensor) -> Tensor:
+        """(diag(p) - p p^T) v."""
+        p = f.softmax(-1)
+        return p * v - p * (p * v).sum(-1, keepdim=True)
+
 
 class SquaredError:
     """c = 1/2 (f - y)^2 per element; torch's loss is twice that, hence R = 2 or 2 / elements."""
@@ -117,6 +123,10 @@ class SquaredError:
     @staticmethod
     def label(f: Tensor, generator: torch.Generator | None) -> Tensor:
         return torch.empty_like(f).normal_(generator=generator)
+
+    @staticmethod
+    def hessian(f: Tensor, v: Tensor) -> Tensor:
+        return v
 
 
 class BinaryCrossEntropy:
@@ -142,6 +152,10 @@ class BinaryCrossEntropy:
     def label(f: Tensor, generator: torch.Generator | None) -> Tensor:
         p = f.sigmoid()
         return p - torch.bernoulli(p, generator=generator)
+
+    @classmethod
+    def hessian(cls, f: Tensor, v: Tensor) -> Tensor:
+        return cls._root(f).square() * v
 
 
 @dataclass(frozen=True)

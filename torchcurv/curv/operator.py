@@ -20,7 +20,7 @@ from torchcurv.curv.record import Record
 from torchcurv.curv.rows import RowSpace
 
 Vector = Tensor | list[Tensor] | dict[str, Tensor]
-DEFAULTS = {"damping": 0.0, "damping_type": "exact"}
+DEFAULTS = {"damping": 0.0, "damping_type": "exact", "indefinite": "keep"}
 
 
 class CurvatureSet:

@@ -19,9 +19,10 @@ from torch.autograd.graph import get_gradient_edge
 from torchcurv.curv.capture import Call, Capture, Edge
 from torchcurv.curv.curvature import Curvature
 from torchcurv.curv.inputs import Inputs
-from torchcurv.curv.kinds import signals
+from torchcurv.curv.kinds import SECOND, signals
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.losses import Loss, Terms, at_least_float32
+from torchcurv.curv.second import HessianProducts
 from torchcurv.curv.stats import Stats, Use
 
 if TYPE_CHECKING:
@@ -162,13 +163,16 @@ class Pass:
         record.forward.inside = True
         try:
             with full_precision(self.f.device.type):
-                self.verify([block for block in self.blocks if record.doubtful(block, self.receiver.n)])
+                first_order = [block for block in self.blocks if block.options.curv_type != SECOND]
+                self.verify([block for block in first_order if record.doubtful(block, self.receiver.n)])
                 kinds: dict[tuple[str, int | None], list[Curvature]] = {}
                 for block in self.blocks:
                     if block.name in record.due:
                         kinds.setdefault((block.options.curv_type, block.options.samples), []).append(block)
                 for (kind, samples), blocks in kinds.items():
-                    if kind == "empirical_fisher" and own_loss_only:
+                    if kind == SECOND:
+                        self.differentiate(blocks, factor)
+                    elif kind == "empirical_fisher" and own_loss_only:
                         self.listen(blocks, factor)
                     else:
                         self.send(blocks, kind, samples, factor)
@@ -211,6 +215,20 @@ class Pass:
                 ) from error
         rest = iter(got)
         return [restored if own else next(rest) for own in at_f]
+
+    # ------------------------------------------------------------------------ second derivatives
+
+    def differentiate(self, blocks: list[Curvature], factor: Tensor | float) -> None:
+        """The Hessian of these blocks, by products with unit vectors or with random signs."""
+        self.record.forward.constant_statistics = False
+        try:
+            for block in blocks:
+                products = HessianProducts(
+                    self.loss, self.terms, self.receiver.n, self.f, self.f_edge, factor, block.params
+                )
+                block.differentiate(products, self.record.generator(self.f.device))
+        finally:
+            self.record.forward.constant_statistics = True
 
     # ------------------------------------------------------------------------ the first pass of a block
 

@@ -20,6 +20,7 @@ from torchcurv.curv.capture import Call, Capture, Edge, Frozen, edge_of, frozen
 from torchcurv.curv.curvature import Curvature
 from torchcurv.curv.forward import Forward
 from torchcurv.curv.hooks import Hook, argument, ignored
+from torchcurv.curv.kinds import SECOND
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.losses import Loss, Terms, at_least_float32, loss_of
 from torchcurv.curv.passes import Pass
@@ -98,6 +99,7 @@ class Record:
         """Which blocks the next forward passes feed."""
         self.due = set(names) - self.refused
         self.forward.set_due({k for name in self.due for k in self.members[name]})
+        self.forward.twice = any(b.name in self.due and b.options.curv_type == SECOND for b in self.blocks)
         if self._loss_hook is not None:
             self._loss_hook.on = bool(self.due)
 

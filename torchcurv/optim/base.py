@@ -130,6 +130,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 "there are samples"
             )
 
+        if options.approx is not None and options.curv_type == "hessian" and options.indefinite == "keep":
+            raise ValueError(
+                'indefinite="keep" leaves negative eigenvalues to be looked at (torchcurv.curvature); a step needs '
+                '"abs", "clip" or "shift"'
+            )
+
     def _params(self) -> Iterable[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
 

@@ -85,6 +85,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         update_every: int | Callable[[int], int] = 1,
         refactor_every: int | Callable[[int], int] = 1,
         rows_limit: int = 2048,
+        hessian_method: str = "exact",
+        indefinite: str = "abs",
         factor_blocks: int = 1,
         max_factor_dim: int | None = 8192,
         reduction: str | None = None,
