@@ -34,6 +34,8 @@ class Approximation(Protocol):
 
     def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors: ...
 
+    def product(self, tensors: Tensors, x: Tensor) -> Tensor: ...
+
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors: ...
 
     def factor(
@@ -79,6 +81,10 @@ class Diagonal:
         diagonal = rows.new_zeros(rows.shape[1])
         diagonal[start : start + len(rows)] = rows.diagonal(start)
         return {"diag": diagonal.reshape(shapes[0])}
+
+    def product(self, tensors: Tensors, x: Tensor) -> Tensor:
+        """C x for x [g, o, d]."""
+        return tensors["diag"] * x
 
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
         return {"diag": like.new_zeros(layers[0].shape)}
@@ -134,6 +140,11 @@ class Dense:
         matrix = rows.new_zeros(g * o, d, d)
         matrix[unit, place] = own
         return {"matrix": matrix}
+
+    def product(self, tensors: Tensors, x: Tensor) -> Tensor:
+        """C x for x [g, o, d]."""
+        matrix = tensors["matrix"]
+        return times(x.reshape(len(matrix), 1, -1), matrix).reshape(x.shape)
 
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
         shapes = [layer.shape for layer in layers]
@@ -224,6 +235,11 @@ class Kronecker:
     def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
         raise NotImplementedError
 
+    def product(self, tensors: Tensors, x: Tensor) -> Tensor:
+        """B x A for x [g, o, d]."""
+        left, right = (_whole(side) for side in self._product(tensors))
+        return times(times_left(left, x), right)
+
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
         g, o, d = layers[0].shape
         sides = self.sides or Sides((o, d))
@@ -268,6 +284,11 @@ class Kronecker:
         total = sum(tr_left * tr_right for tr_left, tr_right in traces)
         assert isinstance(left, Tensor) and isinstance(right, Tensor) and isinstance(total, Tensor)
         return left, right / total.clamp_min(torch.finfo(total.dtype).tiny)
+
+
+def _whole(side: Tensor) -> Tensor:
+    """A side whose lower triangle counts, with its upper one."""
+    return side.tril() + side.tril(-1).mT
 
 
 def split_damping(mean_a: Tensor, mean_b: Tensor, damping: Tensor, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:

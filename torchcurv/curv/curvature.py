@@ -363,6 +363,13 @@ class Curvature:
         """C applied to tensors shaped like `pieces`."""
         return self._apply("matvec", tensors)
 
+    def multiply(self, tensors: list[Tensor]) -> list[Tensor]:
+        """`matvec` from the running average itself, without a factor."""
+        if isinstance(self.factor, RowSpace):
+            return self.matvec(tensors)
+        x = self.flatten(self.join([at_least_float32(t) for t in tensors]))
+        return self.split(self.unflatten(self.approx.product(self.tensors, x)))
+
     def sample(self, damping: float | Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
         """One draw from N(0, (C + damping I)^-1), shaped like `pieces`."""
         assert self.factor is not None

@@ -1,1 +1,7 @@
-"""Update rules on top of the curvature."""
+"""Update rules that read curvature."""
+
+from torchcurv.optim.cg_newton import CGNewton
+from torchcurv.optim.preconditioner import Preconditioner
+from torchcurv.optim.second_order import SecondOrderOptimizer
+
+__all__ = ["CGNewton", "Preconditioner", "SecondOrderOptimizer"]

@@ -41,6 +41,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     model: nn.Module | None = None
     _record: Record | None = None
     _blocks: Sequence[Curvature] = ()
+    _factors: ClassVar[bool] = True  # whether steps solve with factors, or only multiply with what was measured
     _finalizer: Any = None
     _copied: ClassVar[tuple[str, ...]] = ("_unsupported", "_schedules", "_steps", "defaults")  # with the model
 
@@ -258,6 +259,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 block.update(group["ema_decay"])
                 block.next_update = self._steps + self._interval(index, "update_every")
                 self._unsaved.append(block)
+            if not self._factors:
+                continue
             damping = self._damping(group)
             due = self._steps >= block.next_refactor or not block.has_factor or _damping_moved(block, damping)
             if block.measured and due:

@@ -1,0 +1,238 @@
+"""CGNewton: steps along the solution of [(1 - alpha) C + alpha I] d = -g, found by conjugate gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from torchcurv.curv.curvature import OPTION_NAMES, Options
+from torchcurv.curv.schedule import check_number
+from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
+from torchcurv.optim.update import inner
+
+Vector = list[Tensor]
+OPERATOR_KINDS = ("ggn", "hessian")
+
+
+def conjugate_gradients(
+    product: Callable[[Vector], Vector], b: Vector, start: Vector | None, tol: float, atol: float, maxiter: int
+) -> tuple[Vector, int]:
+    """(x with A x = b, iterations) for a symmetric A given by its products; reads two numbers per iteration.
+
+    Stops when norm(b - A x) <= max(tol * norm(b), atol), after maxiter iterations, or at a direction p with
+    p^T A p <= 0: with x as it is, which is b if that is the first direction.
+    """
+    x = [torch.zeros_like(t) for t in b] if start is None else [t.clone() for t in start]
+    r = [t.clone() for t in b] if start is None else [t - s for t, s in zip(b, product(x), strict=True)]
+    p, rr = [t.clone() for t in r], _dot(r, r)
+    enough = max(tol * math.sqrt(_dot(b, b)), atol)
+    for done in range(maxiter):
+        if math.sqrt(rr) <= enough:
+            return x, done
+        Ap = product(p)
+        curvature = _dot(p, Ap)
+        if not curvature > 0:
+            return (p if done == 0 and start is None else x), done
+        step = rr / curvature
+        torch._foreach_add_(x, p, alpha=step)
+        torch._foreach_add_(r, Ap, alpha=-step)
+        rr, before = _dot(r, r), rr
+        torch._foreach_mul_(p, rr / before)
+        torch._foreach_add_(p, r)
+    return x, maxiter
+
+
+def _dot(x: Vector, y: Vector) -> float:
+    return float(torch.stack([inner(s, t) for s, t in zip(x, y, strict=True)]).sum())
+
+
+class CGNewton(CurvatureOptimizer):
+    r"""p <- p + lr d with [(1 - alpha) C + alpha I] d = -g by conjugate gradients, per block or over everything.
+
+    Args:
+        model, params, loss_fn, curv_type, samples, and the options of the whole optimizer: as in
+            SecondOrderOptimizer. samples=None, the default, is the exact curvature.
+        approx: "block" solves layer by layer and "full" over all parameters, both through products with the rows of
+            the batch; "kfac", "unit" and "diag" multiply with what these keep. "operator" keeps nothing: C is the
+            exact "ggn" or "hessian" over all parameters, by differentiating the closure of `step` twice.
+        lr: step size. alpha: 0 <= alpha <= 1, weight of the identity against C.
+        cg_tol, cg_atol: CG stops when the residual is below max(cg_tol * norm(g), cg_atol). cg_maxiter: or then.
+        warm_start: start CG from the last solution.
+
+    `metrics()` reports the iterations of the last step, summed over its blocks. At a direction of negative curvature
+    CG stops.
+
+    Sources: Dangel, Harmeling, Hennig, "Modular block-diagonal curvature approximations for feedforward
+    architectures" (2020); Martens, "Deep learning via Hessian-free optimization" (2010).
+    """
+
+    _factors: ClassVar[bool] = False
+    _copied: ClassVar[tuple[str, ...]] = (*CurvatureOptimizer._copied, "_operator", "_iterations")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Any = None,
+        *,
+        loss_fn: nn.Module | str | None = "cross_entropy",
+        curv_type: str = "ggn",
+        approx: str = "block",
+        lr: float = 0.1,
+        alpha: float = 0.02,
+        cg_tol: float = 0.1,
+        cg_atol: float = 0.0,
+        cg_maxiter: int = 50,
+        warm_start: bool = False,
+        samples: int | None = None,
+        sharing: str = "expand",
+        ema_decay: float = 0.0,
+        reduction: str | None = None,
+        class_dim: int | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        grad_scaler: Any = None,
+        unsupported: str = "error",
+        seed: int = 0,
+    ) -> None:
+        self._operator = curv_type if approx == "operator" else None
+        self._iterations = 0
+        if self._operator is not None and curv_type not in OPERATOR_KINDS:
+            raise ValueError(f'curv_type={curv_type!r} with approx="operator"; allowed are "ggn" and "hessian"')
+        by_rows = approx in ("full", "block") and curv_type != "hessian"
+        options = Options(
+            curv_type="ggn" if self._operator else curv_type,
+            approx=None if self._operator else approx,
+            samples=samples,
+            sharing=sharing,
+            ema_decay=ema_decay,
+            rows_limit=1 if by_rows else 2**62,
+        )
+        given = locals()
+        super().__init__(
+            model,
+            params,
+            {name: given[name] for name in ("lr", "alpha", "cg_tol", "cg_atol", "cg_maxiter", "warm_start")},
+            {name: getattr(options, name) for name in OPTION_NAMES},
+            **{name: given[name] for name in WHOLE_OPTIONS},
+        )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        for key in ("lr", "cg_tol", "cg_atol"):
+            check_number(key, group[key], lambda x: 0 <= x < math.inf, "a finite number >= 0")
+        check_number("alpha", group["alpha"], lambda x: 0 <= x <= 1, "a number from 0 to 1")
+        check_number("cg_maxiter", group["cg_maxiter"], lambda x: x >= 1, "an int of at least 1")
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update. closure: recomputes loss and gradients as in torch.optim; with approx="operator" it is needed,
+        and returns (loss, output), or for the Hessian the loss, without calling backward()."""
+        if self._operator is not None:
+            return self._matrix_free(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            if self._refresh():
+                self._iterations = 0
+                for block, index in zip(self._blocks, self._group_index, strict=True):
+                    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in block.params]
+                    if not block.measured or all(p.grad is None for p in block.params):
+                        continue
+                    whole = dict(zip(block.params, gradients, strict=True))
+                    b = [-piece.of(whole[piece.param]) for piece in block.pieces]
+                    d = self._solved(self.param_groups[index], block.multiply, b, [p for p, _ in block.pieces])
+                    for piece, x in zip(block.pieces, d, strict=True):
+                        piece.of(piece.param).add_(x, alpha=self.param_groups[index]["lr"])
+                self._plain()
+                self._finish_step()
+        return loss
+
+    def _plain(self) -> None:
+        """Parameters without a curvature follow the gradient."""
+        covered = {p for block in self._blocks for p in block.params}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p not in covered:
+                    p.add_(p.grad, alpha=-group["lr"])
+
+    def _solved(
+        self, group: dict[str, Any], multiply: Callable[[Vector], Vector], b: Vector, params: list[Tensor]
+    ) -> Vector:
+        alpha = group["alpha"]
+        b = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in b]
+
+        def product(x: Vector) -> Vector:
+            return [(1 - alpha) * Cx + alpha * t for Cx, t in zip(multiply(x), x, strict=True)]
+
+        key = f"direction:{len(params)}"
+        start = None
+        if group["warm_start"] and key in self.state[params[0]]:
+            flat = self.state[params[0]][key].split([t.numel() for t in b])
+            start = [part.reshape(t.shape) for part, t in zip(flat, b, strict=True)]
+        d, iterations = conjugate_gradients(product, b, start, group["cg_tol"], group["cg_atol"], group["cg_maxiter"])
+        self._iterations += iterations
+        if group["warm_start"]:
+            self.state[params[0]][key] = torch.cat([t.flatten() for t in d])
+        return d
+
+    def _matrix_free(self, closure: Callable[[], Any] | None) -> Any:
+        """A step over all parameters with products that differentiate the closure's graph again."""
+        if closure is None:
+            raise ValueError('approx="operator" needs step(closure); the closure returns (loss, output)')
+        with torch.enable_grad():
+            result = closure()
+        loss, output = result if isinstance(result, tuple) else (result, None)
+        if output is None and self._operator == "ggn":
+            raise ValueError('approx="operator" with the GGN needs a closure that returns (loss, output)')
+        group, params = self.param_groups[0], [p for p in self._params() if p.requires_grad]
+        try:
+            gradients = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
+        except RuntimeError as error:
+            if "second time" not in str(error) and "does not require grad" not in str(error):
+                raise
+            raise RuntimeError("the closure must return the loss without calling backward()") from error
+        multiply = _hessian_products(gradients, params) if self._operator == "hessian" else _ggn(loss, output, params)
+        self._iterations = 0
+        with torch.no_grad():
+            d = self._solved(group, multiply, [-g.detach() for g in gradients], params)
+            for p, x in zip(params, d, strict=True):
+                p.add_(x.to(p.dtype), alpha=group["lr"])
+            self._finish_step()
+        return loss
+
+    def metrics(self) -> dict[str, float]:
+        """Those of every optimizer here, and the CG iterations of the last step."""
+        return {**super().metrics(), "cg_iterations": self._iterations}
+
+
+def _hessian_products(gradients: tuple[Tensor, ...], params: Vector) -> Callable[[Vector], Vector]:
+    connected = [k for k, g in enumerate(gradients) if g.requires_grad]
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+
+    def multiply(x: Vector) -> Vector:
+        v = [x[k].to(gradients[k].dtype) for k in connected]
+        return list(torch.autograd.grad([gradients[k] for k in connected], params, v, **options))
+
+    return multiply
+
+
+def _ggn(loss: Tensor, output: Tensor, params: Vector) -> Callable[[Vector], Vector]:
+    """J^T H_L J: J v as the derivative of J^T u along v, H_L by differentiating the loss twice at the output."""
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    with torch.enable_grad():
+        u = torch.zeros_like(output).requires_grad_()
+        pulled = torch.autograd.grad(output, params, u, create_graph=True, allow_unused=True, materialize_grads=True)
+        (at_output,) = torch.autograd.grad(loss, output, create_graph=True)
+    connected = [k for k, g in enumerate(pulled) if g.requires_grad]
+
+    def multiply(x: Vector) -> Vector:
+        v = [x[k].to(pulled[k].dtype) for k in connected]
+        (Jv,) = torch.autograd.grad([pulled[k] for k in connected], [u], v, **options)
+        (HJv,) = torch.autograd.grad(at_output, [output], Jv, **options)
+        return list(torch.autograd.grad(output, params, HJv, **options))
+
+    return multiply
