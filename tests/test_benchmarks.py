@@ -370,3 +370,12 @@ def shrink(make):
 def test_results_are_kept_out_of_git():
     ignored = (Path(__file__).parent.parent / ".gitignore").read_text()
     assert "benchmarks/results" in ignored
+
+
+def test_cg_newton_on_one_linear_layer():
+    from benchmarks.cg_newton import table, train
+
+    digits = data.mnist()
+    points = train(digits.images[:1000], digits.labels[:1000], steps=6)
+    assert points[-1].loss < 0.8 * points[0].loss and all(0 < p.iterations <= 50 for p in points)
+    assert table(points, 2).row_count == 4
