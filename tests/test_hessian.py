@@ -64,7 +64,10 @@ def test_exact(id, loss):
     close(curvature(model, loss, [(x, y)], curv_type="hessian", approx="full").to_dense(), truth)
     block = curvature(model, loss, [(x, y)], curv_type="hessian", approx="block")
     held_blocks_equal(block, truth)
-    close(curvature(model, loss, [(x, y)], curv_type="hessian", approx="diag").diag(), truth.diag())
+    close(
+        curvature(model, loss, [(x, y)], curv_type="hessian", approx="diag", hessian_method="exact").diag(),
+        truth.diag(),
+    )
     unit = curvature(model, loss, [(x, y)], curv_type="hessian", approx="unit")
     close(unit.diag(), truth.diag())
     inside = unit.to_dense()
@@ -84,7 +87,9 @@ def test_complete_models(id):
     """Attention too, which is differentiated twice in its plain form."""
     case = next(case for case in models.MODELS if case.id == id)
     model, x, y = case.make_model(), case.make_inputs(), case.make_target()
-    c = curvature(model, case.loss, [(x, y)], curv_type="hessian", approx="diag", params=some(model))
+    c = curvature(
+        model, case.loss, [(x, y)], curv_type="hessian", approx="diag", hessian_method="exact", params=some(model)
+    )
     with sdpa_kernel(SDPBackend.MATH):
         loss = case.loss(model(*x) if isinstance(x, tuple) else model(x), y)
         grads = torch.autograd.grad(loss, c.params, create_graph=True)
@@ -126,10 +131,12 @@ def test_hutchinson_is_unbiased():
 def test_a_step_takes_the_mapped_spectrum(approx, indefinite, loss_fn):
     loss, lam = nn.CrossEntropyLoss(), 0.05
     model, x, y = problem("mlp", loss)
-    seen = curvature(model, loss, [(x, y)], curv_type="hessian", approx=approx)
+    method = "exact"
+    seen = curvature(model, loss, [(x, y)], curv_type="hessian", approx=approx, hessian_method=method)
     dense = seen.to_dense()
     optimizer = SecondOrderOptimizer(
         model, loss_fn=loss if loss_fn == "module" else "cross_entropy", curv_type="hessian", approx=approx,
+        hessian_method=method,
         indefinite=indefinite, damping=lam, lr=1.0, momentum=0.0, kl_clip=None,
     )  # fmt: skip
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -180,9 +187,10 @@ def test_training_with_the_hessian_lowers_the_loss():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"approx": "ekfac"}, "'ekfac' of the Hessian"),
-        ({"approx": "kfac"}, "'kfac' of the Hessian"),
-        ({"approx": "block", "hessian_method": "hutchinson"}, "estimates a diagonal"),
+        ({"approx": "ekfac"}, '"ekfac" of the Hessian'),
+        ({"approx": "kfac", "hessian_method": "exact"}, "allowed are 'propagate'"),
+        ({"approx": "block", "hessian_method": "hutchinson"}, "allowed are 'exact'"),
+        ({"approx": "diag", "residual": "drop"}, "residual='drop' is unknown"),
         ({"approx": "block", "rows_limit": 5}, "raise rows_limit"),
         ({"approx": "diag", "indefinite": "keep"}, 'a step needs "abs"'),
         ({"approx": "diag", "indefinite": "flip"}, "indefinite='flip' is unknown"),

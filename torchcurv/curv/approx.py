@@ -204,6 +204,7 @@ class Kronecker:
     sharing: str = "expand"
     corrected: bool = False
     sides: Sides | None = None
+    spectrum: str | None = None
 
     @property
     def linear(self) -> tuple[str, ...]:
@@ -256,7 +257,7 @@ class Kronecker:
         left, right = self._product(tensors)
         o, d = (left.shape[-1], right.shape[-1]) if self.sides is None else self.sides.sizes
         lam = _damping_tensor(damping, left)
-        if damping_type == "factored" and not self.corrected:
+        if damping_type == "factored" and not self.corrected and self.spectrum is None:
             shift_right, shift_left = split_damping(mean_diagonal(right, d), mean_diagonal(left, o), lam, (o, d))
             right, ok_right = inverse(right, shift_right, d)
             left, ok_left = inverse(left, shift_left, o)
@@ -265,7 +266,8 @@ class Kronecker:
         if "moments" in tensors and basis is not None:
             values = project_moments(tensors["moments"], basis, (left, right))
         else:
-            values = b.clamp_min(0).unsqueeze(-1) * a.clamp_min(0).unsqueeze(-2)
+            b = b.clamp_min(0) if self.spectrum is None else b
+            values = mapped(b.unsqueeze(-1) * a.clamp_min(0).unsqueeze(-2), self.spectrum)
         return Eigen(values, left, right, lam), _finite(values, left, right)
 
     def _product(self, tensors: Tensors) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torchcurv.curv.kinds import KINDS, SECOND
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.linalg import free_to_read
 from torchcurv.curv.losses import at_least_float32, random_signs
+from torchcurv.curv.propagate import RESIDUALS
 from torchcurv.curv.rows import RowSpace
 from torchcurv.curv.schedule import Interval, check_interval, check_number
 from torchcurv.curv.second import HessianProducts
@@ -29,11 +30,13 @@ APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
     "full": lambda options, layers: Dense(spectrum=_spectrum(options)),
     "block": lambda options, layers: Dense(spectrum=_spectrum(options)),
     "unit": lambda options, layers: Dense(True, _wide(options, layers[0]), _spectrum(options)),
-    "kfac": lambda options, layers: Kronecker(options.sharing, sides=_sides(options, layers[0])),
+    "kfac": lambda options, layers: Kronecker(
+        options.sharing, sides=_sides(options, layers[0]), spectrum=_spectrum(options)
+    ),
     "ekfac": lambda options, layers: Kronecker(options.sharing, corrected=True, sides=_sides(options, layers[0])),
     "diag": lambda options, layers: Diagonal(_spectrum(options)),
 }
-HESSIAN_METHODS = ("exact", "hutchinson")
+HESSIAN_METHODS = (None, "exact", "hutchinson", "propagate")
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "curv_type": (*KINDS, SECOND),
     "approx": (*APPROXIMATIONS, None),
@@ -41,6 +44,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "damping_type": ("factored", "exact"),
     "hessian_method": HESSIAN_METHODS,
     "indefinite": SPECTRA,
+    "residual": tuple(RESIDUALS),
 }
 
 
@@ -54,6 +58,12 @@ def _wide(options: Options, layer: Layer) -> bool:
 
 def _sides(options: Options, layer: Layer) -> Sides:
     return Sides.of(layer, options.factor_blocks, options.max_factor_dim)
+
+
+_METHODS_OF: dict[str | None, tuple[str, ...]] = {
+    "diag": ("propagate", "exact", "hutchinson"),
+    "kfac": ("propagate",),
+}
 
 
 @dataclass(frozen=True)
@@ -70,8 +80,12 @@ class Options:
     update_every, refactor_every: steps between two measurements, and between two factorisations.
     rows_limit: a dense block with more parameters than this goes through the Gram matrix of its rows (one row
         per sample and signal) and never forms its matrix. Such a block has no running average.
-    hessian_method: of curv_type="hessian": "exact" (products with unit vectors), or "hutchinson" for "diag" (`samples`
-        products with random signs).
+    hessian_method: of curv_type="hessian": "exact" (products with unit vectors), "hutchinson" for "diag" (`samples`
+        products with random signs), or "propagate" for "diag" (HesScale) and "kfac" (HBP). None: "propagate" for these
+        two, else "exact".
+    residual: what propagation does with second derivatives of activations, sample by sample: "keep", "zero" (Gauss-
+        Newton), "abs", "clip".
+    max_hessian_dim: the largest number of elements of a sample that "kfac" of the Hessian carries a matrix over.
     indefinite: what becomes of negative eigenvalues of the Hessian (or entries of its diagonal): "abs", "clip" (zero),
         "shift" (all are raised until the least is zero), or "keep", which can only be looked at.
     factor_blocks: K-FAC keeps this many diagonal blocks of each of its two factors; 1 keeps the whole.
@@ -89,7 +103,9 @@ class Options:
     update_every: Interval = 1
     refactor_every: Interval = 1
     rows_limit: int = 2048
-    hessian_method: str = "exact"
+    hessian_method: str | None = None
+    residual: str = "keep"
+    max_hessian_dim: int = 2048
     indefinite: str = "abs"
     factor_blocks: int = 1
     max_factor_dim: int | None = 8192
@@ -114,7 +130,12 @@ class Options:
             check_number("damping", self.damping, lambda x: 0 <= x < math.inf, "a finite number >= 0, or a 0-d tensor")
         elif self.damping.dim():
             raise ValueError(f"damping is a tensor of shape {tuple(self.damping.shape)}; pass a number or a 0-d tensor")
-        for key, other in (("rows_limit", ""), ("factor_blocks", ""), ("max_factor_dim", ", or None for no limit")):
+        for key, other in (
+            ("rows_limit", ""),
+            ("factor_blocks", ""),
+            ("max_hessian_dim", ""),
+            ("max_factor_dim", ", or None for no limit"),
+        ):
             value = getattr(self, key)
             if value is None and other:
                 continue
@@ -122,22 +143,29 @@ class Options:
                 raise ValueError(f"{key}={value!r}; pass an int of at least 1{other}")
 
     def _check_hessian(self) -> None:
-        if self.approx in ("kfac", "ekfac"):
+        if self.approx == "ekfac":
             raise ValueError(
-                f'approx={self.approx!r} of the Hessian is not known: choose "full", "block", "unit" or "diag", or '
+                'approx="ekfac" of the Hessian is not known: choose "full", "block", "unit", "kfac" or "diag", or '
                 'curv_type="ggn"'
             )
-        if self.hessian_method == "hutchinson" and self.approx not in ("diag", None):
+        allowed = _METHODS_OF.get(self.approx, ("exact",))
+        if self.approx is not None and self.hessian_method not in (None, *allowed):
             raise ValueError(
-                f'hessian_method="hutchinson" estimates a diagonal: write approx="diag", not {self.approx!r}'
+                f"hessian_method={self.hessian_method!r} with approx={self.approx!r}; allowed are "
+                f"{', '.join(map(repr, allowed))}"
             )
+
+    @property
+    def method(self) -> str:
+        """hessian_method, with what None stands for."""
+        return self.hessian_method or _METHODS_OF.get(self.approx, ("exact",))[0]
 
 
 OPTION_NAMES = tuple(f.name for f in fields(Options))
 # The options that decide what a block keeps; the others are read when they are needed.
 STRUCTURE = (
     "curv_type", "approx", "samples", "sharing", "damping_type", "rows_limit", "factor_blocks", "max_factor_dim",
-    "hessian_method", "indefinite",
+    "hessian_method", "residual", "max_hessian_dim", "indefinite",
 )  # fmt: skip
 
 
@@ -177,6 +205,12 @@ class Curvature:
         return *(getattr(self.options, name) for name in STRUCTURE), *pieces
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """Numbers of blocks of the two sides of a Kronecker product."""
+        assert isinstance(self.approx, Kronecker) and self.approx.sides is not None
+        return self.approx.sides.blocks
+
+    @property
     def state_key(self) -> str:
         """Under which the state of the first parameter keeps the block: several may share the rows of one."""
         rows = self.pieces[0].rows
@@ -208,23 +242,24 @@ class Curvature:
         if self.uses_rows:
             self.pending_rows.append(stats)
             return
-        self._add(self.approx.measure(stats, self.basis))
+        self.add(self.approx.measure(stats, self.basis))
 
-    def _add(self, measured: Tensors) -> None:
+    def add(self, measured: Tensors) -> None:
+        """Add statistics to what was measured since the last step."""
         for key, value in measured.items():
             self.pending[key] = self.pending[key] + value if key in self.pending else value
 
     @torch.no_grad()
     def differentiate(self, products: HessianProducts, generator: torch.Generator | None = None) -> None:
         """Add the Hessian of one loss: what the approximation keeps of its rows, or of products with random signs."""
-        if self.options.hessian_method == "hutchinson":
+        if self.options.method == "hutchinson":
             draws = self.options.samples or 1
             z = random_signs(products.first[0].new_empty(draws, self.size), generator)
             product = self._coordinates(products(self._of_parameters(z, products.params)))
-            self._add({"diag": (z * product).mean(0).reshape(self.layers[0].shape)})
+            self.add({"diag": (z * product).mean(0).reshape(self.layers[0].shape)})
             return
         for start, rows in products.rows(self.size, lambda units: self._of_parameters(units, products.params)):
-            self._add(self.approx.of_rows(start, self._coordinates(rows), [layer.shape for layer in self.layers]))
+            self.add(self.approx.of_rows(start, self._coordinates(rows), [layer.shape for layer in self.layers]))
 
     def _of_parameters(self, x: Tensor, params: list[Tensor]) -> list[Tensor]:
         """Vectors over the coordinates of the factor [k, size] -> [k, *shape] for each parameter."""

@@ -22,6 +22,7 @@ from torchcurv.curv.hooks import Hook, argument, ignored
 from torchcurv.curv.inner import Watch, sample_gradients
 from torchcurv.curv.layers import Layer, Site
 from torchcurv.curv.losses import at_least_float32
+from torchcurv.curv.propagate import Tape
 from torchcurv.curv.views import uses_batch_statistics
 
 
@@ -29,9 +30,9 @@ class Forward:
     """The hooks on a model.
 
     ended: called after each forward pass of the model, with what was noted in it and the model's output.
-    inside: set while a pass of our own runs. twice: whether the graph will be differentiated twice, which fused
-    attention cannot. constant_statistics: whether batch statistics are constants in it.
-    mixed: whether samples met in the last forward pass.
+    inside: set while a pass of our own runs. mixed: whether samples met in the last forward pass.
+    twice: whether the graph will be differentiated twice, which fused attention cannot. taped: whether every function
+    is noted, for propagation. constant_statistics: whether batch statistics are constants in a pass of our own.
     """
 
     def __init__(
@@ -39,7 +40,8 @@ class Forward:
     ) -> None:
         self.layers, self.ended = layers, ended
         self.inside = self.mixed = False
-        self.constant_statistics, self.twice = True, False
+        self.constant_statistics, self.twice, self.taped = True, False, False
+        self.tape: Tape | None = None  # of the last forward pass of the model
         self._twice: AbstractContextManager[Any] = nullcontext()
         self.due: set[int] = set()
         self.unknown_uses: dict[Tensor, str] = {}  # functions that used a bare parameter in a way that is not known
@@ -111,6 +113,9 @@ class Forward:
             self._calls, self.mixed = [], False
             self._twice = sdpa_kernel(SDPBackend.MATH) if self.twice else nullcontext()
             self._twice.__enter__()
+            self.tape = Tape() if self.taped else None
+            if self.tape is not None:
+                self.tape.__enter__()
         self._depth += 1
 
     def _on_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -119,6 +124,8 @@ class Forward:
         self._depth -= 1
         if self._depth:
             return
+        if self.tape is not None:
+            self.tape.__exit__(None, None, None)
         self._twice.__exit__(None, None, None)
         calls, self._calls = self._calls, []
         if calls and output is not None:

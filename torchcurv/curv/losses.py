@@ -104,6 +104,11 @@ class CrossEntropy:
         p = f.softmax(-1)
         return p * v - p * (p * v).sum(-1, keepdim=True)
 
+    @staticmethod
+    def hessian_diagonal(f: Tensor) -> Tensor:
+        p = f.softmax(-1)
+        return p - p.square()
+
 
 class SquaredError:
     """c = 1/2 (f - y)^2 per element; torch's loss is twice that, hence R = 2 or 2 / elements."""
@@ -127,6 +132,10 @@ class SquaredError:
     @staticmethod
     def hessian(f: Tensor, v: Tensor) -> Tensor:
         return v
+
+    @staticmethod
+    def hessian_diagonal(f: Tensor) -> Tensor:
+        return torch.ones_like(f)
 
 
 class BinaryCrossEntropy:
@@ -156,6 +165,10 @@ class BinaryCrossEntropy:
     @classmethod
     def hessian(cls, f: Tensor, v: Tensor) -> Tensor:
         return cls._root(f).square() * v
+
+    @classmethod
+    def hessian_diagonal(cls, f: Tensor) -> Tensor:
+        return cls._root(f).square()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ from torchcurv.curv.inputs import Inputs
 from torchcurv.curv.kinds import SECOND, signals
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.losses import Loss, Terms, at_least_float32
-from torchcurv.curv.second import HessianProducts
+from torchcurv.curv.propagate import propagate
+from torchcurv.curv.second import HessianProducts, LossHessian
+from torchcurv.curv.sides import to_blocks
 from torchcurv.curv.stats import Stats, Use
 
 if TYPE_CHECKING:
@@ -118,6 +120,44 @@ class Receiver:
             if any(uses):
                 block.measure(Stats(uses, scale, share, block.layers))
 
+    def deliver_propagated(self, block: Curvature, at_calls: dict[int, Tensor]) -> None:
+        """at_calls: by call, the diagonal of the Hessian at its output, or the mean of its matrices over samples."""
+        (k,) = self.record.members[block.name]
+        reached = [call for call in self.calls.get(k, []) if id(call) in at_calls]
+        if not reached:
+            return
+        self._check_propagated(reached, block.options.approx)
+        if block.options.approx == "diag":
+            uses = self.uses(k, lambda call: [at_calls.get(id(call))])
+            block.add({"diag": torch.stack([use.weighted_squares() for use in uses]).sum(0)})
+            return
+        left, right = block.sides
+        A, count = self.inputs(reached).cov(block.options.sharing, right)
+        B = torch.stack([_output_side(call, at_calls[id(call)], block.options.sharing) for call in reached]).sum(0)
+        block.add({"A": A, "count": count, "B": to_blocks(B * self.n, left)})
+
+    def _check_propagated(self, calls: list[Call], approx: str | None) -> None:
+        name = self.record.layers[calls[0].layer].name
+        if any(call.batch_first is not None or call.batch != self.n for call in calls):
+            raise NotImplementedError(
+                f"the Hessian of layer {name!r} cannot be propagated: it is used inside a module, or with more rows "
+                'than there are samples. Give its parameters curv_type="ggn", or approx=None'
+            )
+        if approx == "kfac" and any(call.site.transposed or call.site.view.tokens for call in calls):
+            raise NotImplementedError(
+                f'approx="kfac" of the Hessian is not known for layer {name!r}, an embedding: choose "diag"'
+            )
+
+
+def _output_side(call: Call, matrix: Tensor, sharing: str) -> Tensor:
+    """[g, o, o]: the blocks of equal positions of a matrix over the elements of a sample, added up; "reduce": all."""
+    index = torch.arange(len(matrix), device=matrix.device).reshape(1, *call.shape[1:])
+    index = call.site.view.signal(call.site.module, index)[0]  # r g o
+    if sharing == "reduce":
+        rows = index.permute(1, 0, 2)
+        return torch.stack([matrix[at[:, None, :, None], at[None, :, None, :]].sum((0, 1)) for at in rows])
+    return matrix[index.unsqueeze(-1), index.unsqueeze(-2)].sum(0)
+
 
 class Pass:
     """One curvature pass: the two ways to get signals.
@@ -171,7 +211,8 @@ class Pass:
                         kinds.setdefault((block.options.curv_type, block.options.samples), []).append(block)
                 for (kind, samples), blocks in kinds.items():
                     if kind == SECOND:
-                        self.differentiate(blocks, factor)
+                        self.differentiate([b for b in blocks if b.options.method != "propagate"], factor)
+                        self.propagate([b for b in blocks if b.options.method == "propagate"], factor)
                     elif kind == "empirical_fisher" and own_loss_only:
                         self.listen(blocks, factor)
                     else:
@@ -223,12 +264,37 @@ class Pass:
         self.record.forward.constant_statistics = False
         try:
             for block in blocks:
-                products = HessianProducts(
-                    self.loss, self.terms, self.receiver.n, self.f, self.f_edge, factor, block.params
-                )
+                loss = LossHessian(self.loss, self.terms, self.receiver.n, self.f, self.f_edge, factor)
+                products = HessianProducts(loss, block.params)
                 block.differentiate(products, self.record.generator(self.f.device))
         finally:
             self.record.forward.constant_statistics = True
+
+    def propagate(self, blocks: list[Curvature], factor: Tensor | float) -> None:
+        """The Hessian carried back from f to the layers of these blocks: diagonals, or one matrix for all samples."""
+        alike: dict[tuple[str, str, int], list[Curvature]] = {}
+        for block in blocks:
+            form = "diag" if block.options.approx == "diag" else "matrix"
+            alike.setdefault((form, block.options.residual, block.options.max_hessian_dim), []).append(block)
+        for (form, residual, max_dim), own in alike.items():
+            calls = self.receiver.members(own)
+            loss = LossHessian(self.loss, self.terms, self.receiver.n, self.f, self.f_edge, factor)
+            seed = loss.diagonal() if form == "diag" else loss.mean_matrix(max_dim)
+            targets = {self.edges[id(call)][:2] for call in calls}
+            tape = self.record.tape_of(self.capture)
+            gradient_at = partial(self._gradients, loss.gradient())
+            found = propagate(tape, self.f_edge, seed, gradient_at, form, residual, max_dim, targets)
+            edges = {id(call): self.edges[id(call)][:2] for call in calls}
+            at_calls = {key: found[edge] for key, edge in edges.items() if edge in found}
+            for block in own:
+                self.receiver.deliver_propagated(block, at_calls)
+
+    def _gradients(self, at_f: Tensor, edges: list[Edge]) -> list[Tensor]:
+        """dL/d(tensor) at each of the edges, for dL/df."""
+        inner = [edge for edge in edges if edge[:2] != self.f_edge[:2]]
+        wanted = [edge.public for edge in inner]
+        got = iter(torch.autograd.grad([self.f_edge.public], wanted, [at_f], retain_graph=True) if wanted else ())
+        return [at_f if edge[:2] == self.f_edge[:2] else next(got) for edge in edges]
 
     # ------------------------------------------------------------------------ the first pass of a block
 

@@ -24,6 +24,9 @@ from torchcurv.curv.kinds import SECOND
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.losses import Loss, Terms, at_least_float32, loss_of
 from torchcurv.curv.passes import Pass
+from torchcurv.curv.propagate import Tape
+
+TAPES = 8  # forward passes whose functions are kept until a backward comes
 
 
 @dataclass
@@ -83,6 +86,7 @@ class Record:
         self.members = {block.name: [index[id(layer)] for layer in block.layers] for block in blocks}
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.step, self.passes = 0, 0
+        self.tapes: list[list[Any]] = []  # [forward pass, its tape, whether a pass has used it]
         # Blocks whose gradient was found to be that of their recorded calls, and whether of more than one sample.
         self.verified: dict[str, bool] = {}
         self.refused: set[str] = set()  # blocks whose gradient was not, under unsupported="gradient"
@@ -99,7 +103,8 @@ class Record:
         """Which blocks the next forward passes feed."""
         self.due = set(names) - self.refused
         self.forward.set_due({k for name in self.due for k in self.members[name]})
-        self.forward.twice = any(b.name in self.due and b.options.curv_type == SECOND for b in self.blocks)
+        second = [b.options.method for b in self.blocks if b.name in self.due and b.options.curv_type == SECOND]
+        self.forward.taped, self.forward.twice = "propagate" in second, bool({"exact", "hutchinson"} & {*second})
         if self._loss_hook is not None:
             self._loss_hook.on = bool(self.due)
 
@@ -136,6 +141,9 @@ class Record:
     def _gather(self, calls: list[tuple[Call, Edge]], output: Any) -> None:
         """One capture per output, of the calls that came before it: references only go down the graph."""
         forward, outputs = object(), self._outputs(output)
+        if self.forward.tape is not None:
+            self.tapes = [entry for entry in self.tapes if not entry[2]][1 - TAPES :]
+            self.tapes.append([forward, self.forward.tape, False])
         numbered = [(edge.node._sequence_nr(), call, edge) for call, edge in calls]
         for out in outputs:
             edge = edge_of(out)
@@ -353,6 +361,17 @@ class Record:
             "target.unsqueeze(0)) to take them as one"
         )
 
+    def tape_of(self, capture: Capture) -> Tape:
+        """The tape of the forward pass that a capture belongs to."""
+        for entry in self.tapes:
+            if entry[0] is capture.forward:
+                entry[2] = True
+                return entry[1]
+        raise RuntimeError(
+            "the Hessian is propagated through one call of the model: compute the loss from the model's output, and "
+            "call backward() before the model runs again more than a few times"
+        )
+
     def generator(self, device: torch.device) -> torch.Generator:
         """Draws that a resumed run repeats, and that leave the global generators alone."""
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
@@ -361,7 +380,7 @@ class Record:
 
     def start_step(self, step: int, due: Iterable[str]) -> None:
         """What was captured lives as long as the gradient: a new step starts with nothing."""
-        self.step, self.passes = step, 0
+        self.step, self.passes, self.tapes = step, 0, []
         self.set_due(due)
         for block in self.blocks:
             block.forget_pending()

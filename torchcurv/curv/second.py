@@ -21,32 +21,59 @@ from torchcurv.curv.losses import Loss, Terms, at_least_float32
 CHUNK = 1 << 24  # elements of the vectors that are multiplied at once
 
 
-class HessianProducts:
-    """H of `scale` times the loss whose terms are `terms`, over some parameters.
+class LossHessian:
+    """Derivatives of `factor` times the loss whose terms are `terms`, with respect to the output f.
 
     f, f_edge: the output that the loss is applied to, and where its gradient arrives. n: the batch size.
     """
 
-    def __init__(
-        self, loss: Loss, terms: Terms, n: int, f: Tensor, f_edge: Edge, scale: Tensor | float, params: list[Tensor]
-    ) -> None:
-        self.loss, self.terms, self.n, self.f, self.f_edge, self.params = loss, terms, n, f, f_edge, params
+    def __init__(self, loss: Loss, terms: Terms, n: int, f: Tensor, f_edge: Edge, factor: Tensor | float) -> None:
+        self.loss, self.terms, self.n, self.f, self.f_edge = loss, terms, n, f, f_edge
         root = terms.root_weights
-        self.weights = scale * terms.reduction * (1.0 if root is None else root.square())
-        with torch.enable_grad():
-            self.u = self._restored(terms.residual() * self.weights).requires_grad_()
-            self.first = torch.autograd.grad(
-                [f_edge.public], params, [self.u], create_graph=True, allow_unused=True, materialize_grads=True
-            )
+        self.weights = factor * terms.reduction * (1.0 if root is None else root.square())
 
     def _restored(self, canonical: Tensor) -> Tensor:
         """[n, t, c] -> where the gradient of f arrives."""
         return self.loss.layout(self.f, self.n)[1](canonical).to(self.f.dtype).reshape(self.f_edge.shape)
 
-    def _output_hessian(self, v: Tensor) -> Tensor:
+    def gradient(self) -> Tensor:
+        """dL/df."""
+        return self._restored(self.terms.residual() * self.weights)
+
+    def times(self, v: Tensor) -> Tensor:
         """H_L v for one v shaped like the edge of f."""
         canonical = at_least_float32(self.loss.layout(v.reshape(self.f.shape), self.n)[0])
         return self._restored(self.loss.row.hessian(self.terms.f, canonical) * self.weights)
+
+    def diagonal(self) -> Tensor:
+        return self._restored(self.loss.row.hessian_diagonal(self.terms.f) * self.weights)
+
+    def mean_matrix(self, max_dim: int) -> Tensor:
+        """mean_n of the Hessian of a sample [d, d], over its elements in the order of the edge."""
+        d = self.f_edge.shape.numel() // self.n
+        if d > max_dim:
+            raise ValueError(
+                f"a sample of the output has {d} elements, more than max_hessian_dim={max_dim}, the largest matrix "
+                'that "kfac" of the Hessian carries: choose approx="diag", or raise max_hessian_dim'
+            )
+        columns = []
+        for k in range(d):
+            v = torch.zeros(self.n, d, dtype=self.f.dtype, device=self.f.device)
+            v[:, k] = 1
+            columns.append(self.times(v.reshape(self.f_edge.shape)).reshape(self.n, d).mean(0))
+        return torch.stack(columns, 1)
+
+
+class HessianProducts:
+    """H of `factor` times a loss, over some parameters; the other arguments are those of LossHessian."""
+
+    def __init__(self, output: LossHessian, params: list[Tensor]) -> None:
+        self.output, self.f_edge, self.params = output, output.f_edge, params
+        with torch.enable_grad():
+            self.u = output.gradient().requires_grad_()
+            self.first = torch.autograd.grad(
+                [self.f_edge.public], params, [self.u], create_graph=True, allow_unused=True, materialize_grads=True
+            )
 
     def __call__(self, v: list[Tensor]) -> list[Tensor]:
         """H v for a batch of vectors [k, *shape], one tensor per parameter."""
@@ -56,14 +83,14 @@ class HessianProducts:
         inputs = [*self.params, self.u]
         got = _each([self.first[k] for k in connected], inputs, [v[k] for k in connected])
         *second, Jv = got
-        sent = torch.stack([self._output_hessian(x) for x in Jv])
+        sent = torch.stack([self.output.times(x) for x in Jv])
         gauss_newton = _each([self.f_edge.public], self.params, [sent])
         return [at_least_float32(x + y) for x, y in zip(second, gauss_newton, strict=True)]
 
     def rows(self, size: int, place: Callable[[Tensor], list[Tensor]]) -> Iterator[tuple[int, list[Tensor]]]:
         """(start, the rows from there on) of H over coordinates [size]; place: from coordinates [k, size] to v."""
         like = self.first[0]
-        chunk = max(1, CHUNK // max(1, size + self.f.numel()))
+        chunk = max(1, CHUNK // max(1, size + self.u.numel()))
         for start in range(0, size, chunk):
             count = min(chunk, size - start)
             units = like.new_zeros(count, size, dtype=torch.promote_types(like.dtype, torch.float32))

@@ -27,6 +27,16 @@ def side_shape(g: int, d: int, blocks: int) -> tuple[int, ...]:
     return (g, d, d) if blocks == 1 else (g, -(-d // m), m, m)
 
 
+def to_blocks(side: Tensor, blocks: int) -> Tensor:
+    """The diagonal blocks of a dense side."""
+    g, d = side.shape[:2]
+    if blocks == 1:
+        return side
+    _, k, m, _ = side_shape(g, d, blocks)
+    padded = F.pad(side, (0, k * m - d, 0, k * m - d)).reshape(g, k, m, k, m)
+    return padded.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+
 def folded(x: Tensor, m: int) -> Tensor:
     """[..., d] -> [..., k, m], zeros after the last column."""
     return F.pad(x, (0, -x.shape[-1] % m)).unflatten(-1, (-1, m))

@@ -109,6 +109,13 @@ class Use:
         square = square + s.shape[:-1].numel()
         return self.joined(weight, bias), (square * s.square().sum()).sqrt()
 
+    def weighted_squares(self) -> Tensor:
+        """sum_{v,n,r} s a² [g, o, d], for an s that is a diagonal of second derivatives."""
+        s, weight = self.s.sum(0), None
+        if self.inputs.weight_covered:
+            weight = torch.einsum("nrgo,nrgi->goi", s, self.inputs.a.square())
+        return self.joined(weight, s.sum((0, 1)) if self.inputs.bias_covered else None)
+
     def squares(self, left: Tensor | None, right: Tensor | None) -> Tensor | None:
         """sum_{v,n} (left^T rows right)^2 [g, o, d] by a shorter way than the rows; None where there is none."""
         inputs, s = self.inputs, self.s
