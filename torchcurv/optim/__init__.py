@@ -1,7 +1,8 @@
 """Update rules that read curvature."""
 
+from torchcurv.optim.adahesscale import AdaHesScale
 from torchcurv.optim.cg_newton import CGNewton
 from torchcurv.optim.preconditioner import Preconditioner
 from torchcurv.optim.second_order import SecondOrderOptimizer
 
-__all__ = ["CGNewton", "Preconditioner", "SecondOrderOptimizer"]
+__all__ = ["AdaHesScale", "CGNewton", "Preconditioner", "SecondOrderOptimizer"]
