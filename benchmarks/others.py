@@ -18,7 +18,7 @@ DAMPING, DECAY = 0.1, 0.95
 
 @dataclass(frozen=True)
 class Work:
-    """What a step has to do; `curvature` is "ggn" (one draw), "ggn exact" or "empirical_fisher"."""
+    """What a step has to do; `curvature` is "ggn" (one draw), "ggn exact", "empirical_fisher" or "hessian"."""
 
     approx: str
     curvature: str
