@@ -92,7 +92,7 @@ class Diagonal:
     def factor(
         self, tensors: Tensors, damping: Damping, damping_type: str, basis: Basis | None = None
     ) -> tuple[Factor, Tensor]:
-        values = mapped(tensors["diag"], self.spectrum)
+        values = tensors["diag"] if self.spectrum is None else mapped(tensors["diag"], self.spectrum)
         return Eigen(values, damping=_damping_tensor(damping, values)), _finite(values)
 
 

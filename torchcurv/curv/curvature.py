@@ -289,9 +289,10 @@ class Curvature:
     # -------------------------------------------------------------------------- running average
 
     @torch.no_grad()
-    def update(self, ema_decay: float) -> None:
+    def update(self, ema_decay: float, follow: bool = True) -> None:
         """Merge what is pending into the running average: w <- ρ w + 1, X <- X + (X_new - X) / w.
 
+        follow: whether the factor takes over what it can; a factorisation that comes next does that anyway.
         A measurement with a value that is not finite is left out and counted.
         """
         if self.uses_rows:
@@ -314,14 +315,16 @@ class Curvature:
                 self.tensors[key] = torch.where(ok, old.lerp(value, 1 / grown.clamp_min(1)), old)
             elif ok:
                 old.lerp_(value, 1 / grown)
-        self._follow()
+        if follow:
+            self._follow()
 
     def _follow(self) -> None:
         """Statistics that are eigenvalues in the basis of the factor reach it without a factorisation."""
         for key in ("diag", "moments"):
             if key in self.tensors and isinstance(self.factor, Eigen):
-                values = self.tensors[key]
-                self.factor = replace(self.factor, values=mapped(values, _spectrum(self.options)))
+                values, spectrum = self.tensors[key], _spectrum(self.options)
+                values = values if spectrum is None else mapped(values, spectrum)
+                self.factor = replace(self.factor, values=values)
 
     def _count(self, which: int, bad: Tensor) -> None:
         if self.flags is None:

@@ -129,7 +129,8 @@ class Receiver:
         self._check_propagated(reached, block.options.approx)
         if block.options.approx == "diag":
             uses = self.uses(k, lambda call: [at_calls.get(id(call))])
-            block.add({"diag": torch.stack([use.weighted_squares() for use in uses]).sum(0)})
+            for use in uses:
+                block.add({"diag": use.weighted_squares()})
             return
         left, right = block.sides
         A, count = self.inputs(reached).cov(block.options.sharing, right)

@@ -111,10 +111,14 @@ class Use:
 
     def weighted_squares(self) -> Tensor:
         """sum_{v,n,r} s a² [g, o, d], for an s that is a diagonal of second derivatives."""
-        s, weight = self.s.sum(0), None
-        if self.inputs.weight_covered:
-            weight = torch.einsum("nrgo,nrgi->goi", s, self.inputs.a.square())
-        return self.joined(weight, s.sum((0, 1)) if self.inputs.bias_covered else None)
+        s, inputs = self.s[0] if len(self.s) == 1 else self.s.sum(0), self.inputs
+        if inputs.weight_covered and inputs.bias_covered and not self.transposed:
+            total = s.new_empty(self.layer.shape)
+            _paired(s.flatten(0, 1), inputs.a.square().flatten(0, 1), total[..., :-1])
+            torch.sum(s, (0, 1), out=total[..., -1])
+            return total
+        weight = torch.einsum("nrgo,nrgi->goi", s, inputs.a.square()) if inputs.weight_covered else None
+        return self.joined(weight, s.sum((0, 1)) if inputs.bias_covered else None)
 
     def squares(self, left: Tensor | None, right: Tensor | None) -> Tensor | None:
         """sum_{v,n} (left^T rows right)^2 [g, o, d] by a shorter way than the rows; None where there is none."""

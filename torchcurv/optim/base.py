@@ -255,15 +255,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         stale = []
         for block, index in reached:
             group = self.param_groups[index]
-            if block.captured:
-                block.update(group["ema_decay"])
-                block.next_update = self._steps + self._interval(index, "update_every")
-                self._unsaved.append(block)
-            if not self._factors:
-                continue
             damping = self._damping(group)
             due = self._steps >= block.next_refactor or not block.has_factor or _damping_moved(block, damping)
-            if block.measured and due:
+            if block.captured:
+                block.update(group["ema_decay"], follow=not due)
+                block.next_update = self._steps + self._interval(index, "update_every")
+                self._unsaved.append(block)
+            if self._factors and block.measured and due:
                 stale.append((block, index, damping))
         self._report([block for block, _, _ in stale])
         for block, index, damping in stale:
