@@ -131,10 +131,18 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         for group in self.param_groups:
             gradients.update(self._gradients(group))
         solved = self._solve(gradients)
-        self._clip_(gradients, solved)
+        clip = self._clip(gradients, solved)
         for group in self.param_groups:
             params = [p for p in group["params"] if p in gradients]
-            steps = [solved.get(p, gradients[p]) for p in params]
+            averaged = group["momentum"] and group["momentum_type"] == "preconditioned" and not group["nesterov"]
+            if averaged and clip is not None and all(p in solved for p in params):  # one pass over the steps less
+                for p in params:
+                    self._buffer(self.state[p], p).mul_(group["momentum"]).addcmul_(solved[p], clip)
+                descend_(params, [self.state[p]["momentum_buffer"] for p in params], group["lr"], group["weight_decay"])
+                continue
+            steps = [solved[p] if p in solved else gradients[p] for p in params]
+            if clip is not None:
+                steps = [x * clip if p in solved else x for p, x in zip(params, steps, strict=True)]
             if group["momentum_type"] == "preconditioned":
                 steps = self._momentum(group, params, steps)
             descend_(params, steps, group["lr"], group["weight_decay"])
@@ -167,16 +175,16 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         if group["momentum"]:
             self._buffer(state, p)
 
-    def _clip_(self, gradients: dict[Tensor, Tensor], solved: dict[Tensor, Tensor]) -> None:
-        """Scale the preconditioned steps by ν of the KL clip, one number for all of them."""
+    def _clip(self, gradients: dict[Tensor, Tensor], solved: dict[Tensor, Tensor]) -> Tensor | None:
+        """ν of the KL clip, one number for all preconditioned steps; None: there is none."""
         if self._kl_clip is None or not solved:
-            return
+            return None
         products = []
         for group in self.param_groups:
             own = [inner(solved[p], gradients[p]) for p in group["params"] if p in solved]
             if own:
                 products.append(torch.stack(own).sum() * group["lr"] ** 2)
-        torch._foreach_mul_(list(solved.values()), kl_clip_factor(products, self._kl_clip))
+        return kl_clip_factor(products, self._kl_clip)
 
 
 def check_step_options(options: dict[str, Any]) -> None:
