@@ -76,6 +76,14 @@ def test_for_one_linear_layer_all_residuals_are_the_same(loss, approx):
         close(found[0].diag(), oracles.hessian(model, loss, x, y, list(model.named_parameters())).diag())
 
 
+def test_kfac_sums_the_matrices_of_the_samples():
+    """One linear layer and a loss whose Hessian is the same for all samples: B ⊗ A is the Hessian, for any number."""
+    model, loss, x = cases.seeded(lambda: nn.Linear(4, 3)), nn.MSELoss(), cases.randn(5, 4, seed=1)
+    y = target(loss, 5)
+    got = curvature(model, loss, [(x, y)], curv_type="hessian", approx="kfac").to_dense()
+    close(got, oracles.hessian(model, loss, x, y, list(model.named_parameters())))
+
+
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_kfac_of_a_convolution_sums_the_matrix_over_equal_or_all_positions(sharing):
     """One sample: the matrix at the convolution's output is exact, and B follows from it by its definition."""
