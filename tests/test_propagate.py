@@ -616,7 +616,8 @@ def test_tape_and_propagation_change_nothing(net):
         with mode:
             for node in nodes:
                 values.append(F.dropout(node.fn(*(values[k] for k in node.inputs)), 0.2))
-        return [values[-1], *torch.autograd.grad(loss_of(values[-1]), parameters), torch.rand(3), mode, values[-1]]
+        gradients = torch.autograd.grad(loss_of(values[-1]), parameters, retain_graph=True)
+        return [values[-1], *gradients, torch.rand(3), mode, values[-1]]
 
     with torch.random.fork_rng(devices=[]):
         *plain, _, _ = step(torch.enable_grad())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchcurv.curv.factor import Eigen, Factor, Inverse
 from torchcurv.curv.layers import Layer
-from torchcurv.curv.linalg import Damping
+from torchcurv.curv.linalg import Damping, all_finite
 from torchcurv.curv.sides import block_count, eigenbasis, inverse, mean_diagonal, side_shape, times, times_left
 from torchcurv.curv.stats import Stats
 
@@ -45,11 +45,6 @@ class Approximation(Protocol):
 
 def _damping_tensor(damping: Damping, like: Tensor) -> Tensor:
     return torch.as_tensor(damping, dtype=like.dtype, device=like.device)
-
-
-def _finite(*tensors: Tensor) -> Tensor:
-    ok = torch.stack([torch.isfinite(t.sum()) for t in tensors])
-    return ok.all()
 
 
 SPECTRA = ("abs", "clip", "shift", "keep")
@@ -93,7 +88,8 @@ class Diagonal:
         self, tensors: Tensors, damping: Damping, damping_type: str, basis: Basis | None = None
     ) -> tuple[Factor, Tensor]:
         values = tensors["diag"] if self.spectrum is None else mapped(tensors["diag"], self.spectrum)
-        return Eigen(values, damping=_damping_tensor(damping, values)), _finite(values)
+        lam = _damping_tensor(damping, values)
+        return Eigen(values, damping=lam), torch.isfinite(lam)  # the average lets in only what is finite
 
 
 # ------------------------------------------------------------------------------------------------- dense
@@ -161,7 +157,7 @@ class Dense:
             return Inverse(right, shape=(1, d)), ok
         values, vectors = eigenbasis(matrix, d)
         values = mapped(values, self.spectrum).unsqueeze(-2)
-        return Eigen(values, right=vectors, damping=_damping_tensor(damping, values)), _finite(values, vectors)
+        return Eigen(values, right=vectors, damping=_damping_tensor(damping, values)), all_finite([values, vectors])
 
 
 # ------------------------------------------------------------------------------------------------- K-FAC
@@ -268,7 +264,7 @@ class Kronecker:
         else:
             b = b.clamp_min(0) if self.spectrum is None else b
             values = mapped(b.unsqueeze(-1) * a.clamp_min(0).unsqueeze(-2), self.spectrum)
-        return Eigen(values, left, right, lam), _finite(values, left, right)
+        return Eigen(values, left, right, lam), all_finite([values, left, right])
 
     def _product(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
         """(left, right)."""

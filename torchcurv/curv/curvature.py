@@ -18,7 +18,7 @@ from torchcurv.curv.approx import SPECTRA, Approximation, Dense, Diagonal, Krone
 from torchcurv.curv.factor import Eigen, Factor, Inverse, factor_from_state
 from torchcurv.curv.kinds import KINDS, SECOND
 from torchcurv.curv.layers import Layer
-from torchcurv.curv.linalg import free_to_read
+from torchcurv.curv.linalg import all_finite, free_to_read
 from torchcurv.curv.losses import at_least_float32, random_signs
 from torchcurv.curv.propagate import RESIDUALS
 from torchcurv.curv.rows import RowSpace
@@ -301,20 +301,19 @@ class Curvature:
             return
         new, rho = self.pending, ema_decay
         self.forget_pending()
-        ok = torch.stack([torch.isfinite(value.sum()) for value in new.values()]).all()
+        ok = all_finite(list(new.values()))
         self._count(0, ~ok)
         for key, value in new.items():
-            weight = self.weights.get(key)
-            if weight is None:
-                weight = value.new_zeros(())
-                self.tensors[key] = torch.zeros_like(value)
-            grown = torch.where(ok, weight * rho + 1, weight)
-            self.weights[key] = grown
-            old = self.tensors[key]
+            if key not in self.weights:
+                self.weights[key], self.tensors[key] = value.new_zeros(()), torch.zeros_like(value)
+            old, weight = self.tensors[key], self.weights[key]
             if not free_to_read(ok):
+                grown = torch.where(ok, weight * rho + 1, weight)
+                self.weights[key] = grown
                 self.tensors[key] = torch.where(ok, old.lerp(value, 1 / grown.clamp_min(1)), old)
             elif ok:
-                old.lerp_(value, 1 / grown)
+                self.weights[key] = weight * rho + 1
+                old.lerp_(value, 1 / self.weights[key])
         if follow:
             self._follow()
 

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchcurv.curv.capture import Call, Capture, Edge, Noted, edge_of, metadata
-from torchcurv.curv.hooks import Hook, argument, ignored
+from torchcurv.curv.hooks import Hook, argument, ignored, unseen
 from torchcurv.curv.inner import Watch, sample_gradients
 from torchcurv.curv.layers import Layer, Site
 from torchcurv.curv.losses import at_least_float32
@@ -148,19 +148,23 @@ class Forward:
             )
         if not out.requires_grad or not _own_parameters(site):
             return None
-        x = tuple(value.detach() if isinstance(value, Tensor) else value for value in x)
-        if site.view.mode is not None:
-            x += (site.view.mode(module),)
-        return self._note(out, [Call(k, site, x, out.shape, out.shape[0] if out.dim() else 1)])
+        with unseen():
+            x = tuple(value.detach() if isinstance(value, Tensor) else value for value in x)
+            if site.view.mode is not None:
+                x += (site.view.mode(module),)
+            call = Call(k, site, x, out.shape, out.shape[0] if out.dim() else 1)
+        return self._note(out, [call])
 
     def _note(self, out: Tensor, calls: list[Call]) -> Tensor | None:
         """Keep calls at the node of their output; a tensor is to take the place of that output."""
-        edge = edge_of(out)
-        self.at(edge).calls.extend(calls)
-        if self._depth:
-            self._calls += [(call, edge) for call in calls]
+        with unseen():
+            edge = edge_of(out)
+            self.at(edge).calls.extend(calls)
+            if self._depth:
+                self._calls += [(call, edge) for call in calls]
+            keep = out._base is None or edge.node is not out.grad_fn
         # A view of part of another tensor: in-place edits must reach a clone, or they would rewrite our edge.
-        return out.clone() if out._base is not None and edge.node is out.grad_fn else None
+        return None if keep else out.clone()
 
     def _watch(self, bare: list[Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module with inner layers starts. A recomputation must run the same functions, but is not noted."""

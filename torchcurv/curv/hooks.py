@@ -37,6 +37,9 @@ def _plain(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 uncompiled = torch._disable_dynamo(_plain)  # unlike torch.compiler.disable, imports the compiler only when called
 
 
+unseen = torch._C.DisableTorchFunction  # a context in which no mode sees what a hook looks at
+
+
 def ignored() -> bool:
     """Forward passes that are none of the user's: recomputation inside a backward, function transforms, tracing."""
     return (

@@ -34,6 +34,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torchcurv.curv.capture import Edge, _version, edge_of
 
 Key = tuple[Node, int]
+Spec = TreeSpec | tuple[int, tuple[str, ...]]  # how a list of arguments is put together again
 Gradients = Callable[[list[Edge]], Sequence[Tensor]]
 
 RESIDUALS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -78,17 +79,17 @@ class Op:
     output: Edge
     shape: torch.Size
     leaves: list[Any]
-    spec: TreeSpec
+    spec: Spec
     part: int | None = None
     slope: Tensor | None = None
 
     @property
     def args(self) -> tuple[Any, ...]:
-        return tree_unflatten(self.leaves, self.spec)[0]
+        return _unflattened(self.leaves, self.spec)[0]
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        return tree_unflatten(self.leaves, self.spec)[1]
+        return _unflattened(self.leaves, self.spec)[1]
 
     @property
     def place(self) -> str:
@@ -148,7 +149,7 @@ class Tape(TorchFunctionMode):
         name = _name(func)
         if name is None or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        leaves, spec = tree_flatten((args, kwargs))
+        leaves, spec = _flattened(args, kwargs)
         tensors = {k: x for k, x in enumerate(leaves) if isinstance(x, Tensor)}
         if not any(x.requires_grad for x in tensors.values()):
             return func(*args, **kwargs)
@@ -159,9 +160,7 @@ class Tape(TorchFunctionMode):
         self._note(func, name, inputs, kept, spec, result)
         return result
 
-    def _note(
-        self, func: Any, name: str, inputs: dict[int, Edge], kept: list[Any], spec: TreeSpec, result: Any
-    ) -> None:
+    def _note(self, func: Any, name: str, inputs: dict[int, Edge], kept: list[Any], spec: Spec, result: Any) -> None:
         several = isinstance(result, tuple | list)
         parts: dict[int | None, Any] = {**dict(enumerate(result))} if several else {None: result}
         new = {k: edge_of(x) for k, x in parts.items() if isinstance(x, Tensor) and x.grad_fn is not None}
@@ -177,6 +176,21 @@ class Tape(TorchFunctionMode):
             )
             self._known.add(_key(edge))
         self.last = name
+
+
+def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Spec]:
+    """The arguments as one list; those that hold no others without the work of a pytree."""
+    leaves = [*args, *kwargs.values()]
+    if any(isinstance(leaf, tuple | list | dict) for leaf in leaves):
+        return tree_flatten((args, kwargs))
+    return leaves, (len(args), tuple(kwargs))
+
+
+def _unflattened(leaves: list[Any], spec: Spec) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(spec, TreeSpec):
+        return tree_unflatten(leaves, spec)
+    count, names = spec
+    return tuple(leaves[:count]), dict(zip(names, leaves[count:], strict=True))
 
 
 def _key(edge: Edge) -> Key:
@@ -235,14 +249,18 @@ def _kept(
     return [keep(k, x) for k, x in enumerate(leaves)]
 
 
-def _slope(out: Tensor, edge: Edge) -> Tensor:
-    """The mask / (1 - p) of a dropout, exact where its input is 0 too: its own node, run on ones, without hooks."""
+def _through(node: Any, v: Tensor) -> Tensor:
+    """J^T v by a node of the graph itself, without hooks."""
     with torch.no_grad():
-        there = out if out.grad_fn is edge.node else out._base
-        assert there is not None
-        node: Any = edge.node
-        slope = node(torch.ones_like(there))
-        return (slope[0] if isinstance(slope, tuple) else slope).reshape(out.shape)
+        pulled = node(v)
+        return pulled[0] if isinstance(pulled, tuple) else pulled
+
+
+def _slope(out: Tensor, edge: Edge) -> Tensor:
+    """The mask / (1 - p) of a dropout, exact where its input is 0 too."""
+    there = out if out.grad_fn is edge.node else out._base
+    assert there is not None
+    return _through(edge.node, torch.ones_like(there)).reshape(out.shape)
 
 
 # ----------------------------------------------------------------------------------------------- one step
@@ -281,7 +299,7 @@ class Local:
         with torch.enable_grad():
             self.x = op.read(x, dtype).detach().requires_grad_()
             leaves = [argument(k, leaf) for k, leaf in enumerate(op.leaves)]
-            args, kwargs = tree_unflatten(leaves, op.spec)
+            args, kwargs = _unflattened(leaves, op.spec)
             out = op.func(*args, **kwargs)
         self.out: Tensor = out if op.part is None else out[op.part]
 
@@ -440,6 +458,9 @@ def _dropped(op: Op, slot: int, H: Tensor, now: Pass) -> Tensor:
 
 def _elementwise(op: Op, slot: int, H: Tensor, now: Pass) -> Tensor:
     """D H D + diag(residual(φ'' ∘ dL/dφ)), D = diag(φ')."""
+    if now.diag and not RULES[op.name].curved and _is_one_node(op, slot, H):
+        scaled = _through(op.output.node, H)
+        return scaled if op.name in SWITCHES else _through(op.output.node, scaled)  # whose slope is its own square
     local = Local(op, slot, H.dtype)
     if local.out.shape != local.x.shape:
         raise op.refused("it is known for one tensor, of the shape of its output")
@@ -453,6 +474,13 @@ def _elementwise(op: Op, slot: int, H: Tensor, now: Pass) -> Tensor:
         return g * torch.autograd.grad(slope, local.x, ones, materialize_grads=True)[0]
 
     return _with_residual(op, _scaled_by(slope.detach(), H, now), second, now)
+
+
+def _is_one_node(op: Op, slot: int, H: Tensor) -> bool:
+    """Whether the node of the output is all there is between it and the argument, in the precision of H."""
+    edge = op.inputs[slot]
+    alike = op.output.shape == op.shape == edge.shape == H.shape and op.leaves[slot].tensor.dtype == H.dtype
+    return alike and op.output.node.next_functions == ((edge.node, edge.number),)
 
 
 def _divided(op: Op, slot: int, H: Tensor, now: Pass) -> Tensor:
@@ -569,6 +597,7 @@ PIECEWISE_LINEAR = _names(
     "relu relu6 leaky_relu prelu hardtanh hardsigmoid hardshrink softshrink threshold abs absolute clamp clamp_min "
     "clamp_max clip"
 )
+SWITCHES = _names("relu relu6 hardtanh hardshrink softshrink threshold clamp clamp_min clamp_max clip")
 CURVED = _names(
     "elu selu celu gelu silu mish hardswish softplus softsign tanhshrink tanh sigmoid expit logsigmoid log_sigmoid "
     "exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan arcsin arccos arctan sinh cosh asinh acosh atanh "
@@ -612,6 +641,8 @@ def propagate(
     targets: Collection[Key] | None = None,
 ) -> dict[Key, Tensor]:
     """H at the output of every operation between `output_edge` and the targets, by edge.
+
+    The graph must still hold what it has saved.
 
     Args:
         seed: H there: form "diag" a tensor shaped like the output, "matrix" a mean over samples [d, d].

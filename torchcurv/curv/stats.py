@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from torchcurv.curv.inputs import Inputs, block_gram
 from torchcurv.curv.layers import Layer
+from torchcurv.curv.linalg import aligned_empty
 from torchcurv.curv.sides import times
 
 CHUNK = 1 << 18  # elements of per-sample gradients formed at a time: they stay in a core's cache
@@ -113,15 +114,15 @@ class Use:
         """sum_{v,n,r} s a² [g, o, d], for an s that is a diagonal of second derivatives."""
         s, inputs = self.s[0] if len(self.s) == 1 else self.s.sum(0), self.inputs
         if inputs.weight_covered and inputs.bias_covered and not self.transposed:
-            total = s.new_empty(self.layer.shape)
+            total = aligned_empty(self.layer.shape, s)
             _paired(s.flatten(0, 1), inputs.a.square().flatten(0, 1), total[..., :-1])
             torch.sum(s, (0, 1), out=total[..., -1])
             return total
         weight = torch.einsum("nrgo,nrgi->goi", s, inputs.a.square()) if inputs.weight_covered else None
         return self.joined(weight, s.sum((0, 1)) if inputs.bias_covered else None)
 
-    def squares(self, left: Tensor | None, right: Tensor | None) -> Tensor | None:
-        """sum_{v,n} (left^T rows right)^2 [g, o, d] by a shorter way than the rows; None where there is none."""
+    def squares(self, left: Tensor | None, right: Tensor | None, scale: Tensor | float) -> Tensor | None:
+        """scale sum_{v,n} (left^T rows right)^2 [g, o, d] by a shorter way than the rows; None where there is none."""
         inputs, s = self.inputs, self.s
         if self.transposed:
             return None
@@ -129,7 +130,7 @@ class Use:
             s = _rotated(s, left)
         if inputs.tokens is not None and inputs.weight_covered:  # whose side is a diagonal: right is the identity
             squares = inputs.tokens.squared_gradients(s.squeeze(3)).mT.unsqueeze(0)
-            return self.joined(squares, s.sum(2).square().sum((0, 1)) if inputs.bias_covered else None)
+            return self.joined(squares, s.sum(2).square().sum((0, 1)) if inputs.bias_covered else None).mul_(scale)
         if right is None and self.layer.bias is not None and not inputs.bias_covered:
             return None
         if right is not None:
@@ -140,11 +141,12 @@ class Use:
             if right is None:
                 return None
             chunks = (torch.einsum("brgo,brgi->bgoi", *parts) for k in range(len(s)) for parts in _chunks(s[k], a))
-            return _added(rows.square_().sum(0) for rows in chunks)
+            return _added(rows.square_().sum(0) for rows in chunks).mul_(scale)
         # One position: the square of a product is the product of the squares.
-        squared = s.squeeze(2).square().sum(0)
+        squared = s.squeeze(2).square()
+        squared = (squared[0] if len(squared) == 1 else squared.sum(0)).mul_(scale)
         width = a.shape[-1] * explicit
-        total = squared.new_empty(*squared.shape[1:], width + implicit_bias)
+        total = aligned_empty((*squared.shape[1:], width + implicit_bias), squared)
         if explicit:
             _paired(squared, a.squeeze(1).square(), total[..., :width])
         if implicit_bias:
@@ -205,9 +207,9 @@ class Stats:
     def squares(self, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
         """sum_{v,n} (sum_r left^T s a^T right)^2 [g, o, d], elementwise."""
         uses = self.only_layer("squares")
-        short = uses[0].squares(left, right) if len(uses) == 1 else None
+        short = uses[0].squares(left, right, self.scale) if len(uses) == 1 else None
         if short is not None:
-            return short.mul_(self.scale)
+            return short
         rows: Iterable[Tensor] = _row_chunks(uses)
         if left is not None and right is not None:
             rows = (times(times(part.mT, left).mT, right) for part in rows)
