@@ -4,8 +4,8 @@
     python -m benchmarks.step_time --rows kfac-ggn mlp --rounds 3  # rows whose key has all these words
     python -m benchmarks.step_time --list
 
-A round visits every contender in turn: a block of SGD steps, then a block of the contender's, which is a
-whole number of refresh cycles. The ratio is that of the two medians over the rounds. "Floor" counts the matrix
+A round visits every contender in turn: a block of SGD steps, then a block of as many of the contender's, a whole
+number of refresh cycles. The ratio is that of the two medians over the rounds. "Floor" counts the matrix
 products that the work needs; "table" is the best other package when the table was first measured, on 2 threads.
 K-FAC rows give the intervals of statistics / inverses; "GGN" is one draw. A row "nothing due" says what a step
 costs on which neither is refreshed: without preconditioning (approx None) against SGD; with K-FAC against SGD
@@ -30,6 +30,7 @@ from benchmarks.others import INSTALL, Adapter, Step, Work, available, sgd
 from benchmarks.problems import cnn, wide_mlp
 
 NEVER = 10**9
+STEPS = 4  # of a block, at least; the first finds cold caches, on both sides
 MODELS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
     "mlp": (wide_mlp, (512, 784)),
     "cnn": (cnn, (128, 3, 32, 32)),
@@ -147,8 +148,8 @@ class Contender:
     times: list[float] = field(default_factory=list)
     base_times: list[float] = field(default_factory=list)
 
-    def visit(self, base_steps: int = 4) -> None:
-        self.base_times.append(block(self.base, base_steps))
+    def visit(self) -> None:
+        self.base_times.append(block(self.base, self.steps))
         self.times.append(block(self.step, self.steps))
 
     @property
@@ -182,7 +183,7 @@ def contender(row: Row, name: str, adapter: Adapter) -> Contender | str | None:
         return f"{name} failed on {row.key}: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
     base = sgd_step(make_model(0), nn.CrossEntropyLoss(), x, y, products=row.idle and row.work.approx == "kfac")
     block(base, 2)
-    return Contender(name, step, base, cycle if cycle > 1 else 2)
+    return Contender(name, step, base, cycle * -(-STEPS // cycle))
 
 
 def measure(row: Row, adapters: dict[str, Adapter], rounds: int) -> tuple[dict[str, float], list[str]]:

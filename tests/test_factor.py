@@ -204,7 +204,7 @@ def test_the_running_average_is_bias_corrected_and_leaves_out_what_is_not_finite
             kept += [x.clone()] if value is None else []
             if value is not None:
                 x[0, 0, 0] = value
-            block.pending = {"diag": x}
+            block.add({"diag": x})
             block.update(rho)
     assert curvature_module.read_flags([block]) == [(len(bad) - len(kept), 0)]
     weights = torch.tensor([rho ** (len(kept) - 1 - k) for k in range(len(kept))], dtype=torch.float64)
@@ -226,7 +226,7 @@ def test_nothing_measured_leaves_the_damping_alone(approx, damping_type):
     optimizer._record.loss_fn(model(x), y).backward()
     before = [p.detach().clone() for p in model.parameters()]
     for block in optimizer._blocks:
-        block.pending = {key: value * torch.nan for key, value in block.pending.items()}
+        block.add({key: value * torch.nan for key, value in block.pending.items()})
     with pytest.warns(UserWarning, match="were not finite"):
         optimizer.step()
     for p, old in zip(model.parameters(), before, strict=True):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchcurv.curv.factor import Eigen, Factor, Inverse
 from torchcurv.curv.layers import Layer
-from torchcurv.curv.linalg import Damping, all_finite
+from torchcurv.curv.linalg import Damping, sum_of
 from torchcurv.curv.sides import block_count, eigenbasis, inverse, mean_diagonal, side_shape, times, times_left
 from torchcurv.curv.stats import Stats
 
@@ -51,10 +51,10 @@ SPECTRA = ("abs", "clip", "shift", "keep")
 
 
 def mapped(values: Tensor, spectrum: str | None) -> Tensor:
-    """What becomes of negative eigenvalues [..., d]. None: there are none but by rounding."""
+    """What becomes of negative eigenvalues [..., o, d] of each matrix. None: there are none but by rounding."""
     spectrum = spectrum or "clip"
     if spectrum == "shift":
-        return values - values.amin(-1, keepdim=True).clamp_max(0)
+        return values - values.amin((-2, -1), keepdim=True).clamp_max(0)
     return {"abs": torch.abs, "clip": lambda x: x.clamp_min(0), "keep": lambda x: x}[spectrum](values)
 
 
@@ -156,8 +156,10 @@ class Dense:
             right, ok = inverse(matrix, damping, d)
             return Inverse(right, shape=(1, d)), ok
         values, vectors = eigenbasis(matrix, d)
-        values = mapped(values, self.spectrum).unsqueeze(-2)
-        return Eigen(values, right=vectors, damping=_damping_tensor(damping, values)), all_finite([values, vectors])
+        values = mapped(values.unsqueeze(-2), self.spectrum)
+        return Eigen(values, right=vectors, damping=_damping_tensor(damping, values)), torch.isfinite(
+            sum_of([values, vectors])
+        )
 
 
 # ------------------------------------------------------------------------------------------------- K-FAC
@@ -264,7 +266,7 @@ class Kronecker:
         else:
             b = b.clamp_min(0) if self.spectrum is None else b
             values = mapped(b.unsqueeze(-1) * a.clamp_min(0).unsqueeze(-2), self.spectrum)
-        return Eigen(values, left, right, lam), all_finite([values, left, right])
+        return Eigen(values, left, right, lam), torch.isfinite(sum_of([values, left, right]))
 
     def _product(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
         """(left, right)."""

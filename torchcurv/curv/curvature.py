@@ -18,7 +18,7 @@ from torchcurv.curv.approx import SPECTRA, Approximation, Dense, Diagonal, Krone
 from torchcurv.curv.factor import Eigen, Factor, Inverse, factor_from_state
 from torchcurv.curv.kinds import KINDS, SECOND
 from torchcurv.curv.layers import Layer
-from torchcurv.curv.linalg import all_finite, free_to_read
+from torchcurv.curv.linalg import free_to_read, sum_of
 from torchcurv.curv.losses import at_least_float32, random_signs
 from torchcurv.curv.propagate import RESIDUALS
 from torchcurv.curv.rows import RowSpace
@@ -188,6 +188,7 @@ class Curvature:
         self.params = list(dict.fromkeys(piece.param for piece in self.pieces))
         self.next_update = self.next_refactor = 0  # the steps at which a measurement and a factorisation are due
         self.pending: Tensors = {}
+        self.pending_sum: Tensor | None = None  # of all its values: finite if they are
         self.pending_rows: list[Stats] = []
         self.task: int | None = None  # the backward call that the last measurement belongs to
         self.tensors: Tensors = {}
@@ -223,7 +224,7 @@ class Curvature:
         return bool(self.pending or self.pending_rows)
 
     def forget_pending(self) -> None:
-        self.pending, self.pending_rows = {}, []
+        self.pending, self.pending_sum, self.pending_rows = {}, None, []
 
     def forget_running(self) -> None:
         """Forget the running averages but not the factor, whose basis the next measurement may ask for."""
@@ -246,6 +247,8 @@ class Curvature:
 
     def add(self, measured: Tensors) -> None:
         """Add statistics to what was measured since the last step."""
+        total = sum_of(list(measured.values()))  # here, where they are still in the cache
+        self.pending_sum = total if self.pending_sum is None else self.pending_sum + total
         for key, value in measured.items():
             self.pending[key] = self.pending[key] + value if key in self.pending else value
 
@@ -300,8 +303,9 @@ class Curvature:
             self.forget_pending()
             return
         new, rho = self.pending, ema_decay
+        assert self.pending_sum is not None
+        ok = torch.isfinite(self.pending_sum)
         self.forget_pending()
-        ok = all_finite(list(new.values()))
         self._count(0, ~ok)
         for key, value in new.items():
             if key not in self.weights:
@@ -326,6 +330,8 @@ class Curvature:
                 self.factor = replace(self.factor, values=values)
 
     def _count(self, which: int, bad: Tensor) -> None:
+        if free_to_read(bad) and not bad:
+            return
         if self.flags is None:
             self.flags = torch.zeros(2, dtype=torch.int32, device=bad.device)
         self.flags[which] += bad

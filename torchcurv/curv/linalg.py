@@ -106,12 +106,12 @@ def free_to_read(flag: Tensor) -> bool:
     return flag.device.type == "cpu"
 
 
-def all_finite(tensors: list[Tensor]) -> Tensor:
-    """Whether no value is inf or nan, as a 0-d bool tensor; a sum shows it, but for an overflow of its own."""
+def sum_of(tensors: list[Tensor]) -> Tensor:
+    """The sum of all values, a 0-d tensor: inf or nan where one of them is, or where it overflows itself."""
     total = tensors[0].sum()
     for tensor in tensors[1:]:
         total = total + tensor.sum()
-    return torch.isfinite(total)
+    return total
 
 
 def inverse_spd(matrix: Tensor, shift: Damping) -> tuple[Tensor, Tensor]:

@@ -668,7 +668,8 @@ def propagate(
 
     found: dict[Key, Tensor] = {_key(output_edge): seed.detach()}
     for op, slots in steps:
-        H = found[_key(op.output)]
+        key = _key(op.output)  # after its step, what is not asked for gives its memory back
+        H = found[key] if targets is None or key in targets else found.pop(key)
         H = H.reshape(op.shape) if now.diag else H
         for slot in slots:
             edge = op.inputs[slot]
