@@ -2,7 +2,7 @@
 
 from torchcurv import optim
 from torchcurv.curv.losses import register_loss
-from torchcurv.curv.operator import CurvatureSet, curvature
+from torchcurv.curv.operator import CurvatureSet, curvature, directions
 from torchcurv.curv.views import register_view
 from torchcurv.optim.preconditioner import Preconditioner
 from torchcurv.optim.second_order import SecondOrderOptimizer
@@ -12,6 +12,7 @@ __all__ = [
     "Preconditioner",
     "SecondOrderOptimizer",
     "curvature",
+    "directions",
     "optim",
     "register_loss",
     "register_view",

@@ -7,21 +7,31 @@ A block is one layer, or for "full" all the layers that ask for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approx import SPECTRA, Approximation, Dense, Diagonal, Kronecker, Sides, Tensors, mapped
-from torchcurv.curv.factor import Eigen, Factor, Inverse, factor_from_state
+from torchcurv.curv.approx import (
+    SPECTRA,
+    Approximation,
+    Dense,
+    Diagonal,
+    Kronecker,
+    LargestPairs,
+    Sides,
+    Tensors,
+    mapped,
+)
+from torchcurv.curv.factor import Eigen, Factor, Inverse, LowRank, factor_from_state
 from torchcurv.curv.kinds import KINDS, SECOND
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.linalg import free_to_read, sum_of
 from torchcurv.curv.losses import at_least_float32, random_signs
 from torchcurv.curv.propagate import RESIDUALS
-from torchcurv.curv.rows import RowSpace
+from torchcurv.curv.rows import RowSpace, row_count
 from torchcurv.curv.schedule import Interval, check_interval, check_number
 from torchcurv.curv.second import HessianProducts
 from torchcurv.curv.stats import Stats
@@ -35,7 +45,9 @@ APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
     ),
     "ekfac": lambda options, layers: Kronecker(options.sharing, corrected=True, sides=_sides(options, layers[0])),
     "diag": lambda options, layers: Diagonal(_spectrum(options)),
+    "lowrank": lambda options, layers: LargestPairs(options.rank, _spectrum(options)),
 }
+PARTITIONS = (None, "all", "group", "layer", "parameter")
 HESSIAN_METHODS = (None, "exact", "hutchinson", "propagate")
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "curv_type": (*KINDS, SECOND),
@@ -45,6 +57,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "hessian_method": HESSIAN_METHODS,
     "indefinite": SPECTRA,
     "residual": tuple(RESIDUALS),
+    "partition": PARTITIONS,
 }
 
 
@@ -71,7 +84,10 @@ class Options:
     """The curvature options of one block.
 
     curv_type: "ggn", "fisher" or "empirical_fisher".
-    approx: "full", "block", "unit", "kfac", "ekfac", "diag", or None for the plain gradient.
+    approx: "full", "block", "unit", "kfac", "ekfac", "diag", "lowrank", or None for the plain gradient.
+    partition: what one block of "full" and "lowrank" covers: "all" parameters with equal options (None, the default),
+        those of a "group", a "layer", or a "parameter".
+    rank: how many eigenpairs "lowrank" keeps, those of largest magnitude.
     samples: signals drawn per pass (random signs for the ggn, labels for the Fisher); None sends all of them.
     sharing: "expand" or "reduce", how K-FAC treats positions that share a weight.
     damping: λ of (C + λ I)^-1, in units of the loss per squared parameter; > 0 for a step.
@@ -109,6 +125,8 @@ class Options:
     indefinite: str = "abs"
     factor_blocks: int = 1
     max_factor_dim: int | None = 8192
+    partition: str | None = None
+    rank: int = 16
 
     def __post_init__(self) -> None:
         for key, allowed in _ALLOWED.items():
@@ -118,6 +136,11 @@ class Options:
                 )
         if self.curv_type == SECOND:
             self._check_hessian()
+        if self.partition not in (None, "layer") and self.approx not in ("full", "lowrank", None):
+            raise ValueError(
+                f'partition={self.partition!r} with approx={self.approx!r}; it is for "full" and "lowrank"; every '
+                "other approximation is made layer by layer"
+            )
         samples = self.samples
         if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
             raise ValueError(f"samples={samples!r}; pass an int of at least 1, or None for the exact curvature")
@@ -134,6 +157,7 @@ class Options:
             ("rows_limit", ""),
             ("factor_blocks", ""),
             ("max_hessian_dim", ""),
+            ("rank", ""),
             ("max_factor_dim", ", or None for no limit"),
         ):
             value = getattr(self, key)
@@ -145,8 +169,8 @@ class Options:
     def _check_hessian(self) -> None:
         if self.approx == "ekfac":
             raise ValueError(
-                'approx="ekfac" of the Hessian is not known: choose "full", "block", "unit", "kfac" or "diag", or '
-                'curv_type="ggn"'
+                'approx="ekfac" of the Hessian is not known: choose "full", "block", "unit", "kfac", "diag" or '
+                '"lowrank", or curv_type="ggn"'
             )
         allowed = _METHODS_OF.get(self.approx, ("exact",))
         if self.approx is not None and self.hessian_method not in (None, *allowed):
@@ -160,12 +184,17 @@ class Options:
         """hessian_method, with what None stands for."""
         return self.hessian_method or _METHODS_OF.get(self.approx, ("exact",))[0]
 
+    @property
+    def covers(self) -> str:
+        """partition, with what None stands for."""
+        return self.partition or ("all" if self.approx in ("full", "lowrank") else "layer")
+
 
 OPTION_NAMES = tuple(f.name for f in fields(Options))
 # The options that decide what a block keeps; the others are read when they are needed.
 STRUCTURE = (
     "curv_type", "approx", "samples", "sharing", "damping_type", "rows_limit", "factor_blocks", "max_factor_dim",
-    "hessian_method", "residual", "max_hessian_dim", "indefinite",
+    "hessian_method", "residual", "max_hessian_dim", "indefinite", "partition", "rank",
 )  # fmt: skip
 
 
@@ -177,8 +206,11 @@ class Curvature:
         self.name, self.layers, self.options = name, layers, options
         self.approx = APPROXIMATIONS[options.approx](options, layers)
         self.size = sum(torch.Size(layer.shape).numel() for layer in layers)
+        if isinstance(self.approx, LargestPairs) and self.approx.rank > self.size:
+            self.approx = replace(self.approx, rank=self.size)
         dense = options.approx in ("full", "block")
         self.uses_rows = dense and self.size > options.rows_limit
+        self.kind = options.curv_type  # which signals it is sent
         if self.uses_rows and options.curv_type == SECOND:
             raise ValueError(
                 f"block {name!r} has {self.size} parameters, and its Hessian is kept as a matrix: raise rows_limit="
@@ -189,7 +221,7 @@ class Curvature:
         self.next_update = self.next_refactor = 0  # the steps at which a measurement and a factorisation are due
         self.pending: Tensors = {}
         self.pending_sum: Tensor | None = None  # of all its values: finite if they are
-        self.pending_rows: list[Stats] = []
+        self.pending_rows: list[Stats | LowRank] = []
         self.task: int | None = None  # the backward call that the last measurement belongs to
         self.tensors: Tensors = {}
         self.weights: Tensors = {}
@@ -203,7 +235,7 @@ class Curvature:
     def key(self) -> tuple[Any, ...]:
         """What makes two blocks the same: the structure and the parameters."""
         pieces = ((p, rows and rows.start, rows and rows.stop) for p, rows in self.pieces)
-        return *(getattr(self.options, name) for name in STRUCTURE), *pieces
+        return self.kind, *(getattr(self.options, name) for name in STRUCTURE), *pieces
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -240,8 +272,10 @@ class Curvature:
     @torch.no_grad()
     def measure(self, stats: Stats) -> None:
         """Add one chunk of signals to what was measured since the last step."""
-        if self.uses_rows:
+        if self.uses_rows or isinstance(self.approx, LargestPairs):
             self.pending_rows.append(stats)
+            if isinstance(self.approx, LargestPairs) and row_count(self.pending_rows) > self.options.rows_limit:
+                self.pending_rows = [self.approx.merged([(1.0, self.pending_rows)])[0]]
             return
         self.add(self.approx.measure(stats, self.basis))
 
@@ -258,13 +292,16 @@ class Curvature:
         if self.options.method == "hutchinson":
             draws = self.options.samples or 1
             z = random_signs(products.first[0].new_empty(draws, self.size), generator)
-            product = self._coordinates(products(self._of_parameters(z, products.params)))
+            product = self._coordinates(products(self.of_parameters(z, products.params)))
             self.add({"diag": (z * product).mean(0).reshape(self.layers[0].shape)})
             return
-        for start, rows in products.rows(self.size, lambda units: self._of_parameters(units, products.params)):
+        if isinstance(self.approx, LargestPairs):
+            self.pending_rows.append(self._largest(products, generator))
+            return
+        for start, rows in products.rows(self.size, lambda units: self.of_parameters(units, products.params)):
             self.add(self.approx.of_rows(start, self._coordinates(rows), [layer.shape for layer in self.layers]))
 
-    def _of_parameters(self, x: Tensor, params: list[Tensor]) -> list[Tensor]:
+    def of_parameters(self, x: Tensor, params: list[Tensor]) -> list[Tensor]:
         """Vectors over the coordinates of the factor [k, size] -> [k, *shape] for each parameter."""
         parts = self.split(self.unflatten(x.reshape(-1, *self._factor_shape)))
         whole = {p: x.new_zeros(len(x), *p.shape) for p in params}
@@ -272,8 +309,12 @@ class Curvature:
             piece.of(whole[piece.param]).copy_(part)
         return list(whole.values())
 
+    def _largest(self, products: HessianProducts, generator: torch.Generator | None) -> LowRank:
+        """The eigenpairs of largest magnitude of one loss."""
+        raise NotImplementedError
+
     def _coordinates(self, tensors: list[Tensor]) -> Tensor:
-        """The inverse of `_of_parameters`, of what belongs to the block."""
+        """The inverse of `of_parameters`, of what belongs to the block."""
         by_param = dict(zip(self.params, tensors, strict=True))
         joined = self.join([piece.of(by_param[piece.param]) for piece in self.pieces])
         return self.flatten(joined).flatten(1)
@@ -299,8 +340,11 @@ class Curvature:
         A measurement with a value that is not finite is left out and counted.
         """
         if self.uses_rows:
-            self.factor = RowSpace(tuple(self.pending_rows))
+            self.factor = RowSpace(tuple(part for part in self.pending_rows if isinstance(part, Stats)))
             self.forget_pending()
+            return
+        if isinstance(self.approx, LargestPairs):
+            self._merge(self.approx, ema_decay)
             return
         new, rho = self.pending, ema_decay
         assert self.pending_sum is not None
@@ -320,6 +364,20 @@ class Curvature:
                 old.lerp_(value, 1 / self.weights[key])
         if follow:
             self._follow()
+
+    def _merge(self, pairs: LargestPairs, rho: float) -> None:
+        """The running average of a block that keeps its largest eigenpairs: those of the weighted sum."""
+        new = self.pending_rows
+        self.forget_pending()
+        p = self.params[0]
+        zero = p.new_zeros((), dtype=torch.promote_types(p.dtype, torch.float32))
+        before = self.weights.get("values", zero)
+        old = self.tensors or pairs.empty(self.layers, zero)
+        weight = before * rho + 1
+        merged, ok = pairs.merged([(1 / weight, new), (1 - 1 / weight, [LowRank(**old)])])
+        self._count(0, ~ok)
+        self.tensors = {key: torch.where(ok, getattr(merged, key), value) for key, value in old.items()}
+        self.weights = dict.fromkeys(old, torch.where(ok, weight, before))
 
     def _follow(self) -> None:
         """Statistics that are eigenvalues in the basis of the factor reach it without a factorisation."""
@@ -383,7 +441,7 @@ class Curvature:
 
     def bakes_damping(self) -> bool:
         """Whether the factor holds its damping, so that another damping asks for another factor."""
-        return not isinstance(self.factor, Eigen)
+        return not isinstance(self.factor, Eigen | LowRank)
 
     # ---------------------------------------------------------------------------------- reading
 
@@ -428,7 +486,7 @@ class Curvature:
         """The diagonal of C, one [g, o, i] per layer."""
         if isinstance(self.factor, RowSpace):
             return self.factor.diag()
-        assert isinstance(self.factor, Eigen)
+        assert isinstance(self.factor, Eigen | LowRank)
         diagonal = self.factor.diag()
         if len(self.layers) > 1:
             return self.unflatten(diagonal)
@@ -525,6 +583,8 @@ class Curvature:
         approx = self.options.approx
         if self.uses_rows:
             return f"rows of {self.size}"
+        if isinstance(self.approx, LargestPairs):
+            return f"{self.approx.rank} of {self.size}"
         if approx in ("full", "block"):
             return f"{self.size}²"
         if isinstance(self.approx, Dense):
@@ -544,6 +604,25 @@ class Curvature:
             held += self.factor.state().values()
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
         return sum(storages.values())
+
+
+def partition(chosen: Iterable[tuple[Layer, Options, int]]) -> Iterator[tuple[str, list[Layer], Options]]:
+    """(name, layers, options) of each block, for layers with their options and the group they are in."""
+    joined: dict[tuple[Options, int], list[Layer]] = {}
+    for layer, options, group in chosen:
+        if options.covers == "layer":
+            yield layer.name, [layer], options
+        elif options.covers == "parameter":
+            for part in layer.parts():
+                yield part.name, [part], options
+        else:
+            joined.setdefault((options, group if options.covers == "group" else 0), []).append(layer)
+    names: set[str] = set()
+    for (options, _), layers in joined.items():
+        assert options.approx is not None
+        name = options.approx if options.approx not in names else f"{options.approx}:{layers[0].name}"
+        names.add(name)
+        yield name, layers, options
 
 
 def read_flags(blocks: list[Curvature]) -> list[tuple[int, int]]:

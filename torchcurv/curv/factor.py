@@ -8,8 +8,11 @@ x [..., g, o, i] and C is the product of a left side over o and a right side ove
     block   g = 1, o = 1, i = all parameters                (left = 1)
     diag    neither left nor right: C is diagonal           (left = right = 1)
 
-Two families. `Eigen` holds C = Q diag(values) Q^T and knows everything for any damping. `Inverse` holds the
-explicit inverses of two damped factors: the fast path, since products with them are plain matrix products.
+    lowrank g = 1, o = 1, i = all parameters                (its eigenvectors one by one)
+
+Two families, and one for what is known of a few directions alone (`LowRank`). `Eigen` holds C = Q diag(values) Q^T and
+knows everything for any damping. `Inverse` holds the explicit inverses of two damped factors: the fast path, since
+products with them are plain matrix products.
 """
 
 from __future__ import annotations
@@ -153,7 +156,62 @@ class Inverse(_Saved):
         return -(right * o + _logdet_spd(self.left) * d).sum()
 
 
-Factor = Eigen | Inverse
+@dataclass(frozen=True)
+class LowRank(_Saved):
+    """C = rest I + Σ_k (values_k - rest) e_k e_k^T with orthonormal e_k, the rows of `vectors` [k, P].
+
+    A row of zeros stands for a direction that is not known, of value `rest`, which is 0 by default.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    damping: Tensor | None = None
+    rest: Tensor | None = None
+
+    def _function(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """f(C) x for x [..., g, o, i]."""
+        flat, outside = x.flatten(-3), f(self._rest)
+        inside = (flat @ self.vectors.mT) * (f(self.values) - outside)
+        return (flat * outside + inside @ self.vectors).reshape(x.shape)
+
+    @property
+    def _rest(self) -> Tensor:
+        return self.values.new_zeros(()) if self.rest is None else self.rest
+
+    def _damped(self, damping: Damping | None) -> Callable[[Tensor], Tensor]:
+        chosen = self.damping if damping is None else damping
+        return lambda values: values if chosen is None else values + chosen
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """C x."""
+        return self._function(x, lambda values: values)
+
+    def solve(self, x: Tensor, damping: Damping | None = None) -> Tensor:
+        """(C + damping I)^-1 x."""
+        damped = self._damped(damping)
+        return self._function(x, lambda values: 1 / damped(values))
+
+    def sample(self, noise: Tensor, damping: Damping | None = None) -> Tensor:
+        """(C + damping I)^-1/2 noise."""
+        damped = self._damped(damping)
+        return self._function(noise, lambda values: damped(values).rsqrt())
+
+    def logdet(self, damping: Damping | None = None) -> Tensor:
+        damped, (k, size) = self._damped(damping), self.vectors.shape
+        return damped(self.values).log().sum() + (size - k) * damped(self._rest).log()
+
+    def diag(self) -> Tensor:
+        """Diagonal of C [1, 1, P]."""
+        return (self._rest + (self.values - self._rest) @ self.vectors.square())[None, None]
+
+    def trace(self) -> Tensor:
+        return self.values.sum() + (self.vectors.shape[1] - len(self.values)) * self._rest
+
+    def eigvalsh(self) -> Tensor:
+        return torch.cat([self.values, self._rest.expand(self.vectors.shape[1] - len(self.values))]).sort().values
+
+
+Factor = Eigen | Inverse | LowRank
 
 
 def _aligned(matrix: Tensor) -> Tensor:
@@ -178,4 +236,6 @@ def _logdet_spd(matrix: Tensor) -> Tensor:
 
 
 def factor_from_state(state: dict[str, Tensor], shape: tuple[int, int] | None) -> Factor:
+    if "vectors" in state:
+        return LowRank(**state)
     return Eigen(**state) if "values" in state else Inverse(**state, shape=shape)

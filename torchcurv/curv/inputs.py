@@ -117,6 +117,13 @@ class Inputs:
         """a of some of the samples."""
         return self._all.of(samples).dense() if isinstance(self._all, Tokens) else self._all[samples]
 
+    def of(self, samples: slice) -> Inputs:
+        """The inputs of some of the samples, read already."""
+        n = len(range(self.n)[samples])
+        some = Inputs(self.layer, self.site, [], n, None if self.weights is None else self.weights[samples])
+        some.__dict__["_all"] = self._all.of(samples) if isinstance(self._all, Tokens) else self._all[samples]
+        return some
+
     @property
     def with_ones(self) -> Tensor:
         """a with the columns that the joined parameters have: inputs if the weight is covered, 1 for the bias."""

@@ -56,14 +56,17 @@ KINDS: dict[str, Callable[..., Iterator[Tensor]]] = {
     "empirical_fisher": _empirical_fisher,
 }
 SECOND = "hessian"  # sends no signals: second.py
+GRADIENT = "gradient"  # the share of every sample in the gradient of L / R: no curvature, but rows to read with one
 
 
 def signals(
     kind: str, row: Any, terms: Terms, samples: int | None, generator: Generator = None
 ) -> tuple[int, Iterator[Tensor]]:
     """(number of signals, the signals [n, t, c] of L / R one after the other)."""
+    root = terms.root_weights
+    if kind == GRADIENT:
+        return 1, iter([terms.residual() if root is None else root.square() * terms.residual()])
     exact = 1 if kind == "empirical_fisher" else signal_count(terms)
     count = exact if samples is None or kind == "empirical_fisher" else samples
-    root = terms.root_weights
     generated = KINDS[kind](row, terms, samples, generator)
     return count, generated if root is None else (root * signal for signal in generated)

@@ -204,12 +204,12 @@ class Pass:
         record.forward.inside = True
         try:
             with full_precision(self.f.device.type):
-                first_order = [block for block in self.blocks if block.options.curv_type != SECOND]
+                first_order = [block for block in self.blocks if block.kind != SECOND]
                 self.verify([block for block in first_order if record.doubtful(block, self.receiver.n)])
                 kinds: dict[tuple[str, int | None], list[Curvature]] = {}
                 for block in self.blocks:
                     if block.name in record.due:
-                        kinds.setdefault((block.options.curv_type, block.options.samples), []).append(block)
+                        kinds.setdefault((block.kind, block.options.samples), []).append(block)
                 for (kind, samples), blocks in kinds.items():
                     if kind == SECOND:
                         self.differentiate([b for b in blocks if b.options.method != "propagate"], factor)

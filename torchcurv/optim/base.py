@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchcurv.curv.curvature import OPTION_NAMES, Curvature, Options, read_flags
+from torchcurv.curv.curvature import OPTION_NAMES, Curvature, Options, partition, read_flags
+from torchcurv.curv.kinds import GRADIENT
 from torchcurv.curv.layers import Layer, find_layers
 from torchcurv.curv.record import Record
 from torchcurv.curv.schedule import interval_at
@@ -159,15 +160,18 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 'taken sample by sample, or pass unsupported="gradient" to train everything that is not covered with '
                 "the plain gradient, or teach torchcurv the layer with torchcurv.register_view"
             )
-        chosen: list[tuple[Layer, Options]] = []
+        chosen: list[tuple[Layer, Options, int]] = []
         for layer in layers:
             self._check_agreement(layer, groups, options)
-            chosen.append((layer, options[layer.params[0]]))
-        blocks = [Curvature(*arguments) for arguments in _partition(chosen)]
+            chosen.append((layer, options[layer.params[0]], groups[layer.params[0]]))
+        blocks = self._make_blocks(chosen)
         group_of = {id(block): groups[block.params[0]] for block in blocks}
         for block in blocks:
             self._check_rows(block, group_of[id(block)])
         self._install(blocks, group_of)
+
+    def _make_blocks(self, chosen: list[tuple[Layer, Options, int]]) -> list[Curvature]:
+        return [Curvature(*arguments) for arguments in partition(chosen)]
 
     def _install(self, blocks: list[Curvature], group_of: dict[int, int]) -> None:
         assert self.model is not None
@@ -387,6 +391,14 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                     piece.of(solved.setdefault(p, gradients[p].to(x.dtype, copy=True))).copy_(x)
         return solved
 
+    def _plain(self) -> None:
+        """Parameters without a curvature follow the gradient."""
+        covered = {p for block in self._blocks for p in block.params}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p not in covered:
+                    p.add_(p.grad, alpha=-group["lr"])
+
     # -------------------------------------------------------------------------------------- public
 
     def observe(
@@ -431,7 +443,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         rows = [("parameter", "shape", "block", "curv_type", "approx", "block sizes", "memory")]
         owners: dict[Tensor, list[Curvature]] = {}
         for block in self._blocks:
-            for p in block.params:
+            for p in block.params if block.kind != GRADIENT else ():
                 owners.setdefault(p, []).append(block)
         for group in self.param_groups:
             for p in group["params"]:
@@ -516,18 +528,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
 
 # ---------------------------------------------------------------------------------------------- helpers
-
-
-def _partition(chosen: list[tuple[Layer, Options]]) -> Iterable[tuple[str, list[Layer], Options]]:
-    """(name, layers, options) of each block: a layer is a block; "full" joins the layers with equal options."""
-    joined: dict[Options, list[Layer]] = {}
-    for layer, options in chosen:
-        if options.approx == "full":
-            joined.setdefault(options, []).append(layer)
-        else:
-            yield layer.name, [layer], options
-    for count, (options, layers) in enumerate(joined.items()):
-        yield "full" if count == 0 else f"full:{layers[0].name}", layers, options
 
 
 def _damping_moved(block: Curvature, damping: float | Tensor) -> bool:

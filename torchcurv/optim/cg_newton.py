@@ -151,14 +151,6 @@ class CGNewton(CurvatureOptimizer):
                 self._finish_step()
         return loss
 
-    def _plain(self) -> None:
-        """Parameters without a curvature follow the gradient."""
-        covered = {p for block in self._blocks for p in block.params}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p not in covered:
-                    p.add_(p.grad, alpha=-group["lr"])
-
     def _solved(
         self, group: dict[str, Any], multiply: Callable[[Vector], Vector], b: Vector, params: list[Tensor]
     ) -> Vector:

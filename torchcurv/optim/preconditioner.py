@@ -44,6 +44,8 @@ class Preconditioner(CurvatureOptimizer):
         indefinite: str = "abs",
         factor_blocks: int = 1,
         max_factor_dim: int | None = 8192,
+        partition: str | None = None,
+        rank: int = 16,
         reduction: str | None = None,
         class_dim: int | None = None,
         output_fn: Callable[[Any], Tensor] | None = None,

@@ -35,7 +35,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             "bce_with_logits", "nll"; None: you call `observe(output, target, loss_fn)` before backward().
             A name means mean reduction, no class weights and a factor of 1 in what backward() is called on.
         curv_type: "ggn" (Gauss-Newton), "fisher" or "empirical_fisher".
-        approx: "kfac", "ekfac", "diag", "unit" (one block per output unit), "block" (per layer), "full", or None.
+        approx: "kfac", "ekfac", "diag", "unit" (one block per output unit), "block" (per layer), "full", "lowrank" (the
+            `rank` largest eigenpairs), or None.
         lr: step size, a number or a 0-d tensor.
         momentum: 0 <= momentum < 1. nesterov: look ahead.
         momentum_type: "preconditioned" averages V, "raw" averages g before preconditioning.
@@ -44,7 +45,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         weight_decay: decoupled decay. l2: coefficient of l2/2 norm(p)² in the loss, in g and in the damping.
         maximize: ascend.
         samples: signals drawn per step; None: the exact curvature (one backward pass per output element).
-        sharing, ema_decay, update_every, refactor_every, rows_limit, factor_blocks, max_factor_dim: see
+        sharing, ema_decay, update_every, refactor_every, rows_limit, factor_blocks, max_factor_dim,
+            partition, rank: see
             `torchcurv.curv.curvature.Options`.
         reduction, class_dim: of a loss given by name. output_fn: from the model's output to the loss's input.
         grad_scaler: the torch.amp.GradScaler that scales the loss, if any.
@@ -91,6 +93,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         indefinite: str = "abs",
         factor_blocks: int = 1,
         max_factor_dim: int | None = 8192,
+        partition: str | None = None,
+        rank: int = 16,
         reduction: str | None = None,
         class_dim: int | None = None,
         output_fn: Callable[[Any], Tensor] | None = None,
