@@ -11,7 +11,7 @@ from torch import nn
 
 from torchcurv import Preconditioner, SecondOrderOptimizer
 
-APPROXIMATIONS = ["full", "block", "unit", "kfac", "ekfac", "diag"]
+APPROXIMATIONS = cases.APPROXIMATIONS
 KINDS = ["ggn", "fisher", "empirical_fisher"]
 
 

@@ -345,6 +345,8 @@ class Curvature:
             return
         if isinstance(self.approx, LargestPairs):
             self._merge(self.approx, ema_decay)
+            if follow:
+                self._follow()
             return
         new, rho = self.pending, ema_decay
         assert self.pending_sum is not None
@@ -380,7 +382,10 @@ class Curvature:
         self.weights = dict.fromkeys(old, torch.where(ok, weight, before))
 
     def _follow(self) -> None:
-        """Statistics that are eigenvalues in the basis of the factor reach it without a factorisation."""
+        """Statistics that are eigenvalues in the basis of the factor, or all of it, reach it without a factorisation."""
+        if isinstance(self.factor, LowRank):
+            damping = 0.0 if self.factor.damping is None else self.factor.damping
+            self.factor = self.approx.factor(self.tensors, damping, self.options.damping_type)[0]
         for key in ("diag", "moments"):
             if key in self.tensors and isinstance(self.factor, Eigen):
                 values, spectrum = self.tensors[key], _spectrum(self.options)
