@@ -382,7 +382,7 @@ class Curvature:
         self.weights = dict.fromkeys(old, torch.where(ok, weight, before))
 
     def _follow(self) -> None:
-        """Statistics that are eigenvalues in the basis of the factor, or all of it, reach it without a factorisation."""
+        """Statistics that are eigenvalues in the basis of the factor, or all of it, reach it at once."""
         if isinstance(self.factor, LowRank):
             damping = 0.0 if self.factor.damping is None else self.factor.damping
             self.factor = self.approx.factor(self.tensors, damping, self.options.damping_type)[0]
