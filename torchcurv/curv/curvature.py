@@ -23,7 +23,7 @@ from torchcurv.curv.losses import at_least_float32, random_signs
 from torchcurv.curv.propagate import RESIDUALS
 from torchcurv.curv.rows import RowSpace
 from torchcurv.curv.schedule import Interval, check_interval, check_number
-from torchcurv.curv.second import HessianProducts
+from torchcurv.curv.second import Products
 from torchcurv.curv.stats import Stats
 
 APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
@@ -253,7 +253,7 @@ class Curvature:
             self.pending[key] = self.pending[key] + value if key in self.pending else value
 
     @torch.no_grad()
-    def differentiate(self, products: HessianProducts, generator: torch.Generator | None = None) -> None:
+    def differentiate(self, products: Products, generator: torch.Generator | None = None) -> None:
         """Add the Hessian of one loss: what the approximation keeps of its rows, or of products with random signs."""
         if self.options.method == "hutchinson":
             draws = self.options.samples or 1
