@@ -145,10 +145,12 @@ class Krylov:
 
     def start(self) -> None:
         """Go on from a random direction."""
-        x = self.C.normal(1, self.generator)[:, 0]
-        self.next = self._orthogonal(x / x.norm())[0]
-        self.next = self._orthogonal(self.next / self.next.norm())[0]  # little may be left, and rounding in it
-        self.next = self.next / self.next.norm()
+        self.next = self._unit(self._orthogonal(self.C.normal(1, self.generator)[:, 0])[0])
+
+    def _unit(self, r: Tensor) -> Tensor:
+        """r over its norm; little of what r was before may be left, and rounding in it."""
+        r = self._orthogonal(r / r.norm())[0]
+        return r / r.norm()
 
     def _orthogonal(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(x minus its part in V, V^T x)."""
@@ -169,7 +171,7 @@ class Krylov:
         if not math.isfinite(self.left):
             raise ValueError("a product with the curvature is not finite: look at the loss and the parameters")
         if self.left > 16 * torch.finfo(self.C.dtype).eps * float(self.T.abs().max()):
-            self.next = r / r.norm()
+            self.next = self._unit(r)
             return
         self.left = 0.0
         if not self.complete:
@@ -222,7 +224,8 @@ def eigh(
         order = outwards(values).sort(descending=True).indices
         enough = tol * float(values.abs().max())
         converged = space.m >= k and bool((residuals[order[:k]] <= enough).all())
-        if converged and (space.complete or (confirming and _nothing_beyond(residuals, order, k, enough, since))):
+        beyond = len(order) > k and since >= CONFIRMING and float(residuals[order[k]]) <= enough
+        if space.complete or (converged and confirming and beyond):  # the fresh start has found the next pair
             return _pairs(space, S[:, order[:k]])
         if converged and not confirming:
             space.compress(values[order[:k]], S[:, order[:k]])
@@ -239,11 +242,6 @@ def eigh(
         stacklevel=3,
     )
     return _pairs(space, S[:, order[:k]])
-
-
-def _nothing_beyond(residuals: Tensor, order: Tensor, k: int, enough: float, since: int) -> bool:
-    """Whether a fresh start has converged to a pair that is not among the first k."""
-    return len(order) > k and since >= CONFIRMING and float(residuals[order[k]]) <= enough
 
 
 def _pairs(space: Krylov, S: Tensor) -> Eigenpairs:

@@ -68,7 +68,8 @@ class LossHessian:
 
     def by_sample(self, v: Tensor) -> Tensor:
         """u_n u_n^T v_n for each sample n, u u^T the empirical Fisher of f: the terms of a sample count as one."""
-        u = self.terms.residual() * torch.as_tensor(self.weights).sqrt()
+        f = self.terms.f
+        u = self.terms.residual() * torch.as_tensor(self.weights, dtype=f.dtype, device=f.device).sqrt()
         canonical = at_least_float32(self.loss.layout(v.reshape(self.f.shape), self.n)[0])
         return self._restored(u * (u * canonical).sum((1, 2), keepdim=True))
 
