@@ -307,6 +307,64 @@ def test_resume_is_the_uninterrupted_run():
     assert torch.equal(run(None), run(3))
 
 
+# ------------------------------------------------------------------------------------- the Hessian
+
+
+def best_of_rank(matrix, rank):
+    values, vectors = torch.linalg.eigh(matrix)
+    largest = values.abs().argsort(descending=True)[:rank]
+    return values[largest], vectors[:, largest] @ values[largest].diag() @ vectors[:, largest].mT
+
+
+@pytest.mark.parametrize("partition", ["all", "layer"])
+@pytest.mark.parametrize("id", MODELS)
+def test_pairs_of_the_hessian_by_lanczos(id, partition):
+    model, loss_fn, x, y = problem(id, 6)
+    dense = oracles.hessian(model, loss_fn, x, y, named(model))
+    found = curvature(model, loss_fn, [(x, y)], curv_type="hessian", approx="lowrank", rank=4, partition=partition)
+    start = 0
+    for block in found.blocks.values():
+        span = slice(start, start + block.size)
+        start += block.size
+        values, _ = best_of_rank(dense[span, span], 4)
+        close(block.factor.values.sort().values, values.sort().values, 1e-5)
+        assert len(block.params) == len(named(model)) if partition == "all" else 2
+    assert start == len(dense)
+    whole = curvature(model, loss_fn, [(x, y)], curv_type="hessian", approx="lowrank", rank=len(dense))
+    close(whole.to_dense(), dense, 1e-9)
+    halves = [(x[:3], y[:3]), (x[3:], y[3:])]
+    whole = curvature(model, loss_fn, halves, curv_type="hessian", approx="lowrank", rank=len(dense))
+    close(whole.to_dense(), dense, 1e-9)
+
+
+@pytest.mark.parametrize("indefinite", ["abs", "clip", "shift"])
+def test_a_step_with_the_pairs_of_the_hessian(indefinite):
+    model, loss_fn, x, y = problem("mlp", 6)
+    dense = oracles.hessian(model, loss_fn, x, y, named(model))
+    _, low = best_of_rank(dense, 7)
+    values, vectors = torch.linalg.eigh(low)
+    assert values.min() < -1e-3
+    mapped = {"abs": values.abs(), "clip": values.clamp(min=0), "shift": values - values.min()}[indefinite]
+    optimizer = SecondOrderOptimizer(
+        model, loss_fn=loss_fn, curv_type="hessian", approx="lowrank", rank=7, indefinite=indefinite, lr=1.0,
+        momentum=0.0, damping=0.2, kl_clip=None,
+    )  # fmt: skip
+    before = flat(model.parameters())
+    loss_fn(model(x), y).backward()
+    gradient = flat(p.grad for p in model.parameters())
+    optimizer.step()
+    expected = vectors @ ((vectors.mT @ gradient) / (mapped + 0.2))
+    close(before - flat(model.parameters()), expected, 5e-3)  # Lanczos stops at residuals of 1e-3
+
+
+def test_a_hessian_that_is_not_finite_is_left_out():
+    model, loss_fn, x, y = problem("mlp")
+    optimizer = SecondOrderOptimizer(model, loss_fn=loss_fn, curv_type="hessian", approx="lowrank", rank=3)
+    loss_fn(model(x * torch.nan), y).backward()
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.step()
+
+
 @settings(max_examples=25, deadline=None)
 @given(size=st.integers(1, 8), first=st.integers(1, 6), second=st.integers(1, 6), rank=st.integers(1, 9))
 def test_pairs_of_an_indefinite_sum(size, first, second, rank):

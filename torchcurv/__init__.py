@@ -3,11 +3,13 @@
 from torchcurv import optim
 from torchcurv.curv.losses import register_loss
 from torchcurv.curv.operator import CurvatureSet, curvature, directions
+from torchcurv.curv.products import CurvatureOperator
 from torchcurv.curv.views import register_view
 from torchcurv.optim.preconditioner import Preconditioner
 from torchcurv.optim.second_order import SecondOrderOptimizer
 
 __all__ = [
+    "CurvatureOperator",
     "CurvatureSet",
     "Preconditioner",
     "SecondOrderOptimizer",

@@ -25,6 +25,7 @@ from torchcurv.curv.approx import (
     Tensors,
     mapped,
 )
+from torchcurv.curv.estimate import Symmetric, eigh
 from torchcurv.curv.factor import Eigen, Factor, Inverse, LowRank, factor_from_state
 from torchcurv.curv.kinds import KINDS, SECOND
 from torchcurv.curv.layers import Layer
@@ -33,7 +34,7 @@ from torchcurv.curv.losses import at_least_float32, random_signs
 from torchcurv.curv.propagate import RESIDUALS
 from torchcurv.curv.rows import RowSpace, row_count
 from torchcurv.curv.schedule import Interval, check_interval, check_number
-from torchcurv.curv.second import HessianProducts
+from torchcurv.curv.second import Products
 from torchcurv.curv.stats import Stats
 
 APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
@@ -287,7 +288,7 @@ class Curvature:
             self.pending[key] = self.pending[key] + value if key in self.pending else value
 
     @torch.no_grad()
-    def differentiate(self, products: HessianProducts, generator: torch.Generator | None = None) -> None:
+    def differentiate(self, products: Products, generator: torch.Generator | None = None) -> None:
         """Add the Hessian of one loss: what the approximation keeps of its rows, or of products with random signs."""
         if self.options.method == "hutchinson":
             draws = self.options.samples or 1
@@ -296,7 +297,7 @@ class Curvature:
             self.add({"diag": (z * product).mean(0).reshape(self.layers[0].shape)})
             return
         if isinstance(self.approx, LargestPairs):
-            self.pending_rows.append(self._largest(products, generator))
+            self.pending_rows.append(self._largest(self.approx, products, generator))
             return
         for start, rows in products.rows(self.size, lambda units: self.of_parameters(units, products.params)):
             self.add(self.approx.of_rows(start, self._coordinates(rows), [layer.shape for layer in self.layers]))
@@ -309,9 +310,18 @@ class Curvature:
             piece.of(whole[piece.param]).copy_(part)
         return list(whole.values())
 
-    def _largest(self, products: HessianProducts, generator: torch.Generator | None) -> LowRank:
-        """The eigenpairs of largest magnitude of one loss."""
-        raise NotImplementedError
+    def _largest(self, pairs: LargestPairs, products: Products, generator: torch.Generator | None) -> LowRank:
+        """The eigenpairs of largest magnitude of the Hessian of one loss, by Lanczos."""
+        first = products.first[0]
+        like = torch.zeros((), dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
+        if not torch.isfinite(sum_of(list(products.first))):
+            return LowRank(like.new_full((pairs.rank,), math.nan), like.new_zeros(pairs.rank, self.size))
+
+        def times(x: Tensor) -> Tensor:
+            return self._coordinates(products(self.of_parameters(x.mT, products.params))).mT
+
+        found = eigh(Symmetric(times, self.size, like.dtype, like.device), pairs.rank, "magnitude", generator=generator)
+        return LowRank(found.values, found.vectors.mT)
 
     def _coordinates(self, tensors: list[Tensor]) -> Tensor:
         """The inverse of `of_parameters`, of what belongs to the block."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,55 +14,28 @@ from torchcurv.curv.curvature import Curvature, Options, partition
 from torchcurv.curv.directions import Criterion, Directions, directions_of, with_shares
 from torchcurv.curv.factor import Eigen, LowRank
 from torchcurv.curv.layers import Layer, find_layers
-from torchcurv.curv.losses import loss_of
+from torchcurv.curv.losses import Loss, loss_of
 from torchcurv.curv.passes import Pass
+from torchcurv.curv.products import CurvatureOperator, forward, left_alone
 from torchcurv.curv.record import Record
 from torchcurv.curv.rows import RowSpace
+from torchcurv.curv.spectra import Spectra, Vector
 
-Vector = Tensor | list[Tensor] | dict[str, Tensor]
 DEFAULTS = {"damping": 0.0, "damping_type": "exact", "indefinite": "keep"}
 
 
-class CurvatureSet:
+class CurvatureSet(Spectra):
     """The curvature C of a loss, block-diagonal over `blocks`, and its algebra.
 
     blocks: name -> Curvature; the block of approx="full" is "full".
     params: the covered parameters in the model's order; P is their number of elements.
 
-    A vector v is flat [P], a batch of columns [P, K], a list like `params`, or a dict by parameter name; the same
-    structure comes back. Flat order is that of `torch.nn.utils.parameters_to_vector(params)`.
+    Vectors are those of `OverParameters`.
     """
 
     def __init__(self, blocks: list[Curvature], params: dict[str, Tensor]) -> None:
         self.blocks = {block.name: block for block in blocks}
         self._named = params
-
-    @property
-    def params(self) -> list[Tensor]:
-        return list(self._named.values())
-
-    # ------------------------------------------------------------------------------- structures
-
-    def _columns(self, v: Vector) -> tuple[dict[Tensor, Tensor], Callable[[dict[Tensor, Tensor]], Any]]:
-        """(param -> [K, *shape], a function that brings such a dict back to v's structure)."""
-        params = self.params
-        if isinstance(v, dict):
-            if v.keys() != self._named.keys():
-                raise ValueError(f"a vector by name needs the names {list(self._named)}; this one has {list(v)}")
-            return {p: v[name].unsqueeze(0) for name, p in self._named.items()}, lambda out: {
-                name: out[p][0] for name, p in self._named.items()
-            }
-        if not isinstance(v, Tensor):
-            shapes, own = [tuple(t.shape) for t in v], [tuple(p.shape) for p in params]
-            if shapes != own:
-                raise ValueError(f"a vector as a list needs the shapes {own}; this one has {shapes}")
-            return {p: t.unsqueeze(0) for p, t in zip(params, v, strict=True)}, lambda out: [out[p][0] for p in params]
-        size = sum(p.numel() for p in params)
-        if v.dim() not in (1, 2) or v.shape[0] != size:
-            raise ValueError(f"a flat vector needs the shape [{size}] or [{size}, K]; this one has {tuple(v.shape)}")
-        rows = v.reshape(size, -1).mT.split([p.numel() for p in params], -1)
-        columns = {p: row.reshape(-1, *p.shape) for p, row in zip(params, rows, strict=True)}
-        return columns, lambda out: torch.cat([out[p].reshape(len(out[p]), -1) for p in params], 1).mT.reshape(v.shape)
 
     def _apply(self, v: Vector, f: Callable[[Curvature, list[Tensor]], list[Tensor]]) -> Any:
         columns, restore = self._columns(v)
@@ -136,6 +108,28 @@ def _factor(block: Curvature) -> Eigen | LowRank | RowSpace:
     return block.factor
 
 
+@overload
+def curvature(
+    model: nn.Module,
+    loss_fn: nn.Module | str,
+    data: Iterable[tuple[Any, Tensor]],
+    *,
+    approx: Literal["operator"],
+    **options: Any,
+) -> CurvatureOperator: ...
+
+
+@overload
+def curvature(
+    model: nn.Module,
+    loss_fn: nn.Module | str,
+    data: Iterable[tuple[Any, Tensor]],
+    *,
+    approx: str | None = "kfac",
+    **options: Any,
+) -> CurvatureSet: ...
+
+
 def curvature(
     model: nn.Module,
     loss_fn: nn.Module | str,
@@ -150,30 +144,39 @@ def curvature(
     output_fn: Callable[[Any], Tensor] | None = None,
     seed: int = 0,
     **options: Any,
-) -> CurvatureSet:
+) -> CurvatureSet | CurvatureOperator:
     """The curvature of L over all of `data`, at the parameters as they are.
 
     L is the loss of the whole set: for a mean loss the batches count by their terms (their 1/R), a sum loss is
     summed. Nothing of the model changes: not its mode, its buffers, its gradients, nor the global generators.
 
     Args:
+        approx: "operator" measures nothing now: C is exact, over all parameters together, and known by its products
+            with vectors, for networks of any size and of any layers.
         loss_fn: a torch loss module, or "cross_entropy", "mse", "bce_with_logits", "nll".
         data: an iterable of (x, y). x is what the model is called with: a tensor, a tuple of positional or a dict of
-            keyword arguments. "ekfac" goes over it twice (an iterator is kept in memory for that).
+            keyword arguments. "ekfac" goes over it twice (an iterator is kept in memory for that), "operator" once
+            for every product.
         params: the parameters to cover (or named ones); None: all that are trainable.
         samples: signals drawn per batch; None: the exact curvature.
         options: `sharing`, `rows_limit`, as in `torchcurv.curv.curvature.Options`.
 
-    Returns: a CurvatureSet.
+    Returns: a CurvatureSet; for approx="operator" a CurvatureOperator.
     Raises: ValueError for parameters that no layer covers, for empty data, and for options that are not allowed.
     """
+    if approx == "operator":
+        extra = [*options, *(["samples"] if samples is not None else [])]
+        if extra:
+            raise ValueError(f'approx="operator" is exact and has no option {", ".join(extra)}: leave that out')
+        loss = _loss(loss_fn, reduction, class_dim)
+        return CurvatureOperator(model, loss, data, curv_type, _named(model, _chosen(model, params)), output_fn, seed)
     chosen = Options(curv_type=curv_type, approx=approx, samples=samples, **{**DEFAULTS, **options})
     if approx is None:
         raise ValueError("approx=None asks for no curvature; choose an approximation")
     blocks, covered = _looked_at(
         model, loss_fn, data, chosen, params, reduction=reduction, class_dim=class_dim, output_fn=output_fn, seed=seed
     )
-    return CurvatureSet(blocks, {name: p for name, p in model.named_parameters() if p in covered})
+    return CurvatureSet(blocks, _named(model, covered))
 
 
 def directions(
@@ -240,16 +243,14 @@ def _looked_at(
 ) -> tuple[list[Curvature], set[Tensor]]:
     """(the blocks, measured over all of the data, and what they cover)."""
     covered = _covered(model, params, options)
-    loss = loss_of(loss_fn, reduction, class_dim)
-    if loss.reduction == "none":
-        raise ValueError("reduction='none' says nothing about the weight of each term; pass 'mean' or 'sum'")
+    loss = _loss(loss_fn, reduction, class_dim)
     blocks = prepared(_blocks(_layers(model, covered, options), options))
     record = Record(model, blocks, None, seed=seed)
     passes = 2 if options.approx == "ekfac" else 1
     if passes > 1 and iter(data) is data:
         data = list(data)
     try:
-        with _left_alone(model):
+        with left_alone(model):
             for _ in range(passes):
                 _measure(model, record, blocks, loss, data, output_fn)
     finally:
@@ -257,28 +258,44 @@ def _looked_at(
     return blocks, covered
 
 
+def _named(model: nn.Module, chosen: set[Tensor]) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p in chosen}
+
+
+def _loss(loss_fn: nn.Module | str, reduction: str | None, class_dim: int | None) -> Loss:
+    loss = loss_of(loss_fn, reduction, class_dim)
+    if loss.reduction == "none":
+        raise ValueError("reduction='none' says nothing about the weight of each term; pass 'mean' or 'sum'")
+    return loss
+
+
 def _layers(model: nn.Module, covered: set[Tensor], options: Options) -> list[Layer]:
     return find_layers(model, lambda p: p in covered, lambda p: options.approx == "diag")
 
 
-def _covered(model: nn.Module, params: Any, options: Options) -> set[Tensor]:
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+def _chosen(model: nn.Module, params: Any) -> set[Tensor]:
+    own: set[Tensor] = set(model.parameters())
     if params is None:
-        chosen = {p for p in names if p.requires_grad}
+        chosen = {p for p in own if p.requires_grad}
     else:
         chosen = {p[1] if isinstance(p, tuple) else p for p in params}
-    strangers = sum(p not in names for p in chosen)
+    strangers = len(chosen - own)
     if strangers:
         raise ValueError(f"{strangers} of the parameters given are not parameters of the model")
-    layers = _layers(model, chosen, options)
-    missing = [names[p] for p in chosen - {p for layer in layers for p in layer.params}]
+    if not chosen:
+        raise ValueError("the model has no trainable parameters: there is no curvature to look at")
+    return chosen
+
+
+def _covered(model: nn.Module, params: Any, options: Options) -> set[Tensor]:
+    chosen = _chosen(model, params)
+    covered = {p for layer in _layers(model, chosen, options) for p in layer.params}
+    missing = [name for name, p in model.named_parameters() if p in chosen - covered]
     if missing:
         raise ValueError(
             f"no curvature is known for the parameters {', '.join(sorted(missing))}: pass params= without them, or "
-            'choose approx="diag", or teach torchcurv the layer with torchcurv.register_view'
+            'choose approx="diag" or "operator", or teach torchcurv the layer with torchcurv.register_view'
         )
-    if not chosen:
-        raise ValueError("the model has no trainable parameters: there is no curvature to look at")
     return chosen
 
 
@@ -301,13 +318,7 @@ def _measure(
         block.forget_running()
     for x, y in data:
         with torch.enable_grad():
-            output = _call(model, x)
-            f = output if output_fn is None else output_fn(output)
-        if not isinstance(f, Tensor):
-            raise TypeError(
-                f"the model returned a {type(f).__name__}: pass output_fn=, a function from the model's output to the "
-                "tensor that loss_fn is applied to"
-            )
+            f, _ = forward(model, x, output_fn)
         found = record.find(f) if f.grad_fn is not None else None
         if found is None:
             raise ValueError("the model's output does not depend on any covered parameter through a recorded layer")
@@ -328,22 +339,3 @@ def _measure(
             block.scale(1 / total)
         if not block.uses_rows:
             block.refactor(0.0)
-
-
-def _call(model: nn.Module, x: Any) -> Any:
-    if isinstance(x, dict):
-        return model(**x)
-    return model(*x) if isinstance(x, tuple | list) else model(x)
-
-
-@contextmanager
-def _left_alone(model: nn.Module) -> Any:
-    """The buffers as they were (batch norm in train mode updates its statistics in a forward pass)."""
-    saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if not torch.equal(buffer, saved[name]):  # a copy would spoil graphs that hold the buffer
-                    buffer.copy_(saved[name])

@@ -23,7 +23,7 @@ from torchcurv.curv.kinds import SECOND, signals
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.losses import Loss, Terms, at_least_float32
 from torchcurv.curv.propagate import propagate
-from torchcurv.curv.second import HessianProducts, LossHessian
+from torchcurv.curv.second import LossHessian
 from torchcurv.curv.sides import to_blocks
 from torchcurv.curv.stats import Stats, Use
 
@@ -266,8 +266,7 @@ class Pass:
         try:
             for block in blocks:
                 loss = LossHessian(self.loss, self.terms, self.receiver.n, self.f, self.f_edge, factor)
-                products = HessianProducts(loss, block.params)
-                block.differentiate(products, self.record.generator(self.f.device))
+                block.differentiate(loss.products(block.params), self.record.generator(self.f.device))
         finally:
             self.record.forward.constant_statistics = True
 

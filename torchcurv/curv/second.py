@@ -1,9 +1,10 @@
-"""Second derivatives by autograd: products of the Hessian of one loss with vectors over the parameters.
+"""Second derivatives by autograd: products of the curvature of one loss with vectors over the parameters.
 
     H v = J^T (H_L (J v)) + sum_k (dL/df_k) (d²f_k/dθ²) v,    f the output, J = df/dθ
 
-Both terms follow from the gradient J^T u as a function of u and θ, without the loss itself in the graph: its
-derivative along v with respect to u is J v, with respect to θ it is the second term at u = dL/df.
+The Gauss-Newton matrix is the first term, the empirical Fisher the same with another matrix in the middle. Both
+terms follow from the gradient J^T u as a function of u and θ, without the loss itself in the graph: its derivative
+along v with respect to u is J v, with respect to θ it is the second term at u = dL/df.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from torchcurv.curv.capture import Edge
+from torchcurv.curv.kinds import SECOND
 from torchcurv.curv.losses import Loss, Terms, at_least_float32
 
 CHUNK = 1 << 24  # elements of the vectors that are multiplied at once
@@ -63,44 +66,76 @@ class LossHessian:
             columns.append(self.times(v.reshape(self.f_edge.shape)).reshape(self.n, d).mean(0))
         return torch.stack(columns, 1)
 
+    def by_sample(self, v: Tensor) -> Tensor:
+        """u_n u_n^T v_n for each sample n, u u^T the empirical Fisher of f: the terms of a sample count as one."""
+        f = self.terms.f
+        u = self.terms.residual() * torch.as_tensor(self.weights, dtype=f.dtype, device=f.device).sqrt()
+        canonical = at_least_float32(self.loss.layout(v.reshape(self.f.shape), self.n)[0])
+        return self._restored(u * (u * canonical).sum((1, 2), keepdim=True))
 
-class HessianProducts:
-    """H of `factor` times a loss, over some parameters; the other arguments are those of LossHessian."""
+    def products(self, params: list[Tensor], kind: str = SECOND) -> Products:
+        """Those of a curvature of this loss over some parameters; the Fisher is exact, and so that of the GGN."""
+        middle = self.by_sample if kind == "empirical_fisher" else self.times
+        return Products(self.f_edge.public, params, self.gradient(), middle, second=kind == SECOND)
 
-    def __init__(self, output: LossHessian, params: list[Tensor]) -> None:
-        self.output, self.f_edge, self.params = output, output.f_edge, params
+
+class Products:
+    """C v = J^T M (J v) + sum_k u_k (d²f_k/dθ²) v over some parameters, of an output f.
+
+    f: that tensor, or where its gradient arrives. u: like f, dL/df.
+    middle: M x for one x like f; None: M = 0. second: whether C has its second term, as the Hessian of L does, with M
+    that of L with respect to f; any u will do without it.
+    """
+
+    def __init__(
+        self,
+        f: Tensor | GradientEdge,
+        params: list[Tensor],
+        u: Tensor,
+        middle: Callable[[Tensor], Tensor] | None,
+        second: bool = True,
+    ) -> None:
+        self.f, self.params, self.middle, self.second = f, params, middle, second
         with torch.enable_grad():
-            self.u = output.gradient().requires_grad_()
+            self.u = u.detach().requires_grad_()
             self.first = torch.autograd.grad(
-                [self.f_edge.public], params, [self.u], create_graph=True, allow_unused=True, materialize_grads=True
+                f, params, self.u, create_graph=True, allow_unused=True, materialize_grads=True
             )
 
     def __call__(self, v: list[Tensor]) -> list[Tensor]:
-        """H v for a batch of vectors [k, *shape], one tensor per parameter."""
+        """C v for a batch of vectors [k, *shape], one tensor per parameter."""
         connected = [k for k, g in enumerate(self.first) if g.requires_grad]
         if not connected:
-            return [torch.zeros_like(x) for x in v]
-        inputs = [*self.params, self.u]
-        got = _each([self.first[k] for k in connected], inputs, [v[k] for k in connected])
-        *second, Jv = got
-        sent = torch.stack([self.output.times(x) for x in Jv])
-        gauss_newton = _each([self.f_edge.public], self.params, [sent])
-        return [at_least_float32(x + y) for x, y in zip(second, gauss_newton, strict=True)]
+            return [at_least_float32(torch.zeros_like(x)) for x in v]
+        wanted = [*(self.params if self.second else ()), *(() if self.middle is None else (self.u,))]
+        sent = [v[k].to(self.first[k].dtype) for k in connected]
+        total = _each([self.first[k] for k in connected], wanted, sent)
+        if self.middle is not None:
+            at_f = torch.stack([self.middle(x) for x in total.pop()])
+            first_order = _each([self.f], self.params, [at_f])
+            total = [x + y for x, y in zip(total, first_order, strict=True)] if self.second else first_order
+        return [at_least_float32(x) for x in total]
+
+    def at_once(self, size: int) -> int:
+        """How many vectors over `size` coordinates are multiplied at once."""
+        return max(1, CHUNK // max(1, size + self.u.numel()))
 
     def rows(self, size: int, place: Callable[[Tensor], list[Tensor]]) -> Iterator[tuple[int, list[Tensor]]]:
         """(start, the rows from there on) of H over coordinates [size]; place: from coordinates [k, size] to v."""
         like = self.first[0]
-        chunk = max(1, CHUNK // max(1, size + self.u.numel()))
+        chunk = self.at_once(size)
         for start in range(0, size, chunk):
             count = min(chunk, size - start)
             units = like.new_zeros(count, size, dtype=torch.promote_types(like.dtype, torch.float32))
             units[torch.arange(count), start + torch.arange(count)] = 1
-            yield start, self([x.to(p.dtype) for x, p in zip(place(units), self.params, strict=True)])
+            yield start, self(place(units))
 
 
 def _each(outputs: list[Any], inputs: list[Tensor], v: list[Tensor]) -> list[Tensor]:
     """Vector-Jacobian products for a batch of vectors; in a loop where an operation cannot be batched."""
     options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    if len(v[0]) == 1:
+        return [x.unsqueeze(0) for x in torch.autograd.grad(outputs, inputs, [x[0] for x in v], **options)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
         try:

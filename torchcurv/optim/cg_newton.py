@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchcurv.curv.curvature import OPTION_NAMES, Options
 from torchcurv.curv.schedule import check_number
+from torchcurv.curv.second import Products
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
 from torchcurv.optim.update import inner
 
@@ -182,15 +183,19 @@ class CGNewton(CurvatureOptimizer):
             raise ValueError('approx="operator" with the GGN needs a closure that returns (loss, output)')
         group, params = self.param_groups[0], [p for p in self._params() if p.requires_grad]
         try:
-            gradients = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
+            whole = Products(loss, params, torch.ones_like(loss), middle=None)
         except RuntimeError as error:
             if "second time" not in str(error) and "does not require grad" not in str(error):
                 raise
             raise RuntimeError("the closure must return the loss without calling backward()") from error
-        multiply = _hessian_products(gradients, params) if self._operator == "hessian" else _ggn(loss, output, params)
+        products = whole if self._operator == "hessian" else _gauss_newton(loss, output, params)
+
+        def multiply(x: Vector) -> Vector:
+            return [Cx[0] for Cx in products([t.unsqueeze(0) for t in x])]
+
         self._iterations = 0
         with torch.no_grad():
-            d = self._solved(group, multiply, [-g.detach() for g in gradients], params)
+            d = self._solved(group, multiply, [-g.detach() for g in whole.first], params)
             for p, x in zip(params, d, strict=True):
                 p.add_(x.to(p.dtype), alpha=group["lr"])
             self._finish_step()
@@ -201,30 +206,12 @@ class CGNewton(CurvatureOptimizer):
         return {**super().metrics(), "cg_iterations": self._iterations}
 
 
-def _hessian_products(gradients: tuple[Tensor, ...], params: Vector) -> Callable[[Vector], Vector]:
-    connected = [k for k, g in enumerate(gradients) if g.requires_grad]
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-
-    def multiply(x: Vector) -> Vector:
-        v = [x[k].to(gradients[k].dtype) for k in connected]
-        return list(torch.autograd.grad([gradients[k] for k in connected], params, v, **options))
-
-    return multiply
-
-
-def _ggn(loss: Tensor, output: Tensor, params: Vector) -> Callable[[Vector], Vector]:
-    """J^T H_L J: J v as the derivative of J^T u along v, H_L by differentiating the loss twice at the output."""
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+def _gauss_newton(loss: Tensor, output: Tensor, params: Vector) -> Products:
+    """J^T H_L J with H_L by differentiating the loss twice at the output."""
     with torch.enable_grad():
-        u = torch.zeros_like(output).requires_grad_()
-        pulled = torch.autograd.grad(output, params, u, create_graph=True, allow_unused=True, materialize_grads=True)
         (at_output,) = torch.autograd.grad(loss, output, create_graph=True)
-    connected = [k for k, g in enumerate(pulled) if g.requires_grad]
 
-    def multiply(x: Vector) -> Vector:
-        v = [x[k].to(pulled[k].dtype) for k in connected]
-        (Jv,) = torch.autograd.grad([pulled[k] for k in connected], [u], v, **options)
-        (HJv,) = torch.autograd.grad(at_output, [output], Jv, **options)
-        return list(torch.autograd.grad(output, params, HJv, **options))
+    def middle(v: Tensor) -> Tensor:
+        return torch.autograd.grad(at_output, output, v, retain_graph=True, materialize_grads=True)[0]
 
-    return multiply
+    return Products(output, params, torch.zeros_like(output), middle, second=False)

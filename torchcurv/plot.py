@@ -1,0 +1,126 @@
+"""Pictures of curvature, with matplotlib: `pip install torchcurv[plot]`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from torchcurv.curv.estimate import SpectralDensity
+from torchcurv.curv.products import CurvatureOperator
+from torchcurv.curv.spectra import Spectra
+
+QUANTILES = (0.25, 0.75)
+VISIBLE = 1e-12  # of the largest magnitude: eigenvalues below it count as zero
+
+
+def _axes(ax: Any, size: tuple[float, float]) -> Any:
+    if ax is not None:
+        return ax
+    try:
+        pyplot = import_module("matplotlib.pyplot")
+    except ImportError as error:
+        raise ImportError("plots need matplotlib, an extra of this package: pip install torchcurv[plot]") from error
+    return pyplot.subplots(figsize=size, layout="constrained")[1]
+
+
+def plot_spectrum(
+    curvature: Spectra | CurvatureOperator | SpectralDensity,
+    ax: Any = None,
+    *,
+    label: str | None = None,
+    floor: float = 1e-8,
+    color: Any = None,
+    **options: Any,
+) -> Any:
+    """The density of the eigenvalues on a log scale, with a band of one standard error; returns the axes.
+
+    curvature: a CurvatureSet, a CurvatureOperator, or what their `spectral_density` returned.
+    ax: matplotlib axes; None: a new figure. floor: where the scale begins, as a fraction of the highest density; one
+    eigenvalue among P reaches about 1 / P of a peak that holds all others. options: those of `spectral_density`.
+
+    Raises: ImportError without matplotlib.
+    """
+    ax = _axes(ax, (7, 4))
+    density = curvature if isinstance(curvature, SpectralDensity) else curvature.spectral_density(**options)
+    x, y, error = (t.detach().cpu().double() for t in (density.grid, density.density, density.standard_error))
+    bottom = floor * float(y.max())
+    (line,) = ax.plot(x, y.clamp_min(bottom / 10), label=label, color=color, linewidth=1.5)
+    low, high = (y - error).clamp_min(bottom / 10), (y + error).clamp_min(bottom / 10)
+    ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    if ax.get_yscale() != "log":
+        ax.set_yscale("log")
+        ax.set_ylim(bottom=bottom)
+        ax.set_xlabel("eigenvalue")
+        ax.set_ylabel("density of eigenvalues")
+    ax.set_ylim(bottom=min(bottom, ax.get_ylim()[0]))
+    if label is not None:
+        ax.legend()
+    return ax
+
+
+def plot_layers(curvature: Spectra, ax: Any = None, *, damping: float = 1e-3, color: Any = "tab:blue") -> Any:
+    """The eigenvalues of each block on a log scale, and the condition number of block + damping I; returns the axes.
+
+    A thin line goes from the least to the largest magnitude, zeros left out, a thick one over the middle half of the
+    magnitudes; a dot marks the mean eigenvalue, trace / size, and a triangle the magnitude of the most negative one.
+
+    curvature: a CurvatureSet. ax: matplotlib axes; None: a new figure. damping: drawn as a line.
+
+    Raises: ImportError without matplotlib; TypeError for a curvature that has no blocks.
+    """
+    if not isinstance(curvature, Spectra):
+        raise TypeError(
+            f"plot_layers got a {type(curvature).__name__}, which has no layers: pass a curvature(...) whose "
+            'approx= works by layers, such as "kfac"'
+        )
+    found = curvature.eigvalsh_by_block()
+    conditions = curvature.condition_numbers(damping)
+    ax = _axes(ax, (max(5.0, 0.9 * len(found)), 4))
+    lowest = VISIBLE * max(float(values.abs().amax()) for values in found.values())
+    for place, values in enumerate(found.values()):
+        _spread(ax, place, values.detach().cpu().double(), lowest, color)
+    ax.set_yscale("log")
+    if damping > 0:
+        ax.axhline(damping, color="grey", linestyle=":", label=f"damping {damping:g}")
+    for place, condition in enumerate(conditions.values()):
+        ax.annotate(
+            f"{float(condition):.2g}", (place, 1.01), xycoords=("data", "axes fraction"), ha="center", va="bottom",
+            fontsize="small",
+        )  # fmt: skip
+    ax.set_title("condition number", fontsize="small", pad=16)
+    ax.set_xticks(
+        range(len(found)), list(found), rotation=45 if len(found) > 6 else 0, ha="right" if len(found) > 6 else "center"
+    )
+    ax.set_xlim(-0.6, len(found) - 0.4)
+    ax.set_ylabel("|eigenvalue|")
+    ax.grid(True, axis="y", alpha=0.25)
+    ax.legend(fontsize="small")
+    return ax
+
+
+def _spread(ax: Any, place: int, values: Tensor, lowest: float, color: Any) -> None:
+    sizes = values.abs()
+    sizes = sizes[sizes > lowest]
+    first = place == 0
+    if len(sizes):
+        sizes = sizes.sort().values
+        ends = [float(sizes[round(q * (len(sizes) - 1))]) for q in QUANTILES]
+        ax.plot(
+            [place] * 2, [float(sizes[0]), float(sizes[-1])], color=color, linewidth=1.2, label="all" if first else None
+        )
+        ax.plot(
+            [place] * 2,
+            ends,
+            color=color,
+            linewidth=7,
+            alpha=0.4,
+            solid_capstyle="butt",
+            label="middle half" if first else None,
+        )
+    mean = float(values.mean())
+    if mean > lowest:
+        ax.plot(place, mean, "o", color=color, label="mean" if first else None)
+    if float(values.amin()) < -lowest:
+        ax.plot(place, -float(values.amin()), "v", color="tab:red", label="most negative")
