@@ -33,7 +33,7 @@ WHOLE_OPTIONS = ("loss_fn", "reduction", "class_dim", "output_fn", "grad_scaler"
 
 
 class CurvatureOptimizer(torch.optim.Optimizer):
-    """Base of the optimizers: subclasses define `step` and call `_refresh` and `_solve` from it.
+    """Base of the optimizers: subclasses define `_update`, which may call `_solve`.
 
     The structure of a block (STRUCTURE in curvature.py) is read when the optimizer is built, when a group is added
     and when a state is loaded; every other option of a group may be changed between steps.
@@ -240,6 +240,21 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return self._record
 
     @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update from the gradients in `.grad`; `closure` recomputes the loss and is called first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._refresh():
+            self._update()
+            self._finish_step()
+        return loss
+
+    def _update(self) -> None:
+        """Move the parameters."""
+        raise NotImplementedError
+
     def _refresh(self) -> bool:
         """Merge what was captured and factor what is due. False: there is nothing to step on."""
         record = self._require_record()

@@ -138,27 +138,16 @@ class DirectionalNewton(CurvatureOptimizer):
     def _make_blocks(self, chosen: list[tuple[Layer, Options, int]]) -> list[Curvature]:
         return with_shares(super()._make_blocks(chosen))
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update from what the last backward passes left; `closure` recomputes the loss and is called first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            if self._refresh():
-                for block, index in zip(self._blocks, self._group_index, strict=True):
-                    if block.kind != GRADIENT and block.measured:
-                        self._descend(block, self.param_groups[index]["lr"])
-                self._plain()
-                self._finish_step()
-        return loss
+    def _update(self) -> None:
+        for block, index in zip(self._blocks, self._group_index, strict=True):
+            if block.kind == GRADIENT or not block.measured:
+                continue
+            newton = self.directions(block).newton(self._damp)
+            for piece, x in zip(block.pieces, block.split(newton), strict=True):
+                piece.of(piece.param).add_(x, alpha=self.param_groups[index]["lr"])
+        self._plain()
 
     def directions(self, block: Curvature) -> Directions:
         """The chosen directions of a block, between backward() and the end of `step`."""
         shares = next(other for other in self._blocks if other.kind == GRADIENT and other.layers is block.layers)
         return directions_of(block, shares, self._criterion, **self._choices)
-
-    def _descend(self, block: Curvature, lr: float) -> None:
-        newton = self.directions(block).newton(self._damp)
-        for piece, x in zip(block.pieces, block.split(newton), strict=True):
-            piece.of(piece.param).add_(x.to(piece.param.dtype), alpha=lr)

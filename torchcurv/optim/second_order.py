@@ -118,18 +118,6 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         super()._check_group(group)
         check_step_options(group)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update from the gradients in `.grad`; `closure` recomputes the loss and is called first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            if self._refresh():
-                self._update()
-                self._finish_step()
-        return loss
-
     def _update(self) -> None:
         gradients: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
