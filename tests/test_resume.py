@@ -63,6 +63,14 @@ def test_resuming_in_the_middle_of_an_interval_changes_no_bit(approx, kind, dtyp
         assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("indefinite", ["abs", "clip", "shift"])
+@pytest.mark.parametrize("approx", ["block", "unit", "kfac", "diag", "lowrank"])
+def test_resuming_with_the_hessian(approx, indefinite):
+    options = {"approx": approx, "curv_type": "hessian", "indefinite": indefinite, "lr": 0.05, "rank": 4}
+    ours, theirs = resumed({**options, "update_every": 3, "refactor_every": 5}, 4, torch.float32)
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("damping_type", ["factored", "exact"])
 @pytest.mark.parametrize("momentum_type", ["raw", "preconditioned"])
 def test_resuming_with_schedules_given_again(damping_type, momentum_type):

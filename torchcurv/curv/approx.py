@@ -90,9 +90,12 @@ class Diagonal:
     def factor(
         self, tensors: Tensors, damping: Damping, damping_type: str, basis: Basis | None = None
     ) -> tuple[Factor, Tensor]:
-        values = tensors["diag"] if self.spectrum is None else mapped(tensors["diag"], self.spectrum)
+        values = tensors["diag"]
         lam = _damping_tensor(damping, values)
-        return Eigen(values, damping=lam), torch.isfinite(lam)  # the average lets in only what is finite
+        fine = torch.isfinite(lam)  # the average lets in only what is finite
+        if self.spectrum in (None, "abs"):
+            return Eigen(values, damping=lam, absolute=self.spectrum == "abs"), fine
+        return Eigen(mapped(values, self.spectrum), damping=lam), fine
 
 
 # ------------------------------------------------------------------------------------------------- dense

@@ -399,7 +399,7 @@ class Curvature:
         for key in ("diag", "moments"):
             if key in self.tensors and isinstance(self.factor, Eigen):
                 values, spectrum = self.tensors[key], _spectrum(self.options)
-                values = values if spectrum is None else mapped(values, spectrum)
+                values = values if spectrum is None or self.factor.absolute else mapped(values, spectrum)
                 self.factor = replace(self.factor, values=values)
 
     def _count(self, which: int, bad: Tensor) -> None:
@@ -587,9 +587,14 @@ class Curvature:
         known = saved.get("known", {})
         self.tensors = {key: value for key, value in saved.get("tensors", {}).items() if known[key]}
         self.weights = {key: value for key, value in saved.get("weights", {}).items() if known[key]}
-        layer = self.layers[0]
-        self.factor = factor_from_state(saved["factor"], layer.shape[1:]) if known.get("factor") else None
+        self.factor = self._factor_from(saved["factor"]) if known.get("factor") else None
         self.factor_damping = float(saved.get("factor_damping", math.nan))
+
+    def _factor_from(self, state: dict[str, Tensor]) -> Factor:
+        factor = factor_from_state(state, self.layers[0].shape[1:])
+        if isinstance(factor, Eigen) and isinstance(self.approx, Diagonal):
+            return replace(factor, absolute=self.approx.spectrum == "abs")
+        return factor
 
     def sizes(self) -> str:
         """Sizes of the matrices kept, as the summary prints them."""

@@ -44,12 +44,16 @@ class _Saved:
 
 @dataclass(frozen=True)
 class Eigen(_Saved):
-    """C = Q diag(values) Q^T with Q = left ⊗ right; `damping` is a 0-d tensor added to the values by default."""
+    """C = Q diag(values) Q^T with Q = left ⊗ right; `damping` is a 0-d tensor added to the values by default.
+
+    absolute: their magnitudes are meant, which are taken when they are read: a pass over memory less.
+    """
 
     values: Tensor
     left: Tensor | None = None
     right: Tensor | None = None
     damping: Tensor | None = None
+    absolute: bool = False
 
     @property
     def diagonal(self) -> bool:
@@ -66,11 +70,17 @@ class Eigen(_Saved):
 
     def _damped(self, damping: Damping | None) -> Tensor:
         chosen = self.damping if damping is None else damping
-        return self.values if chosen is None else self.values + chosen
+        if chosen is None:
+            return self._meant
+        return self.values.abs().add_(chosen) if self.absolute else self.values + chosen
+
+    @property
+    def _meant(self) -> Tensor:
+        return self.values.abs() if self.absolute else self.values
 
     def matvec(self, x: Tensor) -> Tensor:
         """C x for x [..., g, o, i]."""
-        return self._apply(x, lambda y: y * self.values)
+        return self._apply(x, lambda y: y * self._meant)
 
     def solve(self, x: Tensor, damping: Damping | None = None) -> Tensor:
         """(C + damping I)^-1 x."""
@@ -90,13 +100,13 @@ class Eigen(_Saved):
 
     def diag(self) -> Tensor:
         """Diagonal of C [g, o, i]."""
-        return _sandwich(_square(self.left), self.values, _t(_square(self.right)))
+        return _sandwich(_square(self.left), self._meant, _t(_square(self.right)))
 
     def trace(self) -> Tensor:
-        return self.values.sum()
+        return self._meant.sum()
 
     def eigvalsh(self) -> Tensor:
-        return self.values.flatten().sort().values
+        return self._meant.flatten().sort().values
 
 
 @dataclass(frozen=True)
@@ -238,4 +248,4 @@ def _logdet_spd(matrix: Tensor) -> Tensor:
 def factor_from_state(state: dict[str, Tensor], shape: tuple[int, int] | None) -> Factor:
     if "vectors" in state:
         return LowRank(**state)
-    return Eigen(**state) if "values" in state else Inverse(**state, shape=shape)
+    return Eigen(**state) if "values" in state else Inverse(**state, shape=shape)  # type: ignore[arg-type]
