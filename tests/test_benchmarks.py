@@ -379,3 +379,11 @@ def test_cg_newton_on_one_linear_layer():
     points = train(digits.images[:1000], digits.labels[:1000], steps=6)
     assert points[-1].loss < 0.8 * points[0].loss and all(0 < p.iterations <= 50 for p in points)
     assert table(points, 2).row_count == 4
+
+
+def test_the_program_of_low_rank_curvature_says_what_it_costs(monkeypatch, capsys):
+    from benchmarks import lowrank
+
+    monkeypatch.setattr(sys, "argv", ["lowrank", "--rounds", "1", "--batch", "2"])
+    lowrank.main()
+    assert "and 10 directions" in (printed := capsys.readouterr().out) and "the rows would take 149 MB" in printed
