@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from torchcurv import Preconditioner, curvature
+from torchcurv import Preconditioner, SecondOrderOptimizer, curvature
 
 CE = nn.CrossEntropyLoss()
 FORMS = {
@@ -201,3 +201,295 @@ def test_a_frozen_weight_leaves_the_bias_alone(form):
     layer.weight.requires_grad_(False)
     after, before = direction(layer, cases.randn(4, 3), torch.arange(4) % 3, **FORMS[form])
     torch.testing.assert_close(after[layer.bias], before[layer.bias], rtol=1e-14, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------- steps
+
+BATCHES = [(cases.randn(5, 4, seed=t), torch.arange(5) % 3) for t in range(8)]
+
+
+def make_model():
+    return cases.seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
+
+
+def train(model, optimizer, batches):
+    for x, y in batches:
+        optimizer.zero_grad()
+        CE(model(x), y).backward()
+        optimizer.step()
+    return flat(model.parameters())
+
+
+def covariance_of(layer, x):
+    rows = x if layer == 0 else torch.tanh(x)
+    return rows.T @ rows
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.7, 1.0])
+def test_steps_are_those_of_the_formula(ema_decay):
+    model, twin, lr, damping = make_model(), make_model(), 0.3, 0.2
+    optimizer = SecondOrderOptimizer(
+        model, curv_type="input", lr=lr, damping=damping, momentum=0.6, ema_decay=ema_decay, l2=0.1, kl_clip=1e-9
+    )
+    sums, buffers = [0, 0], dict.fromkeys(twin.parameters(), 0)
+    count = 0
+    for x, y in BATCHES:
+        train(model, optimizer, [(x, y)])
+        twin.zero_grad()
+        hidden = twin[1](twin[0](x))
+        CE(twin[2](hidden), y).backward()
+        count = ema_decay * count + len(x)
+        inputs = (x, hidden.detach())
+        sums = [ema_decay * S + a.T @ a for S, a in zip(sums, inputs, strict=True)]
+        with torch.no_grad():
+            for layer, S in zip((twin[0], twin[2]), sums, strict=True):
+                eye = torch.eye(len(S), dtype=S.dtype)
+                for p in layer.parameters():
+                    v = p.grad + 0.1 * p
+                    if p is layer.weight:
+                        v = damping * v @ torch.linalg.inv(S / count + damping * eye)
+                    buffers[p] = 0.6 * buffers[p] + v
+            for p, v in buffers.items():
+                p -= lr * v
+    torch.testing.assert_close(flat(model.parameters()), flat(twin.parameters()), rtol=1e-9, atol=1e-11)
+
+
+def test_a_large_damping_is_torchs_sgd():
+    model, twin = make_model(), make_model()
+    ours = SecondOrderOptimizer(model, curv_type="input", lr=2.0, damping=1e14, momentum=0.5)
+    theirs = torch.optim.SGD(twin.parameters(), lr=2.0, momentum=0.5)
+    torch.testing.assert_close(train(model, ours, BATCHES), train(twin, theirs, BATCHES), rtol=1e-9, atol=1e-11)
+
+
+def test_the_clip_of_other_groups_stays_as_it_is_without_this_one():
+    def moved(**first):
+        model = make_model()
+        groups = [{"params": model[0].parameters(), **first}, {"params": model[2].parameters()}]
+        optimizer = SecondOrderOptimizer(model, groups, samples=None, lr=1.0, momentum=0.0, kl_clip=1e-4)
+        before = flat(model[2].parameters())
+        train(model, optimizer, BATCHES[:1])
+        return flat(model[2].parameters()) - before
+
+    torch.testing.assert_close(moved(curv_type="input"), moved(approx=None), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_micro_batches_average(form):
+    answers = []
+    for sizes in [(5,), (2, 3), (1, 1, 3)]:
+        after, _ = direction(make_model(), *BATCHES[0], sizes=sizes, **FORMS[form])
+        answers.append(flat(after.values()))
+    for answer in answers[1:]:
+        torch.testing.assert_close(answer, answers[0], rtol=1e-11, atol=1e-12)
+
+
+def test_what_lies_between_refreshes_is_kept():
+    """The factor of step 0 serves until step 3, the damping that it holds included."""
+    model = make_model()
+    optimizer = SecondOrderOptimizer(
+        model, curv_type="input", lr=0.1, damping=0.2, momentum=0.0, update_every=3, refactor_every=3
+    )
+    A = covariance_of(0, BATCHES[0][0]) / 5
+    for t, (x, y) in enumerate(BATCHES[:3]):
+        optimizer.zero_grad()
+        CE(model(x), y).backward()
+        g, before = model[0].weight.grad.clone(), flat(model.parameters())
+        optimizer.param_groups[0]["damping"] = 0.2 * (1 + 0.02 * t)
+        optimizer.step()
+        truth = 0.2 * g @ torch.linalg.inv(A + 0.2 * torch.eye(4, dtype=A.dtype))
+        moved = (before - flat(model.parameters())) / 0.1
+        close(moved[: g.numel()], truth.flatten(), 1e-9)
+        close(moved[g.numel() : g.numel() + 5], model[0].bias.grad, 1e-9)
+
+
+@pytest.mark.parametrize(
+    "options", [{"update_every": 3, "refactor_every": 2}, {"ema_decay": 0.0}, FORMS["eigenvectors"]]
+)
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_resumed_run_is_the_uninterrupted_one(options, stop, tmp_path):
+    def build():
+        model = make_model()
+        return model, SecondOrderOptimizer(model, curv_type="input", lr=0.2, **options)
+
+    truth = train(*build(), BATCHES)
+    model, optimizer = build()
+    train(model, optimizer, BATCHES[:stop])
+    torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "run.pt")
+    resumed, fresh = build()
+    weights, state = torch.load(tmp_path / "run.pt", weights_only=True)
+    resumed.load_state_dict(weights)
+    fresh.load_state_dict(state)
+    assert torch.equal(train(resumed, fresh, BATCHES[stop:]), truth)
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    assert torch.equal(train(copied_model, copied, BATCHES[stop:]), truth)
+
+
+def test_a_state_with_a_running_average_is_loaded_into_an_optimizer_built_without_one():
+    model, other = make_model(), make_model()
+    saved = SecondOrderOptimizer(model, curv_type="input", ema_decay=0.9)
+    train(model, saved, BATCHES[:3])
+    fresh = SecondOrderOptimizer(other, curv_type="input", ema_decay=0.0)
+    other.load_state_dict(model.state_dict())
+    fresh.load_state_dict(saved.state_dict())
+    assert torch.equal(train(other, fresh, BATCHES[3:]), train(model, saved, BATCHES[3:]))
+
+
+@pytest.mark.parametrize("blocks", [{"factor_blocks": 2}, {"max_factor_dim": 3}])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_may_be_kept_in_blocks(blocks, form):
+    model, (x, y) = nn.Linear(4, 3).double(), BATCHES[0]
+    after, before = direction(model, x, y, **blocks, **FORMS[form])
+    # the bias counts as the last of five inputs: blocks of three and two
+    place = torch.arange(4) // 3 if "factor_blocks" in blocks else torch.arange(4)
+    A = x.T @ x / 5 * (place[:, None] == place)
+    close(after[model.weight], 0.2 * before[model.weight] @ torch.linalg.inv(A + 0.2 * torch.eye(4, dtype=A.dtype)))
+
+
+def test_any_loss_will_do():
+    model, (x, y) = make_model(), BATCHES[0]
+    precond = Preconditioner(model, loss_fn="mse", curv_type="input", damping=0.2, ema_decay=0.0)
+    F.multi_margin_loss(model(x), y).backward()
+    g = model[0].weight.grad.clone()
+    precond.step()
+    A = x.T @ x / 5
+    close(model[0].weight.grad, 0.2 * g @ torch.linalg.inv(A + 0.2 * torch.eye(4, dtype=A.dtype)))
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_no_signal_is_sent_after_the_first_pass(ema_decay, monkeypatch):
+    """The first pass compares the gradient with that of the recorded calls; later ones differentiate nothing."""
+    model = make_model()
+    optimizer = SecondOrderOptimizer(model, curv_type="input", ema_decay=ema_decay)
+    train(model, optimizer, BATCHES[:1])
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: pytest.fail("a pass was sent"))
+    train(model, optimizer, BATCHES[1:])
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_the_rows_are_those_of_the_forward_pass(ema_decay):
+    """An edit of the input after the backward changes nothing."""
+    answers = []
+    for edit in (False, True):
+        model, (x, y) = nn.Linear(4, 3, bias=False).double(), BATCHES[0]
+        model.load_state_dict({"weight": cases.randn(3, 4)})
+        precond = Preconditioner(model, curv_type="input", ema_decay=ema_decay)
+        x = x[:3].clone()
+        CE(model(x), y[:3]).backward()
+        if edit:
+            x.zero_()
+        precond.step()
+        answers.append(model.weight.grad)
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_that_are_not_finite_are_left_out(form):
+    """The average stays what it was; rows of one step count as none, and the direction is the gradient."""
+    model, (x, y), (more, _) = nn.Linear(4, 3).double(), BATCHES[0], BATCHES[1]
+    precond = Preconditioner(model, curv_type="input", damping=0.2, **FORMS[form])
+    CE(model(x[:3]), y[:3]).backward()
+    precond.step()
+    bad = more[:3].clone()
+    bad[0, 0] = torch.inf
+    precond.zero_grad()
+    CE(model(bad).nan_to_num(0), y[:3]).backward()
+    with pytest.warns(UserWarning, match="1 curvature measurements were not finite"):
+        g = cases.randn(3, 4, seed=9)
+        model.weight.grad.copy_(g)
+        precond.step()
+    A = 0 if form == "rows" else x[:3].T @ x[:3] / 3
+    close(model.weight.grad, 0.2 * g @ torch.linalg.inv(A + 0.2 * torch.eye(4, dtype=g.dtype)))
+
+
+class States(nn.GRU):
+    """A recurrent network that returns its states alone."""
+
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0, batch_first=True), (3, 4)),
+        (lambda: States(3, 4, 2, batch_first=True, bidirectional=True), (3, 3)),
+    ],
+    ids=["encoder", "gru"],
+)
+def test_layers_inside_modules(make, shape, form):
+    model = cases.net_around(cases.seeded(make), shape)
+    x, y = cases.randn(4, *shape), torch.arange(4) % cases.CLASSES
+    after, before = direction(model, x, y, **FORMS[form])
+    for name, p in model.named_parameters():
+        same = torch.allclose(after[p], before[p], rtol=1e-12, atol=1e-15)
+        assert same == ("bias" in name), name
+
+
+def test_the_layers_inside_attention_have_the_inputs_of_their_own():
+    attention = cases.seeded(lambda: nn.MultiheadAttention(4, 2, batch_first=True))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0].mean(1)
+
+    x, y = cases.randn(3, 5, 4), torch.arange(3)
+    after, before = direction(Model(), x, y)
+    A = x.flatten(0, 1).T @ x.flatten(0, 1) / 15
+    inverse = torch.linalg.inv(A + 0.2 * torch.eye(4, dtype=A.dtype))
+    close(after[attention.in_proj_weight], 0.2 * before[attention.in_proj_weight] @ inverse)
+
+
+def test_summary():
+    model = make_model()
+    matrix = SecondOrderOptimizer(model, curv_type="input")
+    assert "(I ⊗ 5²)" in matrix.summary() and "  input  " in matrix.summary()
+    assert "(I ⊗ rows of 5)" in SecondOrderOptimizer(model, curv_type="input", ema_decay=0.0).summary()
+
+
+def test_it_trains():
+    model = make_model()
+    x, y = BATCHES[0]
+    before = CE(model(x), y).item()
+    train(model, SecondOrderOptimizer(model, curv_type="input", lr=0.5, damping=0.5, momentum=0.0), [(x, y)] * 20)
+    assert CE(model(x), y).item() < 0.5 * before
+
+
+# --------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("approx", ["full", "block", "unit", "ekfac", "diag"])
+def test_other_approximations_are_refused(approx):
+    with pytest.raises(ValueError, match=rf'curv_type="input" with approx=\'{approx}\'.*write approx="kfac"'):
+        SecondOrderOptimizer(make_model(), curv_type="input", approx=approx)
+
+
+def test_a_damping_of_zero_is_refused_whatever_l2_is():
+    with pytest.raises(ValueError, match="damping=0; pass a number > 0"):
+        SecondOrderOptimizer(make_model(), curv_type="input", damping=0.0, l2=0.1)
+
+
+def test_a_weight_that_is_also_used_transposed_is_refused():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 5)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, index):
+            return self.head(self.embedding(index))
+
+    with pytest.raises(ValueError, match=r"also used transposed.*approx=None"):
+        SecondOrderOptimizer(Tied(), curv_type="input")
+
+
+def test_memory_that_is_asked_for_later_is_refused():
+    model = make_model()
+    optimizer = SecondOrderOptimizer(model, curv_type="input", ema_decay=0.0)
+    optimizer.param_groups[0]["ema_decay"] = 0.5
+    with pytest.raises(ValueError, match=r"built with ema_decay=0.*build the optimizer with ema_decay > 0"):
+        train(model, optimizer, BATCHES[:1])

@@ -156,7 +156,7 @@ class Inverse(_Saved):
 
 @dataclass(frozen=True)
 class InputRows(_Saved):
-    """C = I ⊗ R^T R / c through its rows R [g, b, d] and inverse = (R R^T + c λ I)^-1; damping: λ, a 0-d tensor.
+    """C = I ⊗ R^T R through its rows R [g, b, d] and inverse = (R R^T + λ I)^-1; damping: λ, a 0-d tensor.
 
     The fast path for fewer rows than inputs; it solves, and that is all (input_side.py).
     """
@@ -166,7 +166,7 @@ class InputRows(_Saved):
     damping: Tensor
 
     def solve(self, x: Tensor, damping: None = None) -> Tensor:
-        """(x - x R^T (R R^T + c λ I)^-1 R) / λ for x [..., g, o, d]."""
+        """(x - x R^T (R R^T + λ I)^-1 R) / λ for x [..., g, o, d]."""
         return (x - ((x @ self.rows.mT) @ self.inverse) @ self.rows) / self.damping
 
 

@@ -93,7 +93,8 @@ class InputSide:
         lam = torch.as_tensor(damping, dtype=count.dtype, device=count.device)
         rows = tensors.get(ROWS)
         if rows is not None and "A" not in tensors and rows.shape[-2] < d:
-            small, ok = inverse_spd(rows @ rows.mT, lam * count)
+            rows = rows / count.sqrt()
+            small, ok = inverse_spd(rows @ rows.mT, lam)
             return InputRows(rows, small, lam), ok
         A = tensors["A"] if rows is None else rows.mT @ rows + tensors.get("A", 0)
         identity = A.new_ones(side_shape(A.shape[0], o, o))
