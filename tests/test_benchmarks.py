@@ -379,3 +379,19 @@ def test_cg_newton_on_one_linear_layer():
     points = train(digits.images[:1000], digits.labels[:1000], steps=6)
     assert points[-1].loss < 0.8 * points[0].loss and all(0 < p.iterations <= 50 for p in points)
     assert table(points, 2).row_count == 4
+
+
+def test_isaac_on_some_of_the_layers(tmp_path):
+    from benchmarks import isaac
+
+    digits = data.mnist()
+    train, test = digits._replace(images=digits.images[::10], labels=digits.labels[::10]), digits
+    settings = [isaac.Setting(0, 0.1), isaac.Setting(5, 1.0, 10.0)]
+    assert [type(layer).__name__ for layer in isaac.network(isaac.Setting(2, 1.0, 10.0))[::2]] == (
+        ["ISAACLinear"] * 2 + ["Linear"] * 3
+    )
+    runs = {s.k: [isaac.train(s, train, test, 2, seed=0)] for s in settings}
+    assert all(run.losses[-1] < run.losses[0] and run.seconds[-1] > 0 for own in runs.values() for run in own)
+    assert isaac.table(runs, steps=10).row_count == 2
+    isaac.draw(runs, tmp_path / "isaac.png")
+    assert (tmp_path / "isaac.png").stat().st_size > 10_000

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchcurv import Preconditioner, SecondOrderOptimizer, curvature
+from torchcurv.optim import CGNewton
 
 CE = nn.CrossEntropyLoss()
 FORMS = {
@@ -151,12 +152,11 @@ def test_both_forms_agree_whether_rows_or_inputs_are_more(n, i, o, bias, damping
     model = cases.seeded(lambda: nn.Linear(i, o, bias=bias))
     x, y = cases.randn(n, i, seed=n), torch.arange(n) % o
     sizes = (1, n - 1) if split and n > 1 else (n,)
-    a, g = x, None
+    inverse = torch.linalg.inv(x.T @ x / n + damping * torch.eye(i, dtype=x.dtype))
     for form in FORMS.values():
         twin = copy.deepcopy(model)
         after, before = direction(twin, x, y, damping, sizes, **form)
-        g = before[twin.weight]
-        truth = damping * g @ torch.linalg.inv(a.T @ a / n + damping * torch.eye(i, dtype=a.dtype))
+        truth = damping * before[twin.weight] @ inverse
         close(after[twin.weight], truth)
 
 
@@ -261,13 +261,15 @@ def test_a_large_damping_is_torchs_sgd():
     torch.testing.assert_close(train(model, ours, BATCHES), train(twin, theirs, BATCHES), rtol=1e-9, atol=1e-11)
 
 
-def test_the_clip_of_other_groups_stays_as_it_is_without_this_one():
+def test_the_clip_neither_sees_this_group_nor_reaches_it():
     def moved(**first):
         model = make_model()
         groups = [{"params": model[0].parameters(), **first}, {"params": model[2].parameters()}]
         optimizer = SecondOrderOptimizer(model, groups, samples=None, lr=1.0, momentum=0.0, kl_clip=1e-4)
+        bias = model[0].bias.detach().clone()
         before = flat(model[2].parameters())
         train(model, optimizer, BATCHES[:1])
+        torch.testing.assert_close(bias - model[0].bias, model[0].bias.grad, rtol=1e-9, atol=1e-12)
         return flat(model[2].parameters()) - before
 
     torch.testing.assert_close(moved(curv_type="input"), moved(approx=None), rtol=1e-12, atol=0)
@@ -372,7 +374,7 @@ def test_the_rows_are_those_of_the_forward_pass(ema_decay):
     for edit in (False, True):
         model, (x, y) = nn.Linear(4, 3, bias=False).double(), BATCHES[0]
         model.load_state_dict({"weight": cases.randn(3, 4)})
-        precond = Preconditioner(model, curv_type="input", ema_decay=ema_decay)
+        precond = Preconditioner(model, loss_fn=CE, curv_type="input", ema_decay=ema_decay)
         x = x[:3].clone()
         CE(model(x), y[:3]).backward()
         if edit:
@@ -442,6 +444,36 @@ def test_the_layers_inside_attention_have_the_inputs_of_their_own():
     A = x.flatten(0, 1).T @ x.flatten(0, 1) / 15
     inverse = torch.linalg.inv(A + 0.2 * torch.eye(4, dtype=A.dtype))
     close(after[attention.in_proj_weight], 0.2 * before[attention.in_proj_weight] @ inverse)
+
+
+def test_few_rows_are_kept_in_the_place_of_a_and_many_are_not():
+    for n, kept in [(3, "InputRows"), (5, "Inverse")]:
+        model = nn.Linear(4, 3).double()
+        precond = Preconditioner(model, curv_type="input", ema_decay=0.0)
+        CE(model(cases.randn(n, 4)), torch.arange(n) % 3).backward()
+        precond.step()
+        assert type(precond._blocks[0].factor).__name__ == kept
+
+
+def test_newton_by_conjugate_gradients():
+    for n in (3, 5):
+        model, x, y, alpha = nn.Linear(4, 3).double(), cases.randn(n, 4), torch.arange(n) % 3, 0.2
+        optimizer = CGNewton(
+            model,
+            loss_fn=CE,
+            curv_type="input",
+            approx="kfac",
+            lr=1.0,
+            alpha=alpha,
+            cg_tol=1e-13,
+            cg_maxiter=500,
+            ema_decay=0.0,
+        )
+        before = model.weight.detach().clone()
+        CE(model(x), y).backward()
+        optimizer.step()
+        damped = (1 - alpha) * x.T @ x / n + alpha * torch.eye(4, dtype=x.dtype)
+        close(before - model.weight.detach(), model.weight.grad @ torch.linalg.inv(damped), 1e-9)
 
 
 def test_summary():

@@ -130,8 +130,8 @@ class Options:
             self._check_hessian()
         if self.curv_type == INPUT and self.approx not in ("kfac", None):
             raise ValueError(
-                f'curv_type="input" with approx={self.approx!r}: what came into a layer is the A of K-FAC and no other '
-                'approximation of anything: write approx="kfac"'
+                f'curv_type="input" with approx={self.approx!r}: it is the A of K-FAC, known as no other '
+                'approximation: write approx="kfac"'
             )
         samples = self.samples
         if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
