@@ -337,6 +337,22 @@ def test_a_state_with_a_running_average_is_loaded_into_an_optimizer_built_withou
     assert torch.equal(train(other, fresh, BATCHES[3:]), train(model, saved, BATCHES[3:]))
 
 
+def test_rows_that_were_not_saved_are_measured_at_once():
+    """Also where the next measurement would have been later, the interval having grown in the run."""
+    model, fresh = make_model(), make_model()
+    saved = SecondOrderOptimizer(model, curv_type="input", ema_decay=0.0)
+    saved.param_groups[0].update(update_every=3, refactor_every=3, damping=0.2, momentum=0.0, lr=1.0)
+    train(model, saved, BATCHES[:2])
+    fresh.load_state_dict(model.state_dict())
+    state = saved.state_dict()
+    optimizer = SecondOrderOptimizer(fresh, curv_type="input", ema_decay=0.0)
+    optimizer.load_state_dict(state)
+    before, x = fresh[0].weight.detach().clone(), BATCHES[2][0]
+    train(fresh, optimizer, BATCHES[2:3])
+    inverse = torch.linalg.inv(x.T @ x / 5 + 0.2 * torch.eye(4, dtype=x.dtype))
+    close(before - fresh[0].weight.detach(), 0.2 * fresh[0].weight.grad @ inverse, 1e-9)
+
+
 @pytest.mark.parametrize("blocks", [{"factor_blocks": 2}, {"max_factor_dim": 3}])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_may_be_kept_in_blocks(blocks, form):

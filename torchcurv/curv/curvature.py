@@ -521,6 +521,8 @@ class Curvature:
         }
         p = self.params[0]
         saved["flags"] = p.new_zeros(2, dtype=torch.int32) if self.flags is None else self.flags
+        if self.input_rows:
+            saved["next_update"] = saved["next_refactor"] = 0  # whoever resumes measures at once
         if self.uses_rows or self.input_rows:
             return saved
         tensors, weights, factor = self.tensors, self.weights, self.factor
