@@ -1,6 +1,6 @@
 """torchcurv: the curvature of a network's loss, layer by layer, in a form an optimizer can use."""
 
-from torchcurv import optim
+from torchcurv import nn, optim
 from torchcurv.curv.losses import register_loss
 from torchcurv.curv.operator import CurvatureSet, curvature, directions
 from torchcurv.curv.products import CurvatureOperator
@@ -15,6 +15,7 @@ __all__ = [
     "SecondOrderOptimizer",
     "curvature",
     "directions",
+    "nn",
     "optim",
     "register_loss",
     "register_view",

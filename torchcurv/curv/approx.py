@@ -22,7 +22,7 @@ from torchcurv.curv.layers import Layer
 from torchcurv.curv.linalg import Damping, sum_of
 from torchcurv.curv.lowrank import largest_pairs
 from torchcurv.curv.rows import RowSpace
-from torchcurv.curv.sides import block_count, eigenbasis, inverse, mean_diagonal, side_shape, times, times_left
+from torchcurv.curv.sides import block_count, eigenbasis, inverse, mean_diagonal, side_shape, times, times_left, whole
 from torchcurv.curv.stats import Stats
 
 Tensors = dict[str, Tensor]
@@ -242,7 +242,7 @@ class Kronecker:
 
     def product(self, tensors: Tensors, x: Tensor) -> Tensor:
         """B x A for x [g, o, d]."""
-        left, right = (_whole(side) for side in self._product(tensors))
+        left, right = (whole(side) for side in self._product(tensors))
         return times(times_left(left, x), right)
 
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
@@ -290,11 +290,6 @@ class Kronecker:
         total = sum(tr_left * tr_right for tr_left, tr_right in traces)
         assert isinstance(left, Tensor) and isinstance(right, Tensor) and isinstance(total, Tensor)
         return left, right / total.clamp_min(torch.finfo(total.dtype).tiny)
-
-
-def _whole(side: Tensor) -> Tensor:
-    """A side whose lower triangle counts, with its upper one."""
-    return side.tril() + side.tril(-1).mT
 
 
 def split_damping(mean_a: Tensor, mean_b: Tensor, damping: Tensor, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:

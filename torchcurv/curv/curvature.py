@@ -26,8 +26,9 @@ from torchcurv.curv.approx import (
     mapped,
 )
 from torchcurv.curv.estimate import Symmetric, eigh
-from torchcurv.curv.factor import Eigen, Factor, Inverse, LowRank, factor_from_state
-from torchcurv.curv.kinds import KINDS, SECOND
+from torchcurv.curv.factor import Eigen, Factor, InputRows, Inverse, LowRank, factor_from_state
+from torchcurv.curv.input_side import InputSide, added
+from torchcurv.curv.kinds import INPUT, KINDS, SECOND
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.linalg import free_to_read, sum_of
 from torchcurv.curv.losses import at_least_float32, random_signs
@@ -41,9 +42,7 @@ APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
     "full": lambda options, layers: Dense(spectrum=_spectrum(options)),
     "block": lambda options, layers: Dense(spectrum=_spectrum(options)),
     "unit": lambda options, layers: Dense(True, _wide(options, layers[0]), _spectrum(options)),
-    "kfac": lambda options, layers: Kronecker(
-        options.sharing, sides=_sides(options, layers[0]), spectrum=_spectrum(options)
-    ),
+    "kfac": lambda options, layers: _kfac(options, layers[0]),
     "ekfac": lambda options, layers: Kronecker(options.sharing, corrected=True, sides=_sides(options, layers[0])),
     "diag": lambda options, layers: Diagonal(_spectrum(options)),
     "lowrank": lambda options, layers: LargestPairs(options.rank, _spectrum(options)),
@@ -51,7 +50,7 @@ APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
 PARTITIONS = (None, "all", "group", "layer", "parameter")
 HESSIAN_METHODS = (None, "exact", "hutchinson", "propagate")
 _ALLOWED: dict[str, tuple[Any, ...]] = {
-    "curv_type": (*KINDS, SECOND),
+    "curv_type": (*KINDS, SECOND, INPUT),
     "approx": (*APPROXIMATIONS, None),
     "sharing": ("expand", "reduce"),
     "damping_type": ("factored", "exact"),
@@ -74,6 +73,14 @@ def _sides(options: Options, layer: Layer) -> Sides:
     return Sides.of(layer, options.factor_blocks, options.max_factor_dim)
 
 
+def _kfac(options: Options, layer: Layer) -> Approximation:
+    sides = _sides(options, layer)
+    if options.curv_type != INPUT:
+        return Kronecker(options.sharing, sides=sides, spectrum=_spectrum(options))
+    each_step = options.ema_decay == 0 and options.update_every == 1 and options.refactor_every == 1
+    return InputSide.of(layer, sides, options.sharing, each_step and options.damping_type == "factored")
+
+
 _METHODS_OF: dict[str | None, tuple[str, ...]] = {
     "diag": ("propagate", "exact", "hutchinson"),
     "kfac": ("propagate",),
@@ -84,7 +91,10 @@ _METHODS_OF: dict[str | None, tuple[str, ...]] = {
 class Options:
     """The curvature options of one block.
 
-    curv_type: "ggn", "fisher" or "empirical_fisher".
+    curv_type: "ggn", "fisher", "empirical_fisher", "hessian", or "input": C = I ⊗ A over a weight, A = mean a a^T of
+        what came into its layer, and 0 over a bias, whatever the loss; for approx="kfac" (or None). The direction
+        of a step is then λ (C + λ I)^-1 g, which for λ -> ∞ is g; with ema_decay=0, update_every=1, refactor_every=1
+        and damping_type="factored" it goes through the rows a where they are fewer than the inputs.
     approx: "full", "block", "unit", "kfac", "ekfac", "diag", "lowrank", or None for the plain gradient.
     partition: what one block of "full" and "lowrank" covers: "all" parameters with equal options (None, the default),
         those of a "group", a "layer", or a "parameter".
@@ -141,6 +151,11 @@ class Options:
             raise ValueError(
                 f'partition={self.partition!r} with approx={self.approx!r}; it is for "full" and "lowrank"; every '
                 "other approximation is made layer by layer"
+            )
+        if self.curv_type == INPUT and self.approx not in ("kfac", None):
+            raise ValueError(
+                f'curv_type="input" with approx={self.approx!r}: it is the A of K-FAC, known as no other '
+                'approximation: write approx="kfac"'
             )
         samples = self.samples
         if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
@@ -217,6 +232,8 @@ class Curvature:
                 f"block {name!r} has {self.size} parameters, and its Hessian is kept as a matrix: raise rows_limit="
                 f'{options.rows_limit}, or choose approx="unit" or "diag"'
             )
+        # Its rows hold what one step measured: no average, nothing to save.
+        self.input_rows = isinstance(self.approx, InputSide) and self.approx.by_rows
         self.pieces = [piece for layer in layers for piece in layer.pieces]
         self.params = list(dict.fromkeys(piece.param for piece in self.pieces))
         self.next_update = self.next_refactor = 0  # the steps at which a measurement and a factorisation are due
@@ -236,7 +253,7 @@ class Curvature:
     def key(self) -> tuple[Any, ...]:
         """What makes two blocks the same: the structure and the parameters."""
         pieces = ((p, rows and rows.start, rows and rows.stop) for p, rows in self.pieces)
-        return self.kind, *(getattr(self.options, name) for name in STRUCTURE), *pieces
+        return self.kind, *(getattr(self.options, name) for name in STRUCTURE), self.input_rows, *pieces
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -285,7 +302,7 @@ class Curvature:
         total = sum_of(list(measured.values()))  # here, where they are still in the cache
         self.pending_sum = total if self.pending_sum is None else self.pending_sum + total
         for key, value in measured.items():
-            self.pending[key] = self.pending[key] + value if key in self.pending else value
+            self.pending[key] = added(key, self.pending[key], value) if key in self.pending else value
 
     @torch.no_grad()
     def differentiate(self, products: Products, generator: torch.Generator | None = None) -> None:
@@ -358,6 +375,13 @@ class Curvature:
             if follow:
                 self._follow()
             return
+        if self.input_rows:
+            if ema_decay:
+                raise ValueError(
+                    f"block {self.name!r} was built with ema_decay=0, so that it keeps no running average, and has "
+                    f"ema_decay={ema_decay} now: build the optimizer with ema_decay > 0"
+                )
+            self.forget_running()
         new, rho = self.pending, ema_decay
         assert self.pending_sum is not None
         ok = torch.isfinite(self.pending_sum)
@@ -475,6 +499,16 @@ class Curvature:
         """(C + damping I)^-1 applied to tensors shaped like `pieces` (leading dimensions are a batch)."""
         return self._apply("solve", tensors, damping)
 
+    def direction(self, tensors: list[Tensor], damping: float | Tensor | None = None) -> list[Tensor]:
+        """What a step takes in the place of a gradient: `solve`, and for curv_type="input" λ times that."""
+        solved = self.solve(tensors, damping)
+        if self.options.curv_type != INPUT:
+            return solved
+        assert isinstance(self.factor, Eigen | Inverse | InputRows)
+        held = self.factor.damping if damping is None else damping
+        assert held is not None
+        return [x * held for x in solved]
+
     def matvec(self, tensors: list[Tensor]) -> list[Tensor]:
         """C applied to tensors shaped like `pieces`."""
         return self._apply("matvec", tensors)
@@ -495,6 +529,7 @@ class Curvature:
         noise = [torch.randn(s, dtype=dtype, device=params[0].device, generator=generator) for s in shapes]
         if isinstance(self.factor, RowSpace):
             return self.split(self.factor.sample(noise, damping))
+        assert not isinstance(self.factor, InputRows)
         return self.split(self.unflatten(self.factor.sample(self.flatten(noise), damping)))  # type: ignore[arg-type]
 
     def diag(self) -> list[Tensor]:
@@ -559,7 +594,9 @@ class Curvature:
         }
         p = self.params[0]
         saved["flags"] = p.new_zeros(2, dtype=torch.int32) if self.flags is None else self.flags
-        if self.uses_rows:
+        if self.input_rows:
+            saved["next_update"] = saved["next_refactor"] = 0  # whoever resumes measures at once
+        if self.uses_rows or self.input_rows:
             return saved
         tensors, weights, factor = self.tensors, self.weights, self.factor
         if factor is None or ("moments" not in tensors and self.options.approx == "ekfac"):
@@ -609,7 +646,7 @@ class Curvature:
             return f"{self.size}²"
         if isinstance(self.approx, Dense):
             return f"{g * o} x {d}" if self.approx.wide else f"{g * o} x {d}²"
-        if not isinstance(self.approx, Kronecker):
+        if not isinstance(self.approx, Kronecker | InputSide):
             return f"{self.size}"
         left, right = self.approx.side_names(o, d)
         return f"{count}({left} ⊗ {right})"
@@ -657,7 +694,7 @@ def _choose(ok: Tensor, new: Factor, old: Factor) -> Factor:
     if free_to_read(ok):
         return new if ok else old
     kept, fresh = old.state(), new.state()
-    if type(new) is not type(old) or kept.keys() != fresh.keys():
+    if type(new) is not type(old) or {k: x.shape for k, x in kept.items()} != {k: x.shape for k, x in fresh.items()}:
         return new
     chosen = {key: torch.where(ok, value, kept[key]) for key, value in fresh.items()}
     return replace(new, **chosen)  # type: ignore[arg-type]

@@ -114,12 +114,13 @@ class Inverse(_Saved):
     """(damped C)^-1 = left ⊗ right, both explicit; the damping is inside.
 
     Sampling and the determinant take a Cholesky factor of the inverse when asked. shape: (o, i), which sides in
-    blocks do not tell.
+    blocks do not tell. damping: the 0-d tensor λ that is inside, for those who ask for λ (C + λ I)^-1.
     """
 
     right: Tensor
     left: Tensor | None = None
     shape: tuple[int, int] | None = None
+    damping: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "right", _aligned(self.right))
@@ -221,7 +222,23 @@ class LowRank(_Saved):
         return torch.cat([self.values, self._rest.expand(self.vectors.shape[1] - len(self.values))]).sort().values
 
 
-Factor = Eigen | Inverse | LowRank
+@dataclass(frozen=True)
+class InputRows(_Saved):
+    """C = I ⊗ R^T R through its rows R [g, b, d] and inverse = (R R^T + λ I)^-1; damping: λ, a 0-d tensor.
+
+    The fast path for fewer rows than inputs; it solves, and that is all (input_side.py).
+    """
+
+    rows: Tensor
+    inverse: Tensor
+    damping: Tensor
+
+    def solve(self, x: Tensor, damping: None = None) -> Tensor:
+        """(x - x R^T (R R^T + λ I)^-1 R) / λ for x [..., g, o, d]."""
+        return (x - ((x @ self.rows.mT) @ self.inverse) @ self.rows) / self.damping
+
+
+Factor = Eigen | Inverse | InputRows | LowRank
 
 
 def _aligned(matrix: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcurv.curv.curvature import OPTION_NAMES, Curvature, Options, partition, read_flags
-from torchcurv.curv.kinds import GRADIENT
+from torchcurv.curv.kinds import GRADIENT, INPUT
 from torchcurv.curv.layers import Layer, find_layers
 from torchcurv.curv.record import Record
 from torchcurv.curv.schedule import interval_at
@@ -126,7 +126,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         options = Options(**{key: group[key] for key in OPTION_NAMES})
-        if options.approx is not None and _is_zero(options.damping) and not group.get("l2"):
+        no_l2 = not group.get("l2") or options.curv_type == INPUT
+        if options.approx is not None and _is_zero(options.damping) and no_l2:
             raise ValueError(
                 "damping=0; pass a number > 0: curvature is singular as soon as a layer has more parameters than "
                 "there are samples"
@@ -228,8 +229,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return [block.name for block in self._blocks if self._steps >= block.next_update]
 
     def _damping(self, group: dict[str, Any]) -> float | Tensor:
-        """λ of a group; L2 regularisation is part of the curvature, so it adds its coefficient."""
-        return group["damping"] + group.get("l2", 0.0)
+        """λ of a group; L2 regularisation is part of the loss's curvature, so it adds its coefficient."""
+        return group["damping"] if group["curv_type"] == INPUT else group["damping"] + group.get("l2", 0.0)
 
     def _require_record(self) -> Record:
         if self._record is None:
@@ -398,7 +399,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 for piece in block.pieces
             ]
             damping = None if block.bakes_damping() else self._damping(self.param_groups[index])
-            for piece, x in zip(block.pieces, block.solve(given, damping), strict=True):
+            for piece, x in zip(block.pieces, block.direction(given, damping), strict=True):
                 p = piece.param
                 if p in gradients and piece.rows is None:
                     solved[p] = x
@@ -471,7 +472,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                     memory = f"{block.memory():,}" if p is block.params[0] else '"'
                     options = block.options
                     kind = options.curv_type if options.samples is None else f"{options.curv_type}({options.samples})"
-                    kind = options.curv_type if options.curv_type == "empirical_fisher" else kind
+                    kind = options.curv_type if options.curv_type in ("empirical_fisher", INPUT) else kind
                     name, sizes = self._names[p], block.sizes()
                     rows.append((name, shape, block.name, kind, str(options.approx), sizes, memory))
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
