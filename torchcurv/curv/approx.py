@@ -5,12 +5,13 @@
     factor(tensors, damping, damping_type, basis) -> (Factor, ok)
 
 basis is that of the block's last factor, which only ekfac asks for; ok is a 0-d bool tensor.
-`linear` names the statistics that scale with the loss (the input side of K-FAC does not).
+`linear` names the statistics that scale with the loss (the input side of K-FAC does not), `parts` the
+names of those that are measured on their own when they are `wanted`; ("",) where there is one for all (`part_of`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -27,13 +28,16 @@ from torchcurv.curv.stats import Stats
 
 Tensors = dict[str, Tensor]
 Basis = tuple[Tensor, Tensor]
+WHOLE = ("",)
 
 
 class Approximation(Protocol):
     @property
     def linear(self) -> tuple[str, ...]: ...
 
-    def measure(self, stats: Stats, basis: Basis | None = None) -> Tensors: ...
+    parts: ClassVar[tuple[str, ...]]
+
+    def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = ...) -> Tensors: ...
 
     def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors: ...
 
@@ -44,6 +48,13 @@ class Approximation(Protocol):
     def factor(
         self, tensors: Tensors, damping: Damping, damping_type: str, basis: Basis | None = None
     ) -> tuple[Factor, Tensor]: ...
+
+
+def part_of(key: str, parts: tuple[str, ...]) -> str:
+    """Which part a statistic belongs to: the count of the rows to A, moments in the basis of B ⊗ A to B."""
+    if parts == WHOLE:
+        return ""
+    return "A" if key.startswith(("A", "count")) else "B"
 
 
 def _damping_tensor(damping: Damping, like: Tensor) -> Tensor:
@@ -70,8 +81,9 @@ class Diagonal:
 
     spectrum: str | None = None
     linear: ClassVar[tuple[str, ...]] = ("diag",)
+    parts: ClassVar[tuple[str, ...]] = WHOLE
 
-    def measure(self, stats: Stats, basis: Basis | None = None) -> Tensors:
+    def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = WHOLE) -> Tensors:
         return {"diag": stats.squares()}
 
     def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
@@ -112,8 +124,9 @@ class Dense:
     wide: bool = False
     spectrum: str | None = None
     linear: ClassVar[tuple[str, ...]] = ("matrix",)
+    parts: ClassVar[tuple[str, ...]] = WHOLE
 
-    def measure(self, stats: Stats, basis: Basis | None = None) -> Tensors:
+    def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = WHOLE) -> Tensors:
         if self.wide:
             return {"matrix": stats.squares().flatten(0, 1)[..., None, None]}
         if self.per_unit:
@@ -209,6 +222,7 @@ class Kronecker:
     corrected: bool = False
     sides: Sides | None = None
     spectrum: str | None = None
+    parts: ClassVar[tuple[str, ...]] = ("A", "B")
 
     @property
     def linear(self) -> tuple[str, ...]:
@@ -222,18 +236,22 @@ class Kronecker:
         left, right = (f"{s[1]}²" if len(s) == 3 else f"{s[1]}" if s[2] == 1 else f"{s[1]} x {s[2]}²" for s in shapes)
         return left, right
 
-    def measure(self, stats: Stats, basis: Basis | None = None) -> Tensors:
+    def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = ("A", "B")) -> Tensors:
         tensors: Tensors = {}
         left, right = (1, 1) if self.sides is None else self.sides.blocks
         for use in stats.only_layer("kfac"):
             suffix, inner, outer = ("_t", left, right) if use.transposed else ("", right, left)
-            cov, count = use.inputs.cov(self.sharing, inner)
-            if stats.share != 1:
-                cov, count = cov * stats.share, count * stats.share
-            B = use.output_cov(self.sharing, outer).mul_(stats.scale)
-            for key, value in {f"A{suffix}": cov, f"count{suffix}": count, f"B{suffix}": B}.items():
+            found: Tensors = {}
+            if "A" in wanted:
+                cov, count = use.inputs.cov(self.sharing, inner)
+                if stats.share != 1:
+                    cov, count = cov * stats.share, count * stats.share
+                found = {f"A{suffix}": cov, f"count{suffix}": count}
+            if "B" in wanted:
+                found[f"B{suffix}"] = use.output_cov(self.sharing, outer).mul_(stats.scale)
+            for key, value in found.items():
                 tensors[key] = tensors[key] + value if key in tensors else value
-        if self.corrected and basis is not None:
+        if self.corrected and basis is not None and "B" in wanted:
             tensors["moments"] = stats.squares(*basis)
         return tensors
 
@@ -332,8 +350,9 @@ class LargestPairs:
     rank: int
     spectrum: str | None = None
     linear: ClassVar[tuple[str, ...]] = ("values",)
+    parts: ClassVar[tuple[str, ...]] = WHOLE
 
-    def measure(self, stats: Stats, basis: Basis | None = None) -> Tensors:
+    def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = WHOLE) -> Tensors:
         raise NotImplementedError
 
     def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:

@@ -7,7 +7,7 @@ A block is one layer, or for "full" all the layers that ask for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from torchcurv.curv.approx import (
     Sides,
     Tensors,
     mapped,
+    part_of,
 )
 from torchcurv.curv.estimate import Symmetric, eigh
 from torchcurv.curv.factor import Eigen, Factor, InputRows, Inverse, LowRank, factor_from_state
@@ -34,7 +35,7 @@ from torchcurv.curv.linalg import free_to_read, sum_of
 from torchcurv.curv.losses import at_least_float32, random_signs
 from torchcurv.curv.propagate import RESIDUALS
 from torchcurv.curv.rows import RowSpace, row_count
-from torchcurv.curv.schedule import Interval, check_interval, check_number
+from torchcurv.curv.schedule import Interval, Pace, check_interval, check_number, fading
 from torchcurv.curv.second import Products
 from torchcurv.curv.stats import Stats
 
@@ -104,7 +105,11 @@ class Options:
     damping: λ of (C + λ I)^-1, in units of the loss per squared parameter; > 0 for a step.
     damping_type: "exact" Tikhonov through eigenvectors, or "factored" over the Kronecker factors by Cholesky.
     ema_decay: the fraction ρ of the old that a running average keeps, 0 <= ρ <= 1; 1 is the plain mean.
-    update_every, refactor_every: steps between two measurements, and between two factorisations.
+    update_every, refactor_every: steps between two measurements, and between two factorisations: an int, a callable
+        of the step, or "adaptive". Then each statistic (A and B of K-FAC on their own) is measured ever more rarely
+        while its running average moves by less than `refresh_tol` (schedule.py), at most `refresh_cap` steps apart and
+        on each of the first `refresh_warmup`; ema_decay then counts steps, not measurements. A factor is computed anew
+        when a statistic has moved by refresh_tol since the last, or the damping by a tenth.
     rows_limit: a dense block with more parameters than this goes through the Gram matrix of its rows (one row
         per sample and signal) and never forms its matrix. Such a block has no running average.
     hessian_method: of curv_type="hessian": "exact" (products with unit vectors), "hutchinson" for "diag" (`samples`
@@ -129,6 +134,9 @@ class Options:
     ema_decay: float = 0.95
     update_every: Interval = 1
     refactor_every: Interval = 1
+    refresh_tol: float = 0.1
+    refresh_cap: int = 100
+    refresh_warmup: int = 10
     rows_limit: int = 2048
     hessian_method: str | None = None
     residual: str = "keep"
@@ -169,7 +177,9 @@ class Options:
             check_number("damping", self.damping, lambda x: 0 <= x < math.inf, "a finite number >= 0, or a 0-d tensor")
         elif self.damping.dim():
             raise ValueError(f"damping is a tensor of shape {tuple(self.damping.shape)}; pass a number or a 0-d tensor")
+        check_number("refresh_tol", self.refresh_tol, lambda x: 0 < x < math.inf, "a number > 0")
         for key, other in (
+            ("refresh_cap", ""),
             ("rows_limit", ""),
             ("factor_blocks", ""),
             ("max_hessian_dim", ""),
@@ -237,6 +247,10 @@ class Curvature:
         self.pieces = [piece for layer in layers for piece in layer.pieces]
         self.params = list(dict.fromkeys(piece.param for piece in self.pieces))
         self.next_update = self.next_refactor = 0  # the steps at which a measurement and a factorisation are due
+        self.paces = {part: Pace() for part in self.approx.parts}  # where the intervals are adaptive
+        self.drifts = dict.fromkeys(self.approx.parts, math.inf)  # moves since the last factorisation, added up
+        self.wanted: Collection[str] = self.approx.parts  # what the next passes measure
+        self.changes: Tensors = {}  # by part, how far the last measurement moved it
         self.pending: Tensors = {}
         self.pending_sum: Tensor | None = None  # of all its values: finite if they are
         self.pending_rows: list[Stats | LowRank] = []
@@ -295,7 +309,7 @@ class Curvature:
             if isinstance(self.approx, LargestPairs) and row_count(self.pending_rows) > self.options.rows_limit:
                 self.pending_rows = [self.approx.merged([(1.0, self.pending_rows)])[0]]
             return
-        self.add(self.approx.measure(stats, self.basis))
+        self.add(self.approx.measure(stats, self.basis, self.wanted))
 
     def add(self, measured: Tensors) -> None:
         """Add statistics to what was measured since the last step."""
@@ -360,10 +374,12 @@ class Curvature:
     # -------------------------------------------------------------------------- running average
 
     @torch.no_grad()
-    def update(self, ema_decay: float, follow: bool = True) -> None:
+    def update(self, ema_decay: float, follow: bool = True, step: int | None = None, watched: bool = False) -> None:
         """Merge what is pending into the running average: w <- ρ w + 1, X <- X + (X_new - X) / w.
 
         follow: whether the factor takes over what it can; a factorisation that comes next does that anyway.
+        step: of an adaptive interval. A measurement then stands for the k steps since the last, and the old fades with
+        ρ^k. watched: let `changes` say how far the averages move.
         A measurement with a value that is not finite is left out and counted.
         """
         if self.uses_rows:
@@ -371,7 +387,7 @@ class Curvature:
             self.forget_pending()
             return
         if isinstance(self.approx, LargestPairs):
-            self._merge(self.approx, ema_decay)
+            self._merge(self.approx, *fading(ema_decay, self._since("values", step)), watched)
             if follow:
                 self._follow()
             return
@@ -382,7 +398,7 @@ class Curvature:
                     f"ema_decay={ema_decay} now: build the optimizer with ema_decay > 0"
                 )
             self.forget_running()
-        new, rho = self.pending, ema_decay
+        new = self.pending
         assert self.pending_sum is not None
         ok = torch.isfinite(self.pending_sum)
         self.forget_pending()
@@ -391,17 +407,59 @@ class Curvature:
             if key not in self.weights:
                 self.weights[key], self.tensors[key] = value.new_zeros(()), torch.zeros_like(value)
             old, weight = self.tensors[key], self.weights[key]
+            rho, gain = fading(ema_decay, self._since(key, step))
+            grown = weight * rho + gain
+            if watched and value.dim():
+                moved = gain / grown * torch.dist(value, old) / old.norm()
+                self._note_change(key, torch.where(old.any(), moved, math.inf))
             if not free_to_read(ok):
-                grown = torch.where(ok, weight * rho + 1, weight)
-                self.weights[key] = grown
-                self.tensors[key] = torch.where(ok, old.lerp(value, 1 / grown.clamp_min(1)), old)
+                self.weights[key] = torch.where(ok, grown, weight)
+                self.tensors[key] = torch.where(ok, old.lerp(value, gain / grown), old)
             elif ok:
-                self.weights[key] = weight * rho + 1
-                old.lerp_(value, 1 / self.weights[key])
+                self.weights[key] = grown
+                old.lerp_(value, gain / grown)
         if follow:
             self._follow()
 
-    def _merge(self, pairs: LargestPairs, rho: float) -> None:
+    def _since(self, key: str, step: int | None) -> int:
+        """Steps that a measurement stands for."""
+        if step is None:
+            return 1
+        measured = self.paces[part_of(key, self.approx.parts)].measured
+        return 1 if measured < 0 else step - measured
+
+    def _note_change(self, key: str, change: Tensor) -> None:
+        """The largest relative move of the statistics of a part; infinite for the first measurement."""
+        part = part_of(key, self.approx.parts)
+        self.changes[part] = torch.maximum(self.changes[part], change) if part in self.changes else change
+
+    def decide(self, step: int | None, changes: dict[str, float]) -> None:
+        """Take note of how far each part moved and, at a step of an adaptive interval, when it is measured next."""
+        options = self.options
+        for part, change in changes.items():
+            self.drifts[part] += change
+            if step is not None:
+                self.paces[part].decide(step, change, options.refresh_tol, options.refresh_cap, options.refresh_warmup)
+        self.changes = {}
+        if step is not None:
+            self.next_update = min(pace.next for pace in self.paces.values())
+
+    def want(self, step: int | None) -> None:
+        """Measure what is due at a step of an adaptive interval; None: everything."""
+        due = [part for part, pace in self.paces.items() if step is None or step >= pace.next]
+        self.wanted = due or self.approx.parts
+
+    @property
+    def moved(self) -> bool:
+        """Whether a statistic has moved by the tolerance since the last factorisation."""
+        return any(not drift < self.options.refresh_tol for drift in self.drifts.values())
+
+    @property
+    def inputs_alone(self) -> bool:
+        """Whether what came in is all that is measured: no signal needs to be sent."""
+        return self.kind == INPUT or (self.kind != SECOND and tuple(self.wanted) == ("A",))
+
+    def _merge(self, pairs: LargestPairs, rho: float, gain: float, watched: bool) -> None:
         """The running average of a block that keeps its largest eigenpairs: those of the weighted sum."""
         new = self.pending_rows
         self.forget_pending()
@@ -409,9 +467,12 @@ class Curvature:
         zero = p.new_zeros((), dtype=torch.promote_types(p.dtype, torch.float32))
         before = self.weights.get("values", zero)
         old = self.tensors or pairs.empty(self.layers, zero)
-        weight = before * rho + 1
-        merged, ok = pairs.merged([(1 / weight, new), (1 - 1 / weight, [LowRank(**old)])])
+        weight = before * rho + gain
+        merged, ok = pairs.merged([(gain / weight, new), (1 - gain / weight, [LowRank(**old)])])
         self._count(0, ~ok)
+        if watched:
+            known = old["values"].any()
+            self._note_change("values", torch.where(known, merged.distance(LowRank(**old)), math.inf))
         self.tensors = {key: torch.where(ok, getattr(merged, key), value) for key, value in old.items()}
         self.weights = dict.fromkeys(old, torch.where(ok, weight, before))
 
@@ -466,6 +527,7 @@ class Curvature:
             if "moments" in self.tensors and isinstance(self.factor, Eigen):
                 self.tensors["moments"] = self.factor.values
         self._count(1, ~ok)
+        self.drifts = dict.fromkeys(self.approx.parts, 0.0)
         self.factor_damping = math.nan if isinstance(damping, Tensor) else float(damping)
 
     def _factorise(self, damping: float | Tensor) -> tuple[Factor, Tensor]:
@@ -591,6 +653,8 @@ class Curvature:
             "reported_skipped": self.reported[0],
             "reported_failed": self.reported[1],
             "factor_damping": self.factor_damping,
+            "paces": {part: pace.state() for part, pace in self.paces.items()},
+            "drifts": dict(self.drifts),
         }
         p = self.params[0]
         saved["flags"] = p.new_zeros(2, dtype=torch.int32) if self.flags is None else self.flags
@@ -619,6 +683,8 @@ class Curvature:
             )
         self.forget_pending()
         self.next_update, self.next_refactor = int(saved.get("next_update", 0)), int(saved.get("next_refactor", 0))
+        self.paces = {part: Pace(**saved.get("paces", {}).get(part, {})) for part in self.approx.parts}
+        self.drifts = {part: saved.get("drifts", {}).get(part, math.inf) for part in self.approx.parts}
         self.flags = saved.get("flags")
         self.reported = int(saved.get("reported_skipped", 0)), int(saved.get("reported_failed", 0))
         known = saved.get("known", {})

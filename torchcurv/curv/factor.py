@@ -215,6 +215,12 @@ class LowRank(_Saved):
         """Diagonal of C [1, 1, P]."""
         return (self._rest + (self.values - self._rest) @ self.vectors.square())[None, None]
 
+    def distance(self, other: LowRank) -> Tensor:
+        """norm(C - other) / norm(other) (Frobenius), without `rest`."""
+        overlap = (self.vectors @ other.vectors.mT).square()
+        square = self.values.square().sum() + other.values.square().sum() - 2 * self.values @ overlap @ other.values
+        return square.clamp_min(0).sqrt() / other.values.norm()
+
     def trace(self) -> Tensor:
         return self.values.sum() + (self.vectors.shape[1] - len(self.values)) * self._rest
 

@@ -14,13 +14,14 @@ optimization" (2022), FOOF.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approx import Basis, Kronecker, Sides, Tensors
+from torchcurv.curv.approx import WHOLE, Basis, Kronecker, Sides, Tensors
 from torchcurv.curv.factor import Eigen, Factor, InputRows, Inverse
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.linalg import Damping, inverse_spd, sum_of
@@ -43,6 +44,7 @@ class InputSide:
     sharing: str = "expand"
     by_rows: bool = False
     linear: ClassVar[tuple[str, ...]] = ()
+    parts: ClassVar[tuple[str, ...]] = WHOLE
 
     @classmethod
     def of(cls, layer: Layer, sides: Sides, sharing: str, by_rows: bool) -> InputSide:
@@ -58,7 +60,7 @@ class InputSide:
         """The sizes of (I, A) as a summary prints them."""
         return "I", f"rows of {d}" if self.by_rows else Kronecker(sides=self.sides).side_names(o, d)[1]
 
-    def measure(self, stats: Stats, basis: Basis | None = None) -> Tensors:
+    def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = WHOLE) -> Tensors:
         tensors: Tensors = {}
         for use in stats.only_layer("input"):
             inputs = use.inputs.without_bias()

@@ -225,7 +225,8 @@ class Pass:
                 kinds: dict[tuple[str, int | None], list[Curvature]] = {}
                 for block in self.blocks:
                     if block.name in record.due:
-                        kinds.setdefault((block.kind, block.options.samples), []).append(block)
+                        kind = INPUT if block.inputs_alone else block.kind
+                        kinds.setdefault((kind, block.options.samples), []).append(block)
                 for (kind, samples), blocks in kinds.items():
                     if kind == SECOND:
                         self.differentiate([b for b in blocks if b.options.method != "propagate"], factor)

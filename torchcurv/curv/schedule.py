@@ -2,24 +2,73 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
-Interval = int | Callable[[int], int]
+ADAPTIVE = "adaptive"
+Interval = int | str | Callable[[int], int]
+
+
+@dataclass
+class Pace:
+    """How often one statistic is measured: ever more rarely while its running average X stands still.
+
+    With d_t = norm(X_t - X_t-1) / norm(X_t-1) (Frobenius) at the t-th measurement and i_t the steps before it,
+
+        d_t >= tol                      i_t+1 = max(1, i_t // 2)
+        d_t < tol <= d_t + d_t-1        i_t+1 = i_t
+        d_t + d_t-1 < tol               i_t+1 = i_t + i_t-1, up to a cap
+
+    The sum bounds the distance to the average before the last. Source: Osawa et al., "Scalable and practical natural
+    gradient for large-scale deep learning" (2020), of single measurements; with running averages, noise that the
+    average takes out does not count as a change.
+
+    next: the step at which it is due. measured: the step of the last measurement, -1 before the first.
+    """
+
+    next: int = 0
+    measured: int = -1
+    interval: int = 1
+    before: int = 1
+    change: float = math.inf
+
+    def decide(self, step: int, change: float, tol: float, cap: int, warmup: int) -> None:
+        """It was measured at a step and moved by `change`; after one that is not finite it is measured at once."""
+        interval = self.interval
+        if not math.isfinite(change) or step < warmup:
+            interval = 1
+        elif change >= tol:
+            interval = max(1, interval // 2)
+        elif change + self.change < tol:
+            interval = min(cap, interval + self.before)
+        self.before, self.interval = self.interval, interval
+        self.measured, self.next, self.change = step, step + interval, change
+
+    def state(self) -> dict[str, int | float]:
+        return asdict(self)
+
+
+def fading(decay: float, steps: int) -> tuple[float, float]:
+    """(ρ^k, 1 + ρ + ... + ρ^(k-1)): what is left after k steps of an old weight, and the weight of what stands for all
+    of them."""
+    left = decay**steps
+    return left, float(steps) if decay == 1 else (1 - left) / (1 - decay)
 
 
 def check_interval(name: str, value: Interval) -> Interval:
-    if callable(value):
+    if callable(value) or value == ADAPTIVE:
         return value
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}; pass an int of at least 1, or a callable from the step to such an int")
+        raise ValueError(
+            f'{name}={value!r}; pass an int of at least 1, "adaptive", or a callable from the step to such an int'
+        )
     return value
 
 
-def interval_at(name: str, value: Interval, step: int) -> int:
+def interval_at(name: str, value: Callable[[int], int], step: int) -> int:
     """The interval that holds from this step on."""
-    if not callable(value):
-        return value
     answer = value(step)
     if isinstance(answer, bool) or not isinstance(answer, int) or answer < 1:
         raise ValueError(f"{name} returned {answer!r} at step {step}; it must return an int of at least 1")

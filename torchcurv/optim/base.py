@@ -21,7 +21,7 @@ from torchcurv.curv.curvature import OPTION_NAMES, Curvature, Options, partition
 from torchcurv.curv.kinds import GRADIENT, INPUT
 from torchcurv.curv.layers import Layer, find_layers
 from torchcurv.curv.record import Record
-from torchcurv.curv.schedule import interval_at
+from torchcurv.curv.schedule import ADAPTIVE, interval_at
 
 _INTERVALS = ("update_every", "refactor_every")
 _DAMPING_TOLERANCE = 0.1  # relative change of the damping after which an inverse that holds it is computed anew
@@ -219,6 +219,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------------------ refresh
 
+    def _adaptive(self, index: int, key: str) -> bool:
+        return self.param_groups[index][key] == ADAPTIVE
+
     def _interval(self, index: int, key: str) -> int:
         schedule = self._schedules.get((index, key))
         if schedule is not None:
@@ -226,6 +229,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return self.param_groups[index][key]
 
     def _due(self) -> list[str]:
+        for block, index in zip(self._blocks, self._group_index, strict=True):
+            block.want(self._steps if self._adaptive(index, "update_every") else None)
         return [block.name for block in self._blocks if self._steps >= block.next_update]
 
     def _damping(self, group: dict[str, Any]) -> float | Tensor:
@@ -272,23 +277,47 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         missing = [b for b, _ in reached if self._steps >= b.next_update and not b.captured]
         if missing and not self._check_captured(record, missing):
             return False
-        stale = []
         for block, index in reached:
-            group = self.param_groups[index]
-            damping = self._damping(group)
-            due = self._steps >= block.next_refactor or not block.has_factor or _damping_moved(block, damping)
             if block.captured:
-                block.update(group["ema_decay"], follow=not due)
-                block.next_update = self._steps + self._interval(index, "update_every")
+                self._update_average(block, index)
                 self._unsaved.append(block)
-            if self._factors and block.measured and due:
-                stale.append((block, index, damping))
-        self._report([block for block, _, _ in stale])
-        for block, index, damping in stale:
-            block.refactor(damping)
-            block.next_refactor = self._steps + self._interval(index, "refactor_every")
+        self._decide([(block, index) for block, index in reached if block.changes])
+        stale = [(block, index) for block, index in reached if self._factors and self._is_stale(block, index)]
+        self._report([block for block, _ in stale])
+        for block, index in stale:
+            block.refactor(self._damping(self.param_groups[index]))
+            if not self._adaptive(index, "refactor_every"):
+                block.next_refactor = self._steps + self._interval(index, "refactor_every")
             self._unsaved.append(block)
         return True
+
+    def _update_average(self, block: Curvature, index: int) -> None:
+        decay, follow = self.param_groups[index]["ema_decay"], not self._is_due(block, index)
+        adaptive = self._adaptive(index, "update_every")
+        watched = adaptive or self._adaptive(index, "refactor_every")
+        block.update(decay, follow, self._steps if adaptive else None, watched)
+        if not adaptive:
+            block.next_update = self._steps + self._interval(index, "update_every")
+
+    def _decide(self, blocks: list[tuple[Curvature, int]]) -> None:
+        """Let blocks of adaptive intervals see how far they moved: a host sync where one was measured."""
+        moves = [(block, part, change) for block, _ in blocks for part, change in block.changes.items()]
+        if not moves:
+            return
+        device = moves[0][2].device
+        read = torch.stack([change.to(device, torch.float64) for _, _, change in moves]).tolist()
+        for block, index in blocks:
+            own = {part: value for (other, part, _), value in zip(moves, read, strict=True) if other is block}
+            block.decide(self._steps if self._adaptive(index, "update_every") else None, own)
+
+    def _is_due(self, block: Curvature, index: int) -> bool:
+        """Whether a factorisation is due whatever was measured."""
+        scheduled = not self._adaptive(index, "refactor_every") and self._steps >= block.next_refactor
+        return scheduled or not block.has_factor or _damping_moved(block, self._damping(self.param_groups[index]))
+
+    def _is_stale(self, block: Curvature, index: int) -> bool:
+        moved = self._adaptive(index, "refactor_every") and block.moved
+        return block.measured and (moved or self._is_due(block, index))
 
     def _report(self, blocks: list[Curvature]) -> None:
         """Read what went wrong since the last factorisation: the only host sync, and only when one is due."""

@@ -49,8 +49,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         weight_decay: decoupled decay. l2: coefficient of l2/2 norm(p)² in the loss, in g and in the damping.
         maximize: ascend.
         samples: signals drawn per step; None: the exact curvature (one backward pass per output element).
-        sharing, ema_decay, update_every, refactor_every, rows_limit, factor_blocks, max_factor_dim,
-            partition, rank: see
+        sharing, ema_decay, update_every, refactor_every ("adaptive" too), refresh_tol, refresh_cap, refresh_warmup,
+            rows_limit, factor_blocks, max_factor_dim, partition, rank: see
             `torchcurv.curv.curvature.Options`.
         reduction, class_dim: of a loss given by name. output_fn: from the model's output to the loss's input.
         grad_scaler: the torch.amp.GradScaler that scales the loss, if any.
@@ -88,8 +88,11 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         sharing: str = "expand",
         damping_type: str = "factored",
         ema_decay: float = 0.95,
-        update_every: int | Callable[[int], int] = 1,
-        refactor_every: int | Callable[[int], int] = 1,
+        update_every: int | str | Callable[[int], int] = 1,
+        refactor_every: int | str | Callable[[int], int] = 1,
+        refresh_tol: float = 0.1,
+        refresh_cap: int = 100,
+        refresh_warmup: int = 10,
         rows_limit: int = 2048,
         hessian_method: str | None = None,
         residual: str = "keep",

@@ -1,0 +1,212 @@
+"""Adaptive intervals: the rule, what is not due is not computed, averages that fade with time, and resuming."""
+
+import math
+from itertools import pairwise
+
+import cases
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from measured import close
+from torch import nn
+
+from torchcurv import Preconditioner, SecondOrderOptimizer
+from torchcurv.curv import stats
+from torchcurv.curv.inputs import Inputs
+from torchcurv.curv.passes import Pass
+from torchcurv.curv.schedule import Pace
+
+ADAPTIVE = {"update_every": "adaptive", "refactor_every": "adaptive"}
+
+
+def make_model():
+    return cases.seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
+
+
+def backward(model, seed=0):
+    x, y = cases.randn(6, 4, seed=seed), torch.arange(6) % 3
+    nn.functional.cross_entropy(model(x), y).backward()
+
+
+def train(optimizer, model, steps, seed=lambda t: 0):
+    measured = []
+    for t in range(steps):
+        optimizer.zero_grad()
+        backward(model, seed(t))
+        measured.append({part: t >= pace.next for part, pace in optimizer._blocks[0].paces.items()})
+        optimizer.step()
+    return {part: [t for t, due in enumerate(measured) if due[part]] for part in measured[0]}
+
+
+@given(st.lists(st.floats(0, 0.3), min_size=1, max_size=30), st.integers(1, 40), st.integers(0, 5))
+def test_the_rule(changes, cap, warmup):
+    pace, step, intervals, before = Pace(), 0, [1, 1], math.inf
+    for change in changes:
+        pace.decide(step, change, 0.1, cap, warmup)
+        last = intervals[-1]
+        if step < warmup:
+            expected = 1
+        elif change >= 0.1:
+            expected = max(1, last // 2)
+        else:
+            expected = last if change + before >= 0.1 else min(cap, last + intervals[-2])
+        intervals.append(expected)
+        before = change
+        assert (pace.interval, pace.next, pace.measured) == (expected, step + expected, step)
+        step = pace.next
+    pace.decide(step, math.nan, 0.1, cap, warmup)
+    assert pace.next == step + 1
+
+
+def test_what_stands_still_is_measured_ever_more_rarely():
+    model = make_model()
+    optimizer = SecondOrderOptimizer(
+        model, approx="kfac", samples=None, lr=0.0, momentum=0.0, refresh_cap=20, refresh_warmup=2, **ADAPTIVE
+    )
+    measured = train(optimizer, model, 80)
+    gaps = [later - earlier for earlier, later in pairwise(measured["A"])]
+    assert gaps == [1, 1, 2, 3, 5, 8, 13, 20, 20] and measured["A"] == measured["B"]
+
+
+@pytest.mark.parametrize("curv_type", ["ggn", "empirical_fisher"])
+def test_what_is_not_due_is_not_computed(monkeypatch, curv_type):
+    """The same inputs each time, but draws or weights that change what is sent back: A rests while B does not."""
+    computed = {"A": 0, "B": 0, "sent": 0}
+
+    def counting(owner, name, key):
+        own = getattr(owner, name)
+
+        def counted(*args):
+            computed[key] += 1
+            return own(*args)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    model = nn.Sequential(make_model()[0])
+    optimizer = SecondOrderOptimizer(
+        model, approx="kfac", curv_type=curv_type, lr=0.0, momentum=0.0, ema_decay=0.5, refresh_warmup=0, **ADAPTIVE
+    )
+    train(optimizer, model, 1)  # the first pass is checked by one of its own
+    counting(Inputs, "cov", "A")
+    counting(stats.Use, "output_cov", "B")
+    counting(Pass, "_backward", "sent")
+    labels = lambda t: torch.arange(6) * (t + 1) % 5  # noqa: E731
+    due = {"A": [], "B": []}
+    for t in range(1, 30):
+        optimizer.zero_grad()
+        (block,) = optimizer._blocks
+        for part in due:
+            due[part] += [t] if t >= block.paces[part].next else []
+        nn.functional.cross_entropy(model(cases.randn(6, 4)), labels(t)).backward()
+        optimizer.step()
+    assert computed["A"] == len(due["A"]) < 12 and computed["B"] == len(due["B"])
+    assert len(due["B"]) > len(due["A"])
+    assert computed["sent"] == (len(due["B"]) if curv_type == "ggn" else 0)
+
+
+def test_averages_fade_with_steps_not_measurements():
+    model, rho = make_model(), 0.8
+    optimizer = SecondOrderOptimizer(
+        model, approx="diag", samples=None, lr=0.0, momentum=0.0, ema_decay=rho, refresh_tol=0.3, refresh_warmup=0,
+        **ADAPTIVE,
+    )  # fmt: skip
+    (times,) = train(optimizer, model, 25, seed=lambda t: t).values()
+    assert len(times) < 25 and max(later - earlier for earlier, later in pairwise(times)) > 1
+    every = SecondOrderOptimizer(model, approx="diag", samples=None, lr=0.0, momentum=0.0, ema_decay=0.0)
+    total = weight = 0.0
+    for t, last in zip(times, [times[0] - 1, *times], strict=False):
+        every.zero_grad()
+        backward(model, t)
+        every.step()
+        gain = sum(rho**k for k in range(t - last))
+        total = rho ** (t - last) * total + gain * every._blocks[0].tensors["diag"]
+        weight = rho ** (t - last) * weight + gain
+    close(optimizer._blocks[0].tensors["diag"], total / weight)
+
+
+@pytest.mark.parametrize("approx", cases.APPROXIMATIONS)
+def test_every_approximation_rests_and_its_factor_too(approx, monkeypatch):
+    model = make_model()
+    options = {"approx": approx, "samples": None, "lr": 0.0, "momentum": 0.0, "rank": 4}
+    optimizer = SecondOrderOptimizer(model, **options, **ADAPTIVE)
+    (block, *_), factored = optimizer._blocks, []
+    own = block.refactor
+    monkeypatch.setattr(block, "refactor", lambda damping: (factored.append(optimizer._steps), own(damping)))
+    measured = train(optimizer, model, 60)
+    assert all(len(times) < 20 for times in measured.values())
+    assert factored[0] == 0 and len(factored) <= 3
+    still = SecondOrderOptimizer(model, **options)
+    train(still, model, 2)
+    v = [cases.randn(*p.shape, seed=k) for k, p in enumerate(block.params)]
+    damping = None if block.bakes_damping() else 0.1
+    for ours, theirs in zip(block.solve(v, damping), still._blocks[0].solve(v, damping), strict=True):
+        close(ours, theirs, 1e-8)
+
+
+def test_a_factor_is_computed_anew_when_the_average_or_the_damping_has_moved():
+    model = make_model()
+    optimizer = SecondOrderOptimizer(
+        model, approx="kfac", samples=None, lr=0.0, momentum=0.0, refactor_every="adaptive", ema_decay=0.0
+    )
+    (block, _) = optimizer._blocks
+    train(optimizer, model, 2)
+    held = block.factor
+    train(optimizer, model, 2)
+    assert block.factor is held
+    train(optimizer, model, 1, seed=lambda t: 5)
+    assert block.factor is not held
+    held = block.factor
+    for group in optimizer.param_groups:
+        group["damping"] *= 2
+    train(optimizer, model, 1, seed=lambda t: 5)
+    assert block.factor is not held
+
+
+def test_after_a_measurement_that_is_not_finite_the_next_step_measures():
+    model = make_model()
+    optimizer = SecondOrderOptimizer(model, samples=None, lr=0.0, momentum=0.0, refresh_warmup=0, **ADAPTIVE)
+    train(optimizer, model, 30)
+    (block, _) = optimizer._blocks
+    while optimizer._steps < block.next_update:
+        train(optimizer, model, 1)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(cases.randn(6, 4) * math.nan), torch.arange(6) % 3).backward()
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.step()
+    assert block.next_update == optimizer._steps
+
+
+@pytest.mark.parametrize("make", [SecondOrderOptimizer, Preconditioner])
+@pytest.mark.parametrize("approx", ["kfac", "ekfac", "diag", "lowrank"])
+def test_resuming_changes_no_bit(approx, make):
+    def run(stop):
+        model = make_model()
+        options = {"approx": approx, "refresh_warmup": 3, "refresh_tol": 0.3, **ADAPTIVE}
+        optimizer, step = make(model, **options), torch.optim.SGD(model.parameters(), lr=0.05)
+        for t in range(25):
+            if t == stop:
+                saved = optimizer.state_dict()
+                optimizer = make(model, **options)
+                optimizer.load_state_dict(saved)
+            optimizer.zero_grad()
+            backward(model, t)
+            optimizer.step()
+            if make is Preconditioner:
+                step.step()
+        return list(model.parameters())
+
+    for stop in (4, 13):
+        assert all(torch.equal(p, q) for p, q in zip(run(None), run(stop), strict=True))
+
+
+def test_options():
+    model = make_model()
+    with pytest.raises(ValueError, match="update_every='often'; pass an int of at least 1, \"adaptive\""):
+        SecondOrderOptimizer(model, update_every="often")
+    with pytest.raises(ValueError, match="refresh_tol=0; pass a number > 0"):
+        SecondOrderOptimizer(model, refresh_tol=0)
+    with pytest.raises(ValueError, match="refresh_cap=0; pass an int of at least 1"):
+        SecondOrderOptimizer(model, refresh_cap=0)
+    with pytest.raises(ValueError, match="solved through its rows"):
+        SecondOrderOptimizer(model, approx="full", rows_limit=1, **ADAPTIVE)
