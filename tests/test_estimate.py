@@ -1,6 +1,7 @@
 """Estimates from products alone, against dense matrices in float64."""
 
 import math
+import warnings
 
 import cases
 import pytest
@@ -131,6 +132,24 @@ def test_the_density_of_a_multiple_of_the_identity_is_one_peak():
     assert abs(torch.trapezoid(got.density, got.grid) - 1) < 1e-3
     grid = torch.linspace(2, 4, 11, dtype=torch.float64)
     assert torch.equal(estimate.smoothed(got.nodes, got.weights, 0.1, grid).grid, grid)
+
+
+@pytest.mark.parametrize("products", range(3, 60))
+def test_pairs_come_back_whenever_the_products_run_out(products):
+    """Even right after a restart; and the least of a spectrum to the accuracy that its largest allows."""
+    C, _ = operator(with_eigenvalues(torch.cat([torch.linspace(0.9, 1, 60), torch.tensor([50.0, 0.5])])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = estimate.eigh(C, 3, "smallest", 1e-3, products, generator())
+    assert found.values.shape == found.residuals.shape == (3,)
+    if products > 30:
+        assert abs(found.values[0] - 0.5) < 1e-3 and found.residuals.max() <= 2e-3 * 50
+
+
+def test_the_tolerance_is_relative_to_the_largest_magnitude():
+    C, counted = operator(with_eigenvalues(torch.cat([torch.linspace(0, 1, 500), torch.tensor([50.0])])))
+    found = estimate.eigh(C, 1, "smallest", 1e-3, generator=generator())
+    assert counted["products"] < 100 and found.residuals[0] < 2e-3 * 50
 
 
 # --- trace, diagonal, norms -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torchcurv.curv.products import CurvatureOperator
 from torchcurv.curv.spectra import Spectra
 
 QUANTILES = (0.25, 0.75)
-VISIBLE = 1e-12  # of the largest magnitude: eigenvalues below it count as zero
+VISIBLE = 1e-8  # of the largest magnitude: eigenvalues below it count as zero
 
 
 def _axes(ax: Any, size: tuple[float, float]) -> Any:
@@ -89,14 +89,15 @@ def plot_layers(curvature: Spectra, ax: Any = None, *, damping: float = 1e-3, co
             f"{float(condition):.2g}", (place, 1.01), xycoords=("data", "axes fraction"), ha="center", va="bottom",
             fontsize="small",
         )  # fmt: skip
-    ax.set_title("condition number", fontsize="small", pad=16)
+    ax.set_title("condition number of layer + damping", fontsize="small", pad=16)
+    ax.set_xlabel("layer")
     ax.set_xticks(
         range(len(found)), list(found), rotation=45 if len(found) > 6 else 0, ha="right" if len(found) > 6 else "center"
     )
     ax.set_xlim(-0.6, len(found) - 0.4)
     ax.set_ylabel("|eigenvalue|")
     ax.grid(True, axis="y", alpha=0.25)
-    ax.legend(fontsize="small")
+    ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
