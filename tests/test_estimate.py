@@ -157,19 +157,28 @@ def test_the_tolerance_is_relative_to_the_largest_magnitude():
 
 @settings(max_examples=60, deadline=None)
 @given(n=SIZES, rank=st.integers(0, 6), seed=SEEDS)
-def test_low_rank_is_exact(n, rank, seed):
+def test_hutchpp_of_low_rank_is_exact(n, rank, seed):
     C = symmetric(n, seed, rank)
     got = estimate.hutchpp_trace(operator(C)[0], 3 * max(rank, 2), generator(seed))
     assert torch.allclose(got.value, C.trace(), atol=1e-9) and got.standard_error < 1e-9 * (1 + C.trace())
-    products = 2 * (rank + 3)
-    if min(products // 2, n) > min(rank, n):
-        got = estimate.xdiag(operator(C)[0], products, generator(seed))
-        unlucky = torch.linalg.matrix_rank(C @ signs(n, products // 2, seed)) < torch.linalg.matrix_rank(C)
-        assert unlucky or torch.allclose(got.value, C.diag(), atol=1e-8 * (1 + C.trace()))
 
 
-def signs(n, k, seed):
-    return Symmetric(lambda x: x, n, torch.float64).signs(min(k, n), generator(seed))
+@settings(max_examples=80, deadline=None)
+@given(n=SIZES, rank=st.none() | st.integers(0, 6), pairs=st.integers(2, 9), seed=SEEDS)
+def test_xdiag_is_its_definition(n, rank, pairs, seed):
+    """Each Q_i Q_i^T as the projector on the other products; of low rank that leaves nothing to chance."""
+    C = symmetric(n, seed, rank)
+    z = Symmetric(lambda x: x, n, torch.float64).signs(min(pairs, n), generator(seed))
+    answers, exact = [], True
+    for i in range(z.shape[1]):
+        others = C @ torch.cat([z[:, :i], z[:, i + 1 :]], 1)
+        P = others @ torch.linalg.pinv(others, rtol=1e-9)
+        answers.append((P @ C).diag() + z[:, i] * (C @ z[:, i] - P @ (C @ z[:, i])))
+        exact &= bool(torch.allclose(P @ C, C, atol=1e-9))
+    got = estimate.xdiag(operator(C)[0], 2 * pairs, generator(seed))
+    tolerance = 1e-7 * (1 + C.abs().max())
+    assert torch.allclose(got.value, torch.stack(answers).mean(0), atol=tolerance)
+    assert not exact or torch.allclose(got.value, C.diag(), atol=tolerance)
 
 
 @settings(max_examples=30, deadline=None)
