@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 CLASSES = 3
+APPROXIMATIONS = ["full", "block", "unit", "kfac", "ekfac", "diag", "lowrank"]
 
 
 def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:

@@ -394,3 +394,27 @@ def test_the_spectrum_program_draws_what_it_measured(tmp_path):
     assert "GGN" in console.file.getvalue()
     spectrum.draw({"before": (found, layers)}, 1e-3, tmp_path / "made" / "picture.png")
     assert (tmp_path / "made" / "picture.png").stat().st_size > 1000
+
+
+def test_the_program_of_low_rank_curvature_says_what_it_costs(monkeypatch, capsys):
+    from benchmarks import lowrank
+
+    monkeypatch.setattr(sys, "argv", ["lowrank", "--rounds", "1", "--batch", "2"])
+    lowrank.main()
+    assert "and 10 directions" in (printed := capsys.readouterr().out) and "the rows would take 149 MB" in printed
+
+
+def test_isaac_on_some_of_the_layers(tmp_path):
+    from benchmarks import isaac
+
+    digits = data.mnist()
+    train, test = digits._replace(images=digits.images[::10], labels=digits.labels[::10]), digits
+    settings = [isaac.Setting(0, 0.1), isaac.Setting(5, 1.0, 10.0)]
+    assert [type(layer).__name__ for layer in isaac.network(isaac.Setting(2, 1.0, 10.0))[::2]] == (
+        ["ISAACLinear"] * 2 + ["Linear"] * 3
+    )
+    runs = {s.k: [isaac.train(s, train, test, 2, seed=0)] for s in settings}
+    assert all(run.losses[-1] < run.losses[0] and run.seconds[-1] > 0 for own in runs.values() for run in own)
+    assert isaac.table(runs, steps=10).row_count == 2
+    isaac.draw(runs, tmp_path / "isaac.png")
+    assert (tmp_path / "isaac.png").stat().st_size > 10_000

@@ -192,3 +192,19 @@ def test_what_has_no_rule_is_named():
     optimizer = SecondOrderOptimizer(wide, curv_type="hessian", approx="kfac", max_hessian_dim=8)
     with pytest.raises(ValueError, match=r"9.*max_hessian_dim|max_hessian_dim.*9"):
         nn.functional.cross_entropy(wide(cases.randn(2, 4)), torch.tensor([0, 1])).backward()
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.softmax(self.query(x) * self.key(x), -1)
+
+
+def test_a_refusal_names_the_operation_and_the_module():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({"inner": Attends()})["inner"], nn.Linear(4, 3)).double()
+    data = [(cases.randn(2, 4), torch.tensor([0, 1]))]
+    with pytest.raises(NotImplementedError, match=r"through softmax \(operation .* in module '1' \(Attends\)\): there"):
+        curvature(model, nn.CrossEntropyLoss(), data, curv_type="hessian", approx="diag")

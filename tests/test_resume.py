@@ -11,7 +11,7 @@ from torch import nn
 
 from torchcurv import Preconditioner, SecondOrderOptimizer
 
-APPROXIMATIONS = ["full", "block", "unit", "kfac", "ekfac", "diag"]
+APPROXIMATIONS = cases.APPROXIMATIONS
 KINDS = ["ggn", "fisher", "empirical_fisher"]
 
 
@@ -61,6 +61,14 @@ def test_resuming_in_the_middle_of_an_interval_changes_no_bit(approx, kind, dtyp
     for stop in (1, 4, 7):
         ours, theirs = resumed(options, stop, dtype)
         assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("indefinite", ["abs", "clip", "shift"])
+@pytest.mark.parametrize("approx", ["block", "unit", "kfac", "diag", "lowrank"])
+def test_resuming_with_the_hessian(approx, indefinite):
+    options = {"approx": approx, "curv_type": "hessian", "indefinite": indefinite, "lr": 0.05, "rank": 4}
+    ours, theirs = resumed({**options, "update_every": 3, "refactor_every": 5}, 4, torch.float32)
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("damping_type", ["factored", "exact"])

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torchcurv import Preconditioner, SecondOrderOptimizer
 from torchcurv.curv import curvature as curvature_module
 
-APPROXIMATIONS = ["full", "block", "unit", "kfac", "ekfac", "diag"]
+APPROXIMATIONS = cases.APPROXIMATIONS
 
 
 def make_model(dtype=torch.float32):

@@ -33,6 +33,7 @@ APPROXIMATIONS = {
     "kfac, reduce": {"approx": "kfac", "sharing": "reduce"},
     "ekfac": {"approx": "ekfac"},
     "diag": {"approx": "diag"},
+    "lowrank": {"approx": "lowrank", "rank": 8},
     "None": {"approx": None},
 }
 

@@ -1,8 +1,8 @@
 """torchcurv: the curvature of a network's loss, layer by layer, in a form an optimizer can use."""
 
-from torchcurv import optim
+from torchcurv import nn, optim
 from torchcurv.curv.losses import register_loss
-from torchcurv.curv.operator import CurvatureSet, curvature
+from torchcurv.curv.operator import CurvatureSet, curvature, directions
 from torchcurv.curv.products import CurvatureOperator
 from torchcurv.curv.views import register_view
 from torchcurv.optim.preconditioner import Preconditioner
@@ -14,6 +14,8 @@ __all__ = [
     "Preconditioner",
     "SecondOrderOptimizer",
     "curvature",
+    "directions",
+    "nn",
     "optim",
     "register_loss",
     "register_view",

@@ -10,16 +10,19 @@ basis is that of the block's last factor, which only ekfac asks for; ok is a 0-d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.factor import Eigen, Factor, Inverse
+from torchcurv.curv.factor import Eigen, Factor, Inverse, LowRank
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.linalg import Damping, sum_of
-from torchcurv.curv.sides import block_count, eigenbasis, inverse, mean_diagonal, side_shape, times, times_left
+from torchcurv.curv.lowrank import largest_pairs
+from torchcurv.curv.rows import RowSpace
+from torchcurv.curv.sides import block_count, eigenbasis, inverse, mean_diagonal, side_shape, times, times_left, whole
 from torchcurv.curv.stats import Stats
 
 Tensors = dict[str, Tensor]
@@ -87,9 +90,12 @@ class Diagonal:
     def factor(
         self, tensors: Tensors, damping: Damping, damping_type: str, basis: Basis | None = None
     ) -> tuple[Factor, Tensor]:
-        values = tensors["diag"] if self.spectrum is None else mapped(tensors["diag"], self.spectrum)
+        values = tensors["diag"]
         lam = _damping_tensor(damping, values)
-        return Eigen(values, damping=lam), torch.isfinite(lam)  # the average lets in only what is finite
+        fine = torch.isfinite(lam)  # the average lets in only what is finite
+        if self.spectrum in (None, "abs"):
+            return Eigen(values, damping=lam, absolute=self.spectrum == "abs"), fine
+        return Eigen(mapped(values, self.spectrum), damping=lam), fine
 
 
 # ------------------------------------------------------------------------------------------------- dense
@@ -236,7 +242,7 @@ class Kronecker:
 
     def product(self, tensors: Tensors, x: Tensor) -> Tensor:
         """B x A for x [g, o, d]."""
-        left, right = (_whole(side) for side in self._product(tensors))
+        left, right = (whole(side) for side in self._product(tensors))
         return times(times_left(left, x), right)
 
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
@@ -286,11 +292,6 @@ class Kronecker:
         return left, right / total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
-def _whole(side: Tensor) -> Tensor:
-    """A side whose lower triangle counts, with its upper one."""
-    return side.tril() + side.tril(-1).mT
-
-
 def split_damping(mean_a: Tensor, mean_b: Tensor, damping: Tensor, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Damping of A and of B, [g] each: π sqrt(λ) and sqrt(λ)/π, π² = (tr A / dim A) / (tr B / dim B).
 
@@ -315,3 +316,51 @@ def project_moments(moments: Tensor, old: Basis, new: Basis) -> Tensor:
     """Diagonal in the new basis of the matrix whose eigenvalues in the old basis are `moments`; keeps the trace."""
     (left, right), (new_left, new_right) = old, new
     return times(times_left((new_left.mT @ left).square(), moments), (new_right.mT @ right).square().mT)
+
+
+# ---------------------------------------------------------------------------------------------- low rank
+
+
+@dataclass(frozen=True)
+class LargestPairs:
+    """C ≈ Σ_k λ_k e_k e_k^T over the `rank` eigenpairs of largest magnitude.
+
+    They come from Gram matrices (Dangel et al. 2022, ViViT), so they do not add up like other statistics: what was
+    measured is kept as rows, and `merged` finds the pairs of a weighted sum.
+    """
+
+    rank: int
+    spectrum: str | None = None
+    linear: ClassVar[tuple[str, ...]] = ("values",)
+
+    def measure(self, stats: Stats, basis: Basis | None = None) -> Tensors:
+        raise NotImplementedError
+
+    def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
+        raise NotImplementedError
+
+    def merged(self, parts: Sequence[tuple[Tensor | float, Sequence[Stats | LowRank]]]) -> tuple[LowRank, Tensor]:
+        """(the largest pairs of Σ weight Σ C over the parts, whether all was finite)."""
+        spaces: list[tuple[Tensor | float, RowSpace | LowRank]] = []
+        for weight, some in parts:
+            stats = tuple(part for part in some if isinstance(part, Stats))
+            spaces += [(weight, RowSpace(stats))] if stats else []
+            spaces += [(weight, part) for part in some if isinstance(part, LowRank)]
+        return largest_pairs(spaces, self.rank)
+
+    def product(self, tensors: Tensors, x: Tensor) -> Tensor:
+        """C x for x [g, o, d]."""
+        return LowRank(**tensors).matvec(x)
+
+    def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
+        size = sum(torch.Size(layer.shape).numel() for layer in layers)
+        return {"values": like.new_zeros(self.rank), "vectors": like.new_zeros(self.rank, size)}
+
+    def factor(
+        self, tensors: Tensors, damping: Damping, damping_type: str, basis: Basis | None = None
+    ) -> tuple[Factor, Tensor]:
+        values = tensors["values"]
+        least = values.amin().clamp_max(0)
+        rest = -least if self.spectrum == "shift" else torch.zeros_like(least)
+        lam = _damping_tensor(damping, values)
+        return LowRank(mapped(values[None], self.spectrum)[0], tensors["vectors"], lam, rest), torch.isfinite(lam)

@@ -7,21 +7,33 @@ A block is one layer, or for "full" all the layers that ask for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approx import SPECTRA, Approximation, Dense, Diagonal, Kronecker, Sides, Tensors, mapped
-from torchcurv.curv.factor import Eigen, Factor, Inverse, factor_from_state
-from torchcurv.curv.kinds import KINDS, SECOND
+from torchcurv.curv.approx import (
+    SPECTRA,
+    Approximation,
+    Dense,
+    Diagonal,
+    Kronecker,
+    LargestPairs,
+    Sides,
+    Tensors,
+    mapped,
+)
+from torchcurv.curv.estimate import Symmetric, eigh
+from torchcurv.curv.factor import Eigen, Factor, InputRows, Inverse, LowRank, factor_from_state
+from torchcurv.curv.input_side import InputSide, added
+from torchcurv.curv.kinds import INPUT, KINDS, SECOND
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.linalg import free_to_read, sum_of
 from torchcurv.curv.losses import at_least_float32, random_signs
 from torchcurv.curv.propagate import RESIDUALS
-from torchcurv.curv.rows import RowSpace
+from torchcurv.curv.rows import RowSpace, row_count
 from torchcurv.curv.schedule import Interval, check_interval, check_number
 from torchcurv.curv.second import Products
 from torchcurv.curv.stats import Stats
@@ -30,21 +42,22 @@ APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
     "full": lambda options, layers: Dense(spectrum=_spectrum(options)),
     "block": lambda options, layers: Dense(spectrum=_spectrum(options)),
     "unit": lambda options, layers: Dense(True, _wide(options, layers[0]), _spectrum(options)),
-    "kfac": lambda options, layers: Kronecker(
-        options.sharing, sides=_sides(options, layers[0]), spectrum=_spectrum(options)
-    ),
+    "kfac": lambda options, layers: _kfac(options, layers[0]),
     "ekfac": lambda options, layers: Kronecker(options.sharing, corrected=True, sides=_sides(options, layers[0])),
     "diag": lambda options, layers: Diagonal(_spectrum(options)),
+    "lowrank": lambda options, layers: LargestPairs(options.rank, _spectrum(options)),
 }
+PARTITIONS = (None, "all", "group", "layer", "parameter")
 HESSIAN_METHODS = (None, "exact", "hutchinson", "propagate")
 _ALLOWED: dict[str, tuple[Any, ...]] = {
-    "curv_type": (*KINDS, SECOND),
+    "curv_type": (*KINDS, SECOND, INPUT),
     "approx": (*APPROXIMATIONS, None),
     "sharing": ("expand", "reduce"),
     "damping_type": ("factored", "exact"),
     "hessian_method": HESSIAN_METHODS,
     "indefinite": SPECTRA,
     "residual": tuple(RESIDUALS),
+    "partition": PARTITIONS,
 }
 
 
@@ -60,6 +73,14 @@ def _sides(options: Options, layer: Layer) -> Sides:
     return Sides.of(layer, options.factor_blocks, options.max_factor_dim)
 
 
+def _kfac(options: Options, layer: Layer) -> Approximation:
+    sides = _sides(options, layer)
+    if options.curv_type != INPUT:
+        return Kronecker(options.sharing, sides=sides, spectrum=_spectrum(options))
+    each_step = options.ema_decay == 0 and options.update_every == 1 and options.refactor_every == 1
+    return InputSide.of(layer, sides, options.sharing, each_step and options.damping_type == "factored")
+
+
 _METHODS_OF: dict[str | None, tuple[str, ...]] = {
     "diag": ("propagate", "exact", "hutchinson"),
     "kfac": ("propagate",),
@@ -70,8 +91,14 @@ _METHODS_OF: dict[str | None, tuple[str, ...]] = {
 class Options:
     """The curvature options of one block.
 
-    curv_type: "ggn", "fisher" or "empirical_fisher".
-    approx: "full", "block", "unit", "kfac", "ekfac", "diag", or None for the plain gradient.
+    curv_type: "ggn", "fisher", "empirical_fisher", "hessian", or "input": C = I ⊗ A over a weight, A = mean a a^T of
+        what came into its layer, and 0 over a bias, whatever the loss; for approx="kfac" (or None). The direction
+        of a step is then λ (C + λ I)^-1 g, which for λ -> ∞ is g; with ema_decay=0, update_every=1, refactor_every=1
+        and damping_type="factored" it goes through the rows a where they are fewer than the inputs.
+    approx: "full", "block", "unit", "kfac", "ekfac", "diag", "lowrank", or None for the plain gradient.
+    partition: what one block of "full" and "lowrank" covers: "all" parameters with equal options (None, the default),
+        those of a "group", a "layer", or a "parameter".
+    rank: how many eigenpairs "lowrank" keeps, those of largest magnitude.
     samples: signals drawn per pass (random signs for the ggn, labels for the Fisher); None sends all of them.
     sharing: "expand" or "reduce", how K-FAC treats positions that share a weight.
     damping: λ of (C + λ I)^-1, in units of the loss per squared parameter; > 0 for a step.
@@ -109,6 +136,8 @@ class Options:
     indefinite: str = "abs"
     factor_blocks: int = 1
     max_factor_dim: int | None = 8192
+    partition: str | None = None
+    rank: int = 16
 
     def __post_init__(self) -> None:
         for key, allowed in _ALLOWED.items():
@@ -118,6 +147,16 @@ class Options:
                 )
         if self.curv_type == SECOND:
             self._check_hessian()
+        if self.partition not in (None, "layer") and self.approx not in ("full", "lowrank", None):
+            raise ValueError(
+                f'partition={self.partition!r} with approx={self.approx!r}; it is for "full" and "lowrank"; every '
+                "other approximation is made layer by layer"
+            )
+        if self.curv_type == INPUT and self.approx not in ("kfac", None):
+            raise ValueError(
+                f'curv_type="input" with approx={self.approx!r}: it is the A of K-FAC, known as no other '
+                'approximation: write approx="kfac"'
+            )
         samples = self.samples
         if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
             raise ValueError(f"samples={samples!r}; pass an int of at least 1, or None for the exact curvature")
@@ -134,6 +173,7 @@ class Options:
             ("rows_limit", ""),
             ("factor_blocks", ""),
             ("max_hessian_dim", ""),
+            ("rank", ""),
             ("max_factor_dim", ", or None for no limit"),
         ):
             value = getattr(self, key)
@@ -145,8 +185,8 @@ class Options:
     def _check_hessian(self) -> None:
         if self.approx == "ekfac":
             raise ValueError(
-                'approx="ekfac" of the Hessian is not known: choose "full", "block", "unit", "kfac" or "diag", or '
-                'curv_type="ggn"'
+                'approx="ekfac" of the Hessian is not known: choose "full", "block", "unit", "kfac", "diag" or '
+                '"lowrank", or curv_type="ggn"'
             )
         allowed = _METHODS_OF.get(self.approx, ("exact",))
         if self.approx is not None and self.hessian_method not in (None, *allowed):
@@ -160,12 +200,17 @@ class Options:
         """hessian_method, with what None stands for."""
         return self.hessian_method or _METHODS_OF.get(self.approx, ("exact",))[0]
 
+    @property
+    def covers(self) -> str:
+        """partition, with what None stands for."""
+        return self.partition or ("all" if self.approx in ("full", "lowrank") else "layer")
+
 
 OPTION_NAMES = tuple(f.name for f in fields(Options))
 # The options that decide what a block keeps; the others are read when they are needed.
 STRUCTURE = (
     "curv_type", "approx", "samples", "sharing", "damping_type", "rows_limit", "factor_blocks", "max_factor_dim",
-    "hessian_method", "residual", "max_hessian_dim", "indefinite",
+    "hessian_method", "residual", "max_hessian_dim", "indefinite", "partition", "rank",
 )  # fmt: skip
 
 
@@ -177,19 +222,24 @@ class Curvature:
         self.name, self.layers, self.options = name, layers, options
         self.approx = APPROXIMATIONS[options.approx](options, layers)
         self.size = sum(torch.Size(layer.shape).numel() for layer in layers)
+        if isinstance(self.approx, LargestPairs) and self.approx.rank > self.size:
+            self.approx = replace(self.approx, rank=self.size)
         dense = options.approx in ("full", "block")
         self.uses_rows = dense and self.size > options.rows_limit
+        self.kind = options.curv_type  # which signals it is sent
         if self.uses_rows and options.curv_type == SECOND:
             raise ValueError(
                 f"block {name!r} has {self.size} parameters, and its Hessian is kept as a matrix: raise rows_limit="
                 f'{options.rows_limit}, or choose approx="unit" or "diag"'
             )
+        # Its rows hold what one step measured: no average, nothing to save.
+        self.input_rows = isinstance(self.approx, InputSide) and self.approx.by_rows
         self.pieces = [piece for layer in layers for piece in layer.pieces]
         self.params = list(dict.fromkeys(piece.param for piece in self.pieces))
         self.next_update = self.next_refactor = 0  # the steps at which a measurement and a factorisation are due
         self.pending: Tensors = {}
         self.pending_sum: Tensor | None = None  # of all its values: finite if they are
-        self.pending_rows: list[Stats] = []
+        self.pending_rows: list[Stats | LowRank] = []
         self.task: int | None = None  # the backward call that the last measurement belongs to
         self.tensors: Tensors = {}
         self.weights: Tensors = {}
@@ -203,7 +253,7 @@ class Curvature:
     def key(self) -> tuple[Any, ...]:
         """What makes two blocks the same: the structure and the parameters."""
         pieces = ((p, rows and rows.start, rows and rows.stop) for p, rows in self.pieces)
-        return *(getattr(self.options, name) for name in STRUCTURE), *pieces
+        return self.kind, *(getattr(self.options, name) for name in STRUCTURE), self.input_rows, *pieces
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -240,8 +290,10 @@ class Curvature:
     @torch.no_grad()
     def measure(self, stats: Stats) -> None:
         """Add one chunk of signals to what was measured since the last step."""
-        if self.uses_rows:
+        if self.uses_rows or isinstance(self.approx, LargestPairs):
             self.pending_rows.append(stats)
+            if isinstance(self.approx, LargestPairs) and row_count(self.pending_rows) > self.options.rows_limit:
+                self.pending_rows = [self.approx.merged([(1.0, self.pending_rows)])[0]]
             return
         self.add(self.approx.measure(stats, self.basis))
 
@@ -250,7 +302,7 @@ class Curvature:
         total = sum_of(list(measured.values()))  # here, where they are still in the cache
         self.pending_sum = total if self.pending_sum is None else self.pending_sum + total
         for key, value in measured.items():
-            self.pending[key] = self.pending[key] + value if key in self.pending else value
+            self.pending[key] = added(key, self.pending[key], value) if key in self.pending else value
 
     @torch.no_grad()
     def differentiate(self, products: Products, generator: torch.Generator | None = None) -> None:
@@ -258,13 +310,16 @@ class Curvature:
         if self.options.method == "hutchinson":
             draws = self.options.samples or 1
             z = random_signs(products.first[0].new_empty(draws, self.size), generator)
-            product = self._coordinates(products(self._of_parameters(z, products.params)))
+            product = self._coordinates(products(self.of_parameters(z, products.params)))
             self.add({"diag": (z * product).mean(0).reshape(self.layers[0].shape)})
             return
-        for start, rows in products.rows(self.size, lambda units: self._of_parameters(units, products.params)):
+        if isinstance(self.approx, LargestPairs):
+            self.pending_rows.append(self._largest(self.approx, products, generator))
+            return
+        for start, rows in products.rows(self.size, lambda units: self.of_parameters(units, products.params)):
             self.add(self.approx.of_rows(start, self._coordinates(rows), [layer.shape for layer in self.layers]))
 
-    def _of_parameters(self, x: Tensor, params: list[Tensor]) -> list[Tensor]:
+    def of_parameters(self, x: Tensor, params: list[Tensor]) -> list[Tensor]:
         """Vectors over the coordinates of the factor [k, size] -> [k, *shape] for each parameter."""
         parts = self.split(self.unflatten(x.reshape(-1, *self._factor_shape)))
         whole = {p: x.new_zeros(len(x), *p.shape) for p in params}
@@ -272,8 +327,21 @@ class Curvature:
             piece.of(whole[piece.param]).copy_(part)
         return list(whole.values())
 
+    def _largest(self, pairs: LargestPairs, products: Products, generator: torch.Generator | None) -> LowRank:
+        """The eigenpairs of largest magnitude of the Hessian of one loss, by Lanczos."""
+        first = products.first[0]
+        like = torch.zeros((), dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
+        if not torch.isfinite(sum_of(list(products.first))):
+            return LowRank(like.new_full((pairs.rank,), math.nan), like.new_zeros(pairs.rank, self.size))
+
+        def times(x: Tensor) -> Tensor:
+            return self._coordinates(products(self.of_parameters(x.mT, products.params))).mT
+
+        found = eigh(Symmetric(times, self.size, like.dtype, like.device), pairs.rank, "magnitude", generator=generator)
+        return LowRank(found.values, found.vectors.mT)
+
     def _coordinates(self, tensors: list[Tensor]) -> Tensor:
-        """The inverse of `_of_parameters`, of what belongs to the block."""
+        """The inverse of `of_parameters`, of what belongs to the block."""
         by_param = dict(zip(self.params, tensors, strict=True))
         joined = self.join([piece.of(by_param[piece.param]) for piece in self.pieces])
         return self.flatten(joined).flatten(1)
@@ -299,9 +367,21 @@ class Curvature:
         A measurement with a value that is not finite is left out and counted.
         """
         if self.uses_rows:
-            self.factor = RowSpace(tuple(self.pending_rows))
+            self.factor = RowSpace(tuple(part for part in self.pending_rows if isinstance(part, Stats)))
             self.forget_pending()
             return
+        if isinstance(self.approx, LargestPairs):
+            self._merge(self.approx, ema_decay)
+            if follow:
+                self._follow()
+            return
+        if self.input_rows:
+            if ema_decay:
+                raise ValueError(
+                    f"block {self.name!r} was built with ema_decay=0, so that it keeps no running average, and has "
+                    f"ema_decay={ema_decay} now: build the optimizer with ema_decay > 0"
+                )
+            self.forget_running()
         new, rho = self.pending, ema_decay
         assert self.pending_sum is not None
         ok = torch.isfinite(self.pending_sum)
@@ -321,12 +401,29 @@ class Curvature:
         if follow:
             self._follow()
 
+    def _merge(self, pairs: LargestPairs, rho: float) -> None:
+        """The running average of a block that keeps its largest eigenpairs: those of the weighted sum."""
+        new = self.pending_rows
+        self.forget_pending()
+        p = self.params[0]
+        zero = p.new_zeros((), dtype=torch.promote_types(p.dtype, torch.float32))
+        before = self.weights.get("values", zero)
+        old = self.tensors or pairs.empty(self.layers, zero)
+        weight = before * rho + 1
+        merged, ok = pairs.merged([(1 / weight, new), (1 - 1 / weight, [LowRank(**old)])])
+        self._count(0, ~ok)
+        self.tensors = {key: torch.where(ok, getattr(merged, key), value) for key, value in old.items()}
+        self.weights = dict.fromkeys(old, torch.where(ok, weight, before))
+
     def _follow(self) -> None:
-        """Statistics that are eigenvalues in the basis of the factor reach it without a factorisation."""
+        """Statistics that are eigenvalues in the basis of the factor, or all of it, reach it at once."""
+        if isinstance(self.factor, LowRank):
+            damping = 0.0 if self.factor.damping is None else self.factor.damping
+            self.factor = self.approx.factor(self.tensors, damping, self.options.damping_type)[0]
         for key in ("diag", "moments"):
             if key in self.tensors and isinstance(self.factor, Eigen):
                 values, spectrum = self.tensors[key], _spectrum(self.options)
-                values = values if spectrum is None else mapped(values, spectrum)
+                values = values if spectrum is None or self.factor.absolute else mapped(values, spectrum)
                 self.factor = replace(self.factor, values=values)
 
     def _count(self, which: int, bad: Tensor) -> None:
@@ -383,7 +480,7 @@ class Curvature:
 
     def bakes_damping(self) -> bool:
         """Whether the factor holds its damping, so that another damping asks for another factor."""
-        return not isinstance(self.factor, Eigen)
+        return not isinstance(self.factor, Eigen | LowRank)
 
     # ---------------------------------------------------------------------------------- reading
 
@@ -401,6 +498,16 @@ class Curvature:
     def solve(self, tensors: list[Tensor], damping: float | Tensor | None = None) -> list[Tensor]:
         """(C + damping I)^-1 applied to tensors shaped like `pieces` (leading dimensions are a batch)."""
         return self._apply("solve", tensors, damping)
+
+    def direction(self, tensors: list[Tensor], damping: float | Tensor | None = None) -> list[Tensor]:
+        """What a step takes in the place of a gradient: `solve`, and for curv_type="input" λ times that."""
+        solved = self.solve(tensors, damping)
+        if self.options.curv_type != INPUT:
+            return solved
+        assert isinstance(self.factor, Eigen | Inverse | InputRows)
+        held = self.factor.damping if damping is None else damping
+        assert held is not None
+        return [x * held for x in solved]
 
     def matvec(self, tensors: list[Tensor]) -> list[Tensor]:
         """C applied to tensors shaped like `pieces`."""
@@ -422,13 +529,14 @@ class Curvature:
         noise = [torch.randn(s, dtype=dtype, device=params[0].device, generator=generator) for s in shapes]
         if isinstance(self.factor, RowSpace):
             return self.split(self.factor.sample(noise, damping))
+        assert not isinstance(self.factor, InputRows)
         return self.split(self.unflatten(self.factor.sample(self.flatten(noise), damping)))  # type: ignore[arg-type]
 
     def diag(self) -> list[Tensor]:
         """The diagonal of C, one [g, o, i] per layer."""
         if isinstance(self.factor, RowSpace):
             return self.factor.diag()
-        assert isinstance(self.factor, Eigen)
+        assert isinstance(self.factor, Eigen | LowRank)
         diagonal = self.factor.diag()
         if len(self.layers) > 1:
             return self.unflatten(diagonal)
@@ -486,7 +594,9 @@ class Curvature:
         }
         p = self.params[0]
         saved["flags"] = p.new_zeros(2, dtype=torch.int32) if self.flags is None else self.flags
-        if self.uses_rows:
+        if self.input_rows:
+            saved["next_update"] = saved["next_refactor"] = 0  # whoever resumes measures at once
+        if self.uses_rows or self.input_rows:
             return saved
         tensors, weights, factor = self.tensors, self.weights, self.factor
         if factor is None or ("moments" not in tensors and self.options.approx == "ekfac"):
@@ -514,9 +624,14 @@ class Curvature:
         known = saved.get("known", {})
         self.tensors = {key: value for key, value in saved.get("tensors", {}).items() if known[key]}
         self.weights = {key: value for key, value in saved.get("weights", {}).items() if known[key]}
-        layer = self.layers[0]
-        self.factor = factor_from_state(saved["factor"], layer.shape[1:]) if known.get("factor") else None
+        self.factor = self._factor_from(saved["factor"]) if known.get("factor") else None
         self.factor_damping = float(saved.get("factor_damping", math.nan))
+
+    def _factor_from(self, state: dict[str, Tensor]) -> Factor:
+        factor = factor_from_state(state, self.layers[0].shape[1:])
+        if isinstance(factor, Eigen) and isinstance(self.approx, Diagonal):
+            return replace(factor, absolute=self.approx.spectrum == "abs")
+        return factor
 
     def sizes(self) -> str:
         """Sizes of the matrices kept, as the summary prints them."""
@@ -525,11 +640,13 @@ class Curvature:
         approx = self.options.approx
         if self.uses_rows:
             return f"rows of {self.size}"
+        if isinstance(self.approx, LargestPairs):
+            return f"{self.approx.rank} of {self.size}"
         if approx in ("full", "block"):
             return f"{self.size}²"
         if isinstance(self.approx, Dense):
             return f"{g * o} x {d}" if self.approx.wide else f"{g * o} x {d}²"
-        if not isinstance(self.approx, Kronecker):
+        if not isinstance(self.approx, Kronecker | InputSide):
             return f"{self.size}"
         left, right = self.approx.side_names(o, d)
         return f"{count}({left} ⊗ {right})"
@@ -546,6 +663,25 @@ class Curvature:
         return sum(storages.values())
 
 
+def partition(chosen: Iterable[tuple[Layer, Options, int]]) -> Iterator[tuple[str, list[Layer], Options]]:
+    """(name, layers, options) of each block, for layers with their options and the group they are in."""
+    joined: dict[tuple[Options, int], list[Layer]] = {}
+    for layer, options, group in chosen:
+        if options.covers == "layer":
+            yield layer.name, [layer], options
+        elif options.covers == "parameter":
+            for part in layer.parts():
+                yield part.name, [part], options
+        else:
+            joined.setdefault((options, group if options.covers == "group" else 0), []).append(layer)
+    names: set[str] = set()
+    for (options, _), layers in joined.items():
+        assert options.approx is not None
+        name = options.approx if options.approx not in names else f"{options.approx}:{layers[0].name}"
+        names.add(name)
+        yield name, layers, options
+
+
 def read_flags(blocks: list[Curvature]) -> list[tuple[int, int]]:
     """(measurements that were not finite, factorisations that failed) of each block; one host sync."""
     flags = [block.flags for block in blocks if block.flags is not None]
@@ -558,7 +694,7 @@ def _choose(ok: Tensor, new: Factor, old: Factor) -> Factor:
     if free_to_read(ok):
         return new if ok else old
     kept, fresh = old.state(), new.state()
-    if type(new) is not type(old) or kept.keys() != fresh.keys():
+    if type(new) is not type(old) or {k: x.shape for k, x in kept.items()} != {k: x.shape for k, x in fresh.items()}:
         return new
     chosen = {key: torch.where(ok, value, kept[key]) for key, value in fresh.items()}
     return replace(new, **chosen)  # type: ignore[arg-type]

@@ -8,8 +8,11 @@ x [..., g, o, i] and C is the product of a left side over o and a right side ove
     block   g = 1, o = 1, i = all parameters                (left = 1)
     diag    neither left nor right: C is diagonal           (left = right = 1)
 
-Two families. `Eigen` holds C = Q diag(values) Q^T and knows everything for any damping. `Inverse` holds the
-explicit inverses of two damped factors: the fast path, since products with them are plain matrix products.
+    lowrank g = 1, o = 1, i = all parameters                (its eigenvectors one by one)
+
+Two families, and one for what is known of a few directions alone (`LowRank`). `Eigen` holds C = Q diag(values) Q^T and
+knows everything for any damping. `Inverse` holds the explicit inverses of two damped factors: the fast path, since
+products with them are plain matrix products.
 """
 
 from __future__ import annotations
@@ -41,12 +44,16 @@ class _Saved:
 
 @dataclass(frozen=True)
 class Eigen(_Saved):
-    """C = Q diag(values) Q^T with Q = left ⊗ right; `damping` is a 0-d tensor added to the values by default."""
+    """C = Q diag(values) Q^T with Q = left ⊗ right; `damping` is a 0-d tensor added to the values by default.
+
+    absolute: their magnitudes are meant, which are taken when they are read: a pass over memory less.
+    """
 
     values: Tensor
     left: Tensor | None = None
     right: Tensor | None = None
     damping: Tensor | None = None
+    absolute: bool = False
 
     @property
     def diagonal(self) -> bool:
@@ -63,11 +70,17 @@ class Eigen(_Saved):
 
     def _damped(self, damping: Damping | None) -> Tensor:
         chosen = self.damping if damping is None else damping
-        return self.values if chosen is None else self.values + chosen
+        if chosen is None:
+            return self._meant
+        return self.values.abs().add_(chosen) if self.absolute else self.values + chosen
+
+    @property
+    def _meant(self) -> Tensor:
+        return self.values.abs() if self.absolute else self.values
 
     def matvec(self, x: Tensor) -> Tensor:
         """C x for x [..., g, o, i]."""
-        return self._apply(x, lambda y: y * self.values)
+        return self._apply(x, lambda y: y * self._meant)
 
     def solve(self, x: Tensor, damping: Damping | None = None) -> Tensor:
         """(C + damping I)^-1 x."""
@@ -87,13 +100,13 @@ class Eigen(_Saved):
 
     def diag(self) -> Tensor:
         """Diagonal of C [g, o, i]."""
-        return _sandwich(_square(self.left), self.values, _t(_square(self.right)))
+        return _sandwich(_square(self.left), self._meant, _t(_square(self.right)))
 
     def trace(self) -> Tensor:
-        return self.values.sum()
+        return self._meant.sum()
 
     def eigvalsh(self) -> Tensor:
-        return self.values.flatten().sort().values
+        return self._meant.flatten().sort().values
 
 
 @dataclass(frozen=True)
@@ -101,12 +114,13 @@ class Inverse(_Saved):
     """(damped C)^-1 = left ⊗ right, both explicit; the damping is inside.
 
     Sampling and the determinant take a Cholesky factor of the inverse when asked. shape: (o, i), which sides in
-    blocks do not tell.
+    blocks do not tell. damping: the 0-d tensor λ that is inside, for those who ask for λ (C + λ I)^-1.
     """
 
     right: Tensor
     left: Tensor | None = None
     shape: tuple[int, int] | None = None
+    damping: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "right", _aligned(self.right))
@@ -153,7 +167,78 @@ class Inverse(_Saved):
         return -(right * o + _logdet_spd(self.left) * d).sum()
 
 
-Factor = Eigen | Inverse
+@dataclass(frozen=True)
+class LowRank(_Saved):
+    """C = rest I + Σ_k (values_k - rest) e_k e_k^T with orthonormal e_k, the rows of `vectors` [k, P].
+
+    A row of zeros stands for a direction that is not known, of value `rest`, which is 0 by default.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    damping: Tensor | None = None
+    rest: Tensor | None = None
+
+    def _function(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """f(C) x for x [..., g, o, i]."""
+        flat, outside = x.flatten(-3), f(self._rest)
+        inside = (flat @ self.vectors.mT) * (f(self.values) - outside)
+        return (flat * outside + inside @ self.vectors).reshape(x.shape)
+
+    @property
+    def _rest(self) -> Tensor:
+        return self.values.new_zeros(()) if self.rest is None else self.rest
+
+    def _damped(self, damping: Damping | None) -> Callable[[Tensor], Tensor]:
+        chosen = self.damping if damping is None else damping
+        return lambda values: values if chosen is None else values + chosen
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """C x."""
+        return self._function(x, lambda values: values)
+
+    def solve(self, x: Tensor, damping: Damping | None = None) -> Tensor:
+        """(C + damping I)^-1 x."""
+        damped = self._damped(damping)
+        return self._function(x, lambda values: 1 / damped(values))
+
+    def sample(self, noise: Tensor, damping: Damping | None = None) -> Tensor:
+        """(C + damping I)^-1/2 noise."""
+        damped = self._damped(damping)
+        return self._function(noise, lambda values: damped(values).rsqrt())
+
+    def logdet(self, damping: Damping | None = None) -> Tensor:
+        damped, (k, size) = self._damped(damping), self.vectors.shape
+        return damped(self.values).log().sum() + (size - k) * damped(self._rest).log()
+
+    def diag(self) -> Tensor:
+        """Diagonal of C [1, 1, P]."""
+        return (self._rest + (self.values - self._rest) @ self.vectors.square())[None, None]
+
+    def trace(self) -> Tensor:
+        return self.values.sum() + (self.vectors.shape[1] - len(self.values)) * self._rest
+
+    def eigvalsh(self) -> Tensor:
+        return torch.cat([self.values, self._rest.expand(self.vectors.shape[1] - len(self.values))]).sort().values
+
+
+@dataclass(frozen=True)
+class InputRows(_Saved):
+    """C = I ⊗ R^T R through its rows R [g, b, d] and inverse = (R R^T + λ I)^-1; damping: λ, a 0-d tensor.
+
+    The fast path for fewer rows than inputs; it solves, and that is all (input_side.py).
+    """
+
+    rows: Tensor
+    inverse: Tensor
+    damping: Tensor
+
+    def solve(self, x: Tensor, damping: None = None) -> Tensor:
+        """(x - x R^T (R R^T + λ I)^-1 R) / λ for x [..., g, o, d]."""
+        return (x - ((x @ self.rows.mT) @ self.inverse) @ self.rows) / self.damping
+
+
+Factor = Eigen | Inverse | InputRows | LowRank
 
 
 def _aligned(matrix: Tensor) -> Tensor:
@@ -178,4 +263,6 @@ def _logdet_spd(matrix: Tensor) -> Tensor:
 
 
 def factor_from_state(state: dict[str, Tensor], shape: tuple[int, int] | None) -> Factor:
-    return Eigen(**state) if "values" in state else Inverse(**state, shape=shape)
+    if "vectors" in state:
+        return LowRank(**state)
+    return Eigen(**state) if "values" in state else Inverse(**state, shape=shape)  # type: ignore[arg-type]

@@ -113,7 +113,7 @@ class Forward:
             self._calls, self.mixed = [], False
             self._twice = sdpa_kernel(SDPBackend.MATH) if self.twice else nullcontext()
             self._twice.__enter__()
-            self.tape = Tape() if self.taped else None
+            self.tape = Tape(module) if self.taped else None
             if self.tape is not None:
                 self.tape.__enter__()
         self._depth += 1

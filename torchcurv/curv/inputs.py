@@ -8,6 +8,7 @@ It is read from the module when first asked for, and never where a question has 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -117,10 +118,35 @@ class Inputs:
         """a of some of the samples."""
         return self._all.of(samples).dense() if isinstance(self._all, Tokens) else self._all[samples]
 
+    def of(self, samples: slice) -> Inputs:
+        """The inputs of some of the samples, read already."""
+        n = len(range(self.n)[samples])
+        some = Inputs(self.layer, self.site, [], n, None if self.weights is None else self.weights[samples])
+        some.__dict__["_all"] = self._all.of(samples) if isinstance(self._all, Tokens) else self._all[samples]
+        return some
+
     @property
     def with_ones(self) -> Tensor:
         """a with the columns that the joined parameters have: inputs if the weight is covered, 1 for the bias."""
         return self._with_bias(self.a)
+
+    def without_bias(self) -> Inputs:
+        """The same inputs with zeros in the place of the 1 of the bias."""
+        other = copy(self)
+        other.__dict__.pop("_covs", None)
+        other.bias_covered = False
+        return other
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """(sqrt(w) a [g, n r, d], sum w), whose products `cov` sums; they share no memory with what came in."""
+        a = self.with_ones
+        w = self._weights(a.shape[1])
+        if w is None:
+            a, count = a.clone(), a.new_full((), float(a.shape[0] * a.shape[1]))
+        else:
+            w = w.to(a.dtype)
+            a, count = a * w.sqrt()[..., None, None], w.sum()
+        return a.flatten(0, 1).transpose(0, 1), count
 
     def _with_bias(self, a: Tensor) -> Tensor:
         parts = [a] if self.weight_covered else []

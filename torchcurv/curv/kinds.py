@@ -6,6 +6,8 @@ here is of order 1 per term; the factor R of the loss is applied to the statisti
     ggn               the columns of S (H = S S^T), one per output element of a sample; or S r, r random signs
     fisher            the gradient at labels drawn from the model; exact, it equals the ggn for our losses
     empirical_fisher  the gradient at the true target
+
+Two kinds send none: the Hessian (second.py, propagate.py), and what came in alone (input_side.py).
 """
 
 from __future__ import annotations
@@ -55,15 +57,18 @@ KINDS: dict[str, Callable[..., Iterator[Tensor]]] = {
     "fisher": _fisher,
     "empirical_fisher": _empirical_fisher,
 }
-SECOND = "hessian"  # sends no signals: second.py
+SECOND, INPUT = "hessian", "input"  # send no signals
+GRADIENT = "gradient"  # the share of every sample in the gradient of L / R: no curvature, but rows to read with one
 
 
 def signals(
     kind: str, row: Any, terms: Terms, samples: int | None, generator: Generator = None
 ) -> tuple[int, Iterator[Tensor]]:
     """(number of signals, the signals [n, t, c] of L / R one after the other)."""
+    root = terms.root_weights
+    if kind == GRADIENT:
+        return 1, iter([terms.residual() if root is None else root.square() * terms.residual()])
     exact = 1 if kind == "empirical_fisher" else signal_count(terms)
     count = exact if samples is None or kind == "empirical_fisher" else samples
-    root = terms.root_weights
     generated = KINDS[kind](row, terms, samples, generator)
     return count, generated if root is None else (root * signal for signal in generated)

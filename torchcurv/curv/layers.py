@@ -7,7 +7,7 @@ Most layers are a module with a view, whose calls a forward hook sees. Others li
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -121,6 +121,13 @@ class Layer:
         """Whether the (outputs, inputs) are a vocabulary, whose covariance is kept as a diagonal of counts."""
         tokens = [site.transposed for site in self.sites if site.view.tokens]
         return True in tokens, False in tokens
+
+    def parts(self) -> list[Layer]:
+        """The layer over its weight alone and over its bias alone."""
+        if self.weight is None or self.bias is None:
+            return [self]
+        weight, bias = f"{self.name}.weight", f"{self.name}.bias"
+        return [replace(self, name=weight, bias=None), replace(self, name=bias, weight=None)]
 
     def columns(self, tensors: list[Tensor]) -> list[Tensor]:
         """Tensors shaped like `pieces`, any leading dimensions before -> [..., g, o, features or 1] each."""

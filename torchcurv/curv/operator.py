@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from torchcurv.curv.capture import edge_of
-from torchcurv.curv.curvature import Curvature, Options
-from torchcurv.curv.factor import Eigen
+from torchcurv.curv.curvature import Curvature, Options, partition
+from torchcurv.curv.directions import Criterion, Directions, directions_of, with_shares
+from torchcurv.curv.factor import Eigen, LowRank
 from torchcurv.curv.layers import Layer, find_layers
 from torchcurv.curv.losses import Loss, loss_of
 from torchcurv.curv.passes import Pass
@@ -102,8 +103,8 @@ class CurvatureSet(Spectra):
         return f"CurvatureSet({len(self.blocks)} blocks over {size} parameters)"
 
 
-def _factor(block: Curvature) -> Eigen | RowSpace:
-    assert isinstance(block.factor, Eigen | RowSpace)
+def _factor(block: Curvature) -> Eigen | LowRank | RowSpace:
+    assert isinstance(block.factor, Eigen | LowRank | RowSpace)
     return block.factor
 
 
@@ -172,20 +173,89 @@ def curvature(
     chosen = Options(curv_type=curv_type, approx=approx, samples=samples, **{**DEFAULTS, **options})
     if approx is None:
         raise ValueError("approx=None asks for no curvature; choose an approximation")
-    covered = _covered(model, params, chosen)
+    blocks, covered = _looked_at(
+        model, loss_fn, data, chosen, params, reduction=reduction, class_dim=class_dim, output_fn=output_fn, seed=seed
+    )
+    return CurvatureSet(blocks, _named(model, covered))
+
+
+def directions(
+    model: nn.Module,
+    loss_fn: nn.Module | str,
+    data: Iterable[tuple[Any, Tensor]],
+    *,
+    criterion: Criterion | None = None,
+    curv_type: str = "ggn",
+    partition: str = "all",
+    params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | None = None,
+    samples: int | None = None,
+    cutoff: float | None = None,
+    curvature_samples: int | None = None,
+    gradient_samples: int | None = None,
+    reduction: str | None = None,
+    class_dim: int | None = None,
+    output_fn: Callable[[Any], Tensor] | None = None,
+    seed: int = 0,
+) -> dict[str, Directions]:
+    """Eigenvectors of the low-rank GGN of L over all of `data`, with two derivatives of every sample along them.
+
+    The layers' inputs and signals of all the data are kept until the end, and the Gram matrix has a row per sample and
+    signal: give it a batch or a few.
+
+    Args:
+        criterion: from the eigenvalues above the cut-off, ascending, to the indices of those wanted; None: all.
+        curv_type: "ggn", "fisher" or "empirical_fisher".
+        partition: eigenvectors over "all" parameters, those of each "layer", or each "parameter".
+        cutoff: eigenvalues up to this times the largest count as zero; None: what rounding makes of zero.
+        curvature_samples, gradient_samples: make directions and λ, or γ, of so many samples, the first of each batch;
+            None: of all.
+        the rest: as in `curvature`.
+
+    Returns: block name -> torchcurv.curv.directions.Directions.
+    """
+    chosen = Options(curv_type=curv_type, approx="full", partition=partition, samples=samples, damping=0.0)
+    if curv_type == "hessian":
+        raise ValueError('curv_type="hessian"; directions are known of "ggn", "fisher" and "empirical_fisher"')
+    blocks, _ = _looked_at(
+        model, loss_fn, data, chosen, params, with_shares,
+        reduction=reduction, class_dim=class_dim, output_fn=output_fn, seed=seed,
+    )  # fmt: skip
+    pairs = zip(blocks[: len(blocks) // 2], blocks[len(blocks) // 2 :], strict=True)
+    every = criterion or (lambda evals: torch.arange(len(evals), device=evals.device))
+    return {
+        block.name: directions_of(block, shares, every, cutoff, curvature_samples, gradient_samples)
+        for block, shares in pairs
+    }
+
+
+def _looked_at(
+    model: nn.Module,
+    loss_fn: nn.Module | str,
+    data: Iterable[tuple[Any, Tensor]],
+    options: Options,
+    params: Any,
+    prepared: Callable[[list[Curvature]], list[Curvature]] = list,
+    *,
+    reduction: str | None,
+    class_dim: int | None,
+    output_fn: Callable[[Any], Tensor] | None,
+    seed: int,
+) -> tuple[list[Curvature], set[Tensor]]:
+    """(the blocks, measured over all of the data, and what they cover)."""
+    covered = _covered(model, params, options)
     loss = _loss(loss_fn, reduction, class_dim)
-    blocks = _blocks(_layers(model, covered, chosen), chosen)
+    blocks = prepared(_blocks(_layers(model, covered, options), options))
     record = Record(model, blocks, None, seed=seed)
-    if approx == "ekfac" and iter(data) is data:
+    passes = 2 if options.approx == "ekfac" else 1
+    if passes > 1 and iter(data) is data:
         data = list(data)
     try:
         with left_alone(model):
-            _measure(model, record, blocks, loss, data, output_fn)
-            if approx == "ekfac":
+            for _ in range(passes):
                 _measure(model, record, blocks, loss, data, output_fn)
     finally:
         record.remove()
-    return CurvatureSet(blocks, _named(model, covered))
+    return blocks, covered
 
 
 def _named(model: nn.Module, chosen: set[Tensor]) -> dict[str, Tensor]:
@@ -230,9 +300,7 @@ def _covered(model: nn.Module, params: Any, options: Options) -> set[Tensor]:
 
 
 def _blocks(layers: list[Layer], options: Options) -> list[Curvature]:
-    if options.approx == "full":
-        return [Curvature("full", layers, options)]
-    return [Curvature(layer.name, [layer], options) for layer in layers]
+    return [Curvature(*arguments) for arguments in partition((layer, options, 0) for layer in layers)]
 
 
 def _measure(

@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from torchcurv.curv.capture import Call, Capture, Edge
 from torchcurv.curv.curvature import Curvature
 from torchcurv.curv.inputs import Inputs
-from torchcurv.curv.kinds import SECOND, signals
+from torchcurv.curv.kinds import INPUT, SECOND, signals
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.losses import Loss, Terms, at_least_float32
 from torchcurv.curv.propagate import propagate
@@ -84,18 +84,22 @@ class Receiver:
             parts.append(s.reshape(self.n, -1, *s.shape[-2:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
+    def _alike(self, layer: int, reached: Callable[[Call], bool]) -> Iterable[list[Call]]:
+        """The calls of a layer that the loss reaches, those together that see its weight alike."""
+        alike: dict[tuple[Any, ...], list[Call]] = {}
+        for call in self.calls.get(layer, []):
+            if reached(call):
+                key = call.site.transposed, call.site.bias is None, call.site.view.inputs
+                alike.setdefault(key, []).append(call)
+        return alike.values()
+
     def uses(self, layer: int, got: Callable[[Call], list[Tensor | None]]) -> list[Use]:
         """The pairs (a, s) of a layer: one for the calls that see its weight alike.
 
         got: the gradients at the output of a call, one per signal; None where there is none.
         """
-        alike: dict[tuple[Any, ...], list[Call]] = {}
-        for call in self.calls.get(layer, []):
-            if got(call)[0] is not None:
-                key = call.site.transposed, call.site.bias is None, call.site.view.inputs
-                alike.setdefault(key, []).append(call)
         uses = []
-        for used in alike.values():
+        for used in self._alike(layer, lambda call: got(call)[0] is not None):
             inputs = self.inputs(used)
             if not inputs.weight_covered and not inputs.bias_covered:
                 continue
@@ -119,6 +123,18 @@ class Receiver:
             uses = [self.uses(k, lambda call: got.get(id(call), [None])) for k in members]
             if any(uses):
                 block.measure(Stats(uses, scale, share, block.layers))
+
+    def deliver_inputs(self, block: Curvature, reached: set[int]) -> None:
+        """What came into the calls whose ids are `reached`: pairs (a, s) of no signals."""
+        (k,) = self.record.members[block.name]
+        layer, uses = self.record.layers[k], []
+        for used in self._alike(k, lambda call: id(call) in reached):
+            inputs = self.inputs(used)
+            g, o, _ = layer.site_shape(used[0].site)
+            positions = sum(call.shape.numel() for call in used) // (self.n * g * o)
+            uses.append(Use(inputs, layer.params[0].new_empty(0, self.n, positions, g, o)))
+        if uses:
+            block.measure(Stats([uses], 1.0, 1.0, block.layers))
 
     def deliver_propagated(self, block: Curvature, at_calls: dict[int, Tensor]) -> None:
         """at_calls: by call, the diagonal of the Hessian at its output, or the mean of its matrices over samples."""
@@ -204,16 +220,18 @@ class Pass:
         record.forward.inside = True
         try:
             with full_precision(self.f.device.type):
-                first_order = [block for block in self.blocks if block.options.curv_type != SECOND]
+                first_order = [block for block in self.blocks if block.kind != SECOND]
                 self.verify([block for block in first_order if record.doubtful(block, self.receiver.n)])
                 kinds: dict[tuple[str, int | None], list[Curvature]] = {}
                 for block in self.blocks:
                     if block.name in record.due:
-                        kinds.setdefault((block.options.curv_type, block.options.samples), []).append(block)
+                        kinds.setdefault((block.kind, block.options.samples), []).append(block)
                 for (kind, samples), blocks in kinds.items():
                     if kind == SECOND:
                         self.differentiate([b for b in blocks if b.options.method != "propagate"], factor)
                         self.propagate([b for b in blocks if b.options.method == "propagate"], factor)
+                    elif kind == INPUT:
+                        self.read_inputs(blocks)
                     elif kind == "empirical_fisher" and own_loss_only:
                         self.listen(blocks, factor)
                     else:
@@ -257,6 +275,15 @@ class Pass:
                 ) from error
         rest = iter(got)
         return [restored if own else next(rest) for own in at_f]
+
+    # ------------------------------------------------------------------------ no signal
+
+    def read_inputs(self, blocks: list[Curvature]) -> None:
+        """Feed blocks that ask for what came into their layers alone, by the calls that f depends on."""
+        below = _below(self.f_edge)
+        reached = {id(call) for call in self.receiver.members(blocks) if self.edges[id(call)][:2] in below}
+        for block in blocks:
+            self.receiver.deliver_inputs(block, reached)
 
     # ------------------------------------------------------------------------ second derivatives
 
@@ -375,6 +402,18 @@ def full_precision(device_type: str) -> AbstractContextManager[Any]:
     """Autocast switched off, where it is on."""
     on = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else nullcontext()
+
+
+def _below(start: Edge) -> set[tuple[Any, int]]:
+    """The edges (node, number) of the graph that a gradient at `start` reaches, with its own."""
+    seen: set[tuple[Any, int]] = {start[:2]}
+    todo = [start.node]
+    while todo:
+        for edge in todo.pop().next_functions:
+            if edge[0] is not None and edge not in seen:
+                seen.add(edge)
+                todo.append(edge[0])
+    return seen
 
 
 class _Waiting:

@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
@@ -68,7 +69,7 @@ class Op:
 
     leaves, spec: its arguments, flattened. inputs: the edges of those that have a history. part: which output it is.
     shape: of the output itself (its edge may be that of a base). after: the name of the operation before it. slope: of
-    a dropout, d(out)/d(in) element by element.
+    a dropout, d(out)/d(in) element by element. inside: the module that called it, known where it may be refused.
     """
 
     func: Callable[..., Any]
@@ -82,6 +83,7 @@ class Op:
     spec: Spec
     part: int | None = None
     slope: Tensor | None = None
+    inside: str = ""
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -93,7 +95,7 @@ class Op:
 
     @property
     def place(self) -> str:
-        return _place(self.name, self.number, self.after)
+        return _place(self.name, self.number, self.after, self.inside)
 
     def refused(self, why: str) -> NotImplementedError:
         return _refused(self.place, why)
@@ -124,8 +126,22 @@ class Op:
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
 
 
-def _place(name: str, number: int, after: str) -> str:
-    return f"{name} (operation {number} of the forward pass, after {after or 'its start'})"
+def _place(name: str, number: int, after: str, inside: str = "") -> str:
+    where = f", in {inside}" if inside else ""
+    return f"{name} (operation {number} of the forward pass, after {after or 'its start'}{where})"
+
+
+def _calling_module(model: nn.Module | None) -> str:
+    """The innermost module of a model that is running, as the stack has it."""
+    names = {} if model is None else {id(module): name for name, module in model.named_modules()}
+    frame = sys._getframe(1)
+    while frame is not None and names:
+        caller = frame.f_locals.get("self")
+        if id(caller) in names:
+            name = names[id(caller)]
+            return f"module {name!r} ({type(caller).__name__})" if name else type(caller).__name__
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
 
 
 def _refused(place: str, why: str) -> NotImplementedError:
@@ -138,8 +154,9 @@ class Tape(TorchFunctionMode):
     It keeps the nodes of the graph alive, and what the rules read of the arguments.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
         super().__init__()
+        self.model = model
         self.ops: list[Op] = []
         self._known: set[Key] = set()
         self.calls, self.last = 0, ""
@@ -169,10 +186,13 @@ class Tape(TorchFunctionMode):
         if not new:
             return
         self.calls += 1
+        rule = RULES.get(name)
+        doubtful = rule is None or not rule.matrix or (len(inputs) > 1 and not rule.joint)
+        inside = _calling_module(self.model) if doubtful else ""
         for part, edge in new.items():
             slope = _slope(parts[part], edge) if name in DROPOUTS else None
             self.ops.append(
-                Op(func, name, self.calls, self.last, inputs, edge, parts[part].shape, kept, spec, part, slope)
+                Op(func, name, self.calls, self.last, inputs, edge, parts[part].shape, kept, spec, part, slope, inside)
             )
             self._known.add(_key(edge))
         self.last = name

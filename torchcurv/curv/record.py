@@ -21,7 +21,6 @@ from torchcurv.curv.curvature import Curvature
 from torchcurv.curv.forward import Forward
 from torchcurv.curv.hooks import Hook, argument, ignored
 from torchcurv.curv.kinds import SECOND
-from torchcurv.curv.layers import Layer
 from torchcurv.curv.losses import Loss, Terms, at_least_float32, loss_of
 from torchcurv.curv.passes import Pass
 from torchcurv.curv.propagate import Tape
@@ -81,7 +80,7 @@ class Record:
                 )
         if output_fn is not None and not callable(output_fn):
             raise TypeError(f"output_fn={output_fn!r}; pass a function from the model's output to the tensor of logits")
-        self.layers: list[Layer] = [layer for block in blocks for layer in block.layers]
+        self.layers = list({id(layer): layer for block in blocks for layer in block.layers}.values())
         index = {id(layer): k for k, layer in enumerate(self.layers)}
         self.members = {block.name: [index[id(layer)] for layer in block.layers] for block in blocks}
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}

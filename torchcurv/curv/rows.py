@@ -10,13 +10,15 @@ Such a block has no running average and is not saved.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from torchcurv.curv.inputs import Inputs
 from torchcurv.curv.linalg import Damping, eigh, inverse_spd
-from torchcurv.curv.stats import Stats
+from torchcurv.curv.stats import Stats, Use
 
 
 @dataclass(frozen=True)
@@ -54,21 +56,73 @@ class RowSpace:
                     matrix += use.combination(weights)
         return total
 
-    def gram(self) -> Tensor:
-        """V V^T, layer by layer: (s·s')(a·a') where there is one use at one position, else from the layer's rows."""
+    def dots(self, vectors: Tensor) -> Tensor:
+        """V x for the rows x of `vectors` [k, P] -> [rows, k]."""
+        return torch.stack([self.rows_times(self._parts(x)) for x in vectors], 1)
+
+    def combinations(self, weights: Tensor) -> Tensor:
+        """V^T u for the columns u of `weights` [rows, k] -> [k, P]."""
+        parts = [self.rows_transposed_times(u) for u in weights.unbind(1)]
+        return torch.stack([torch.cat([x.flatten() for x in part]) for part in parts])
+
+    def _parts(self, x: Tensor) -> list[Tensor]:
+        """[P] -> one [g, o, d] per layer."""
+        shapes = [torch.Size(layer.shape) for layer in self.stats[0].layers]
+        pieces = x.split([shape.numel() for shape in shapes])
+        return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+    def gram(self, other: RowSpace | None = None) -> Tensor:
+        """V W^T for the rows W of this or another space over the same layers, layer by layer: (s·s')(a·a') where there
+        is one use at one position, else from the layer's rows."""
+        spaces = (self, self if other is None else other)
         total: Tensor | int = 0
         for index in range(len(self.stats[0].layers)):
-            uses = [stats.uses[index] for stats in self.stats]
+            uses = [stats.uses[index] for space in spaces for stats in space.stats]
             if not any(uses):
                 continue
             alike = {(use.transposed, use.inputs.bias_covered) for own in uses for use in own}
             if len(alike) == 1 and all(len(own) == 1 and own[0].s.shape[2] == 1 for own in uses):
-                total = total + _product_gram(self.stats, index)
+                total = total + _product_gram(self.stats, spaces[1].stats, index)
             else:
-                rows = torch.cat([stats.layer_rows(index) for stats in self.stats])
-                total = total + rows @ rows.mT
+                V = torch.cat([stats.layer_rows(index) for stats in self.stats])
+                W = V if other is None else torch.cat([stats.layer_rows(index) for stats in other.stats])
+                total = total + V @ W.mT
         assert isinstance(total, Tensor)
         return total
+
+    # ------------------------------------------------------------------------------ sample by sample
+
+    def samples(self) -> tuple[Tensor, int]:
+        """(the sample of every row, how many there are). Chunks of the signals of one pass share their inputs."""
+        first: dict[int, int] = {}
+        count, places = 0, []
+        for stats in self.stats:
+            v, n = stats.shape
+            key = id(_some_use(stats).inputs)
+            if key not in first:
+                first[key], count = count, count + n
+            places.append(torch.arange(first[key], first[key] + n, device=_some_use(stats).s.device).repeat(v))
+        return torch.cat(places), count
+
+    def roots(self) -> Tensor:
+        """The square root of its scale for every row."""
+        like = [_some_use(stats).s for stats in self.stats]
+        pairs = zip(self.stats, like, strict=True)
+        return torch.cat([_root_scale(stats, s).expand(stats.shape.numel()) for stats, s in pairs])
+
+    def first(self, count: int) -> RowSpace:
+        """The rows of so many samples of every pass, scaled to stand for all of them."""
+        inputs: dict[int, Inputs] = {}
+        some = []
+        for stats in self.stats:
+            n = stats.shape[1]
+            part = slice(min(count, n))
+            uses = [
+                [Use(inputs.setdefault(id(use.inputs), use.inputs.of(part)), use.s[:, part]) for use in own]
+                for own in stats.uses
+            ]
+            some.append(replace(stats, uses=uses, scale=stats.scale * (n / part.stop)))
+        return RowSpace(tuple(some))
 
     def damped(self, damping: Damping, double: bool = False) -> tuple[RowSpace, Tensor]:
         """(the rows with their inverse, whether it could be computed); double: in float64."""
@@ -129,17 +183,32 @@ class RowSpace:
         ]
 
 
+def row_count(parts: Sequence[object]) -> int:
+    return sum(part.shape.numel() for part in parts if isinstance(part, Stats))
+
+
 def _root_scale(stats: Stats, like: Tensor) -> Tensor:
     return torch.as_tensor(stats.scale, dtype=like.dtype, device=like.device).sqrt()
 
 
-def _product_gram(all_stats: tuple[Stats, ...], index: int) -> Tensor:
+def _product_gram(all_stats: tuple[Stats, ...], others: tuple[Stats, ...], index: int) -> Tensor:
     """K[(v n), (w m)] = sum_g (s_vn · s_wm)(a_n · a_m + [bias]) over all the passes' rows."""
-    uses = [(stats, stats.uses[index][0]) for stats in all_stats]
-    inputs = uses[0][1].inputs
-    a = torch.cat([use.inputs.a[:, 0].repeat(len(use.s), 1, 1) for _, use in uses])
-    s = torch.cat([use.s[:, :, 0].flatten(0, 1) * _root_scale(stats, use.s) for stats, use in uses])
-    pairs = torch.einsum("ngi,mgi->gnm", a, a) if inputs.weight_covered else 0
+    a, s = _joined(all_stats, index)
+    b, t = (a, s) if others is all_stats else _joined(others, index)
+    inputs = all_stats[0].uses[index][0].inputs
+    pairs = torch.einsum("ngi,mgi->gnm", a, b) if inputs.weight_covered else 0
     if inputs.bias_covered:
         pairs = pairs + 1
-    return (torch.einsum("ngo,mgo->gnm", s, s) * pairs).sum(0)
+    return (torch.einsum("ngo,mgo->gnm", s, t) * pairs).sum(0)
+
+
+def _joined(all_stats: tuple[Stats, ...], index: int) -> tuple[Tensor, Tensor]:
+    """(a, s) [rows, g, i or o] of a layer, with the square root of the scale in s."""
+    uses = [(stats, stats.uses[index][0]) for stats in all_stats]
+    a = torch.cat([use.inputs.a[:, 0].repeat(len(use.s), 1, 1) for _, use in uses])
+    s = torch.cat([use.s[:, :, 0].flatten(0, 1) * _root_scale(stats, use.s) for stats, use in uses])
+    return a, s
+
+
+def _some_use(stats: Stats) -> Use:
+    return next(use for uses in stats.uses for use in uses)

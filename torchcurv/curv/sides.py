@@ -58,6 +58,11 @@ def times_left(side: Tensor, x: Tensor) -> Tensor:
     return side @ x if side.dim() == 3 else times(x.mT, side.mT).mT
 
 
+def whole(side: Tensor) -> Tensor:
+    """A side whose lower triangle counts, with its upper one."""
+    return side.tril() + side.tril(-1).mT
+
+
 def mean_diagonal(side: Tensor, d: int) -> Tensor:
     """trace / d [g]."""
     return side.diagonal(dim1=-2, dim2=-1).flatten(1).sum(-1) / d

@@ -2,7 +2,8 @@
 
 from torchcurv.optim.adahesscale import AdaHesScale
 from torchcurv.optim.cg_newton import CGNewton
+from torchcurv.optim.directional import DirectionalNewton
 from torchcurv.optim.preconditioner import Preconditioner
 from torchcurv.optim.second_order import SecondOrderOptimizer
 
-__all__ = ["AdaHesScale", "CGNewton", "Preconditioner", "SecondOrderOptimizer"]
+__all__ = ["AdaHesScale", "CGNewton", "DirectionalNewton", "Preconditioner", "SecondOrderOptimizer"]

@@ -89,18 +89,6 @@ class AdaHesScale(CurvatureOptimizer):
         if group["approx"] not in ("diag", None):
             raise ValueError(f'approx={group["approx"]!r}; AdaHesScale reads a diagonal: "diag", or None for Adam')
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update from the gradients in `.grad`; `closure` recomputes the loss and is called first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            if self._refresh():
-                self._update()
-                self._finish_step()
-        return loss
-
     def _update(self) -> None:
         diagonals = self._diagonals()
         steps: dict[Tensor, Tensor] = {}

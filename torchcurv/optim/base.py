@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchcurv.curv.curvature import OPTION_NAMES, Curvature, Options, read_flags
+from torchcurv.curv.curvature import OPTION_NAMES, Curvature, Options, partition, read_flags
+from torchcurv.curv.kinds import GRADIENT, INPUT
 from torchcurv.curv.layers import Layer, find_layers
 from torchcurv.curv.record import Record
 from torchcurv.curv.schedule import interval_at
@@ -32,7 +33,7 @@ WHOLE_OPTIONS = ("loss_fn", "reduction", "class_dim", "output_fn", "grad_scaler"
 
 
 class CurvatureOptimizer(torch.optim.Optimizer):
-    """Base of the optimizers: subclasses define `step` and call `_refresh` and `_solve` from it.
+    """Base of the optimizers: subclasses define `_update`, which may call `_solve`.
 
     The structure of a block (STRUCTURE in curvature.py) is read when the optimizer is built, when a group is added
     and when a state is loaded; every other option of a group may be changed between steps.
@@ -125,7 +126,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         options = Options(**{key: group[key] for key in OPTION_NAMES})
-        if options.approx is not None and _is_zero(options.damping) and not group.get("l2"):
+        no_l2 = not group.get("l2") or options.curv_type == INPUT
+        if options.approx is not None and _is_zero(options.damping) and no_l2:
             raise ValueError(
                 "damping=0; pass a number > 0: curvature is singular as soon as a layer has more parameters than "
                 "there are samples"
@@ -159,15 +161,18 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 'taken sample by sample, or pass unsupported="gradient" to train everything that is not covered with '
                 "the plain gradient, or teach torchcurv the layer with torchcurv.register_view"
             )
-        chosen: list[tuple[Layer, Options]] = []
+        chosen: list[tuple[Layer, Options, int]] = []
         for layer in layers:
             self._check_agreement(layer, groups, options)
-            chosen.append((layer, options[layer.params[0]]))
-        blocks = [Curvature(*arguments) for arguments in _partition(chosen)]
+            chosen.append((layer, options[layer.params[0]], groups[layer.params[0]]))
+        blocks = self._make_blocks(chosen)
         group_of = {id(block): groups[block.params[0]] for block in blocks}
         for block in blocks:
             self._check_rows(block, group_of[id(block)])
         self._install(blocks, group_of)
+
+    def _make_blocks(self, chosen: list[tuple[Layer, Options, int]]) -> list[Curvature]:
+        return [Curvature(*arguments) for arguments in partition(chosen)]
 
     def _install(self, blocks: list[Curvature], group_of: dict[int, int]) -> None:
         assert self.model is not None
@@ -224,8 +229,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return [block.name for block in self._blocks if self._steps >= block.next_update]
 
     def _damping(self, group: dict[str, Any]) -> float | Tensor:
-        """λ of a group; L2 regularisation is part of the curvature, so it adds its coefficient."""
-        return group["damping"] + group.get("l2", 0.0)
+        """λ of a group; L2 regularisation is part of the loss's curvature, so it adds its coefficient."""
+        return group["damping"] if group["curv_type"] == INPUT else group["damping"] + group.get("l2", 0.0)
 
     def _require_record(self) -> Record:
         if self._record is None:
@@ -236,6 +241,21 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return self._record
 
     @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update from the gradients in `.grad`; `closure` recomputes the loss and is called first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._refresh():
+            self._update()
+            self._finish_step()
+        return loss
+
+    def _update(self) -> None:
+        """Move the parameters."""
+        raise NotImplementedError
+
     def _refresh(self) -> bool:
         """Merge what was captured and factor what is due. False: there is nothing to step on."""
         record = self._require_record()
@@ -379,13 +399,21 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 for piece in block.pieces
             ]
             damping = None if block.bakes_damping() else self._damping(self.param_groups[index])
-            for piece, x in zip(block.pieces, block.solve(given, damping), strict=True):
+            for piece, x in zip(block.pieces, block.direction(given, damping), strict=True):
                 p = piece.param
                 if p in gradients and piece.rows is None:
                     solved[p] = x
                 elif p in gradients:
                     piece.of(solved.setdefault(p, gradients[p].to(x.dtype, copy=True))).copy_(x)
         return solved
+
+    def _plain(self) -> None:
+        """Parameters without a curvature follow the gradient."""
+        covered = {p for block in self._blocks for p in block.params}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p not in covered:
+                    p.add_(p.grad, alpha=-group["lr"])
 
     # -------------------------------------------------------------------------------------- public
 
@@ -431,7 +459,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         rows = [("parameter", "shape", "block", "curv_type", "approx", "block sizes", "memory")]
         owners: dict[Tensor, list[Curvature]] = {}
         for block in self._blocks:
-            for p in block.params:
+            for p in block.params if block.kind != GRADIENT else ():
                 owners.setdefault(p, []).append(block)
         for group in self.param_groups:
             for p in group["params"]:
@@ -444,7 +472,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                     memory = f"{block.memory():,}" if p is block.params[0] else '"'
                     options = block.options
                     kind = options.curv_type if options.samples is None else f"{options.curv_type}({options.samples})"
-                    kind = options.curv_type if options.curv_type == "empirical_fisher" else kind
+                    kind = options.curv_type if options.curv_type in ("empirical_fisher", INPUT) else kind
                     name, sizes = self._names[p], block.sizes()
                     rows.append((name, shape, block.name, kind, str(options.approx), sizes, memory))
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
@@ -516,18 +544,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
 
 # ---------------------------------------------------------------------------------------------- helpers
-
-
-def _partition(chosen: list[tuple[Layer, Options]]) -> Iterable[tuple[str, list[Layer], Options]]:
-    """(name, layers, options) of each block: a layer is a block; "full" joins the layers with equal options."""
-    joined: dict[Options, list[Layer]] = {}
-    for layer, options in chosen:
-        if options.approx == "full":
-            joined.setdefault(options, []).append(layer)
-        else:
-            yield layer.name, [layer], options
-    for count, (options, layers) in enumerate(joined.items()):
-        yield "full" if count == 0 else f"full:{layers[0].name}", layers, options
 
 
 def _damping_moved(block: Curvature, damping: float | Tensor) -> bool:

@@ -132,33 +132,19 @@ class CGNewton(CurvatureOptimizer):
         and returns (loss, output), or for the Hessian the loss, without calling backward()."""
         if self._operator is not None:
             return self._matrix_free(closure)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            if self._refresh():
-                self._iterations = 0
-                for block, index in zip(self._blocks, self._group_index, strict=True):
-                    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in block.params]
-                    if not block.measured or all(p.grad is None for p in block.params):
-                        continue
-                    whole = dict(zip(block.params, gradients, strict=True))
-                    b = [-piece.of(whole[piece.param]) for piece in block.pieces]
-                    d = self._solved(self.param_groups[index], block.multiply, b, [p for p, _ in block.pieces])
-                    for piece, x in zip(block.pieces, d, strict=True):
-                        piece.of(piece.param).add_(x, alpha=self.param_groups[index]["lr"])
-                self._plain()
-                self._finish_step()
-        return loss
+        return super().step(closure)
 
-    def _plain(self) -> None:
-        """Parameters without a curvature follow the gradient."""
-        covered = {p for block in self._blocks for p in block.params}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p not in covered:
-                    p.add_(p.grad, alpha=-group["lr"])
+    def _update(self) -> None:
+        self._iterations = 0
+        for block, index in zip(self._blocks, self._group_index, strict=True):
+            if not block.measured or all(p.grad is None for p in block.params):
+                continue
+            gradients = {p: p.grad if p.grad is not None else torch.zeros_like(p) for p in block.params}
+            b = [-piece.of(gradients[piece.param]) for piece in block.pieces]
+            d = self._solved(self.param_groups[index], block.multiply, b, [p for p, _ in block.pieces])
+            for piece, x in zip(block.pieces, d, strict=True):
+                piece.of(piece.param).add_(x, alpha=self.param_groups[index]["lr"])
+        self._plain()
 
     def _solved(
         self, group: dict[str, Any], multiply: Callable[[Vector], Vector], b: Vector, params: list[Tensor]

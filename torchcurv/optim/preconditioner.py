@@ -18,6 +18,8 @@ class Preconditioner(CurvatureOptimizer):
         precond = Preconditioner(model, approx="kfac", damping=1e-3)
         loss.backward(); precond.step(); adamw.step()
 
+    For curv_type="input" it is damping (C + damping I)^-1 `.grad`, which leaves the gradient of a bias as it is.
+
     The arguments are those of SecondOrderOptimizer that do not concern the update. The groups have no lr: a learning
     rate belongs to the optimizer behind. `state_dict` and `load_state_dict` resume the running averages.
     """
@@ -44,6 +46,8 @@ class Preconditioner(CurvatureOptimizer):
         indefinite: str = "abs",
         factor_blocks: int = 1,
         max_factor_dim: int | None = 8192,
+        partition: str | None = None,
+        rank: int = 16,
         reduction: str | None = None,
         class_dim: int | None = None,
         output_fn: Callable[[Any], Tensor] | None = None,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcurv.curv.curvature import OPTION_NAMES
+from torchcurv.curv.kinds import INPUT
 from torchcurv.curv.schedule import check_number
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
 from torchcurv.optim.update import descend_, inner, kl_clip_factor, momentum_
@@ -27,6 +28,9 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         ν = min(1, sqrt(kl_clip / Σ lr² <V, g>))        one number for all covered parameters; 1 if kl_clip is None
         m = momentum * m + ν V,  p = (1 - lr * weight_decay) p - lr * m
 
+    For curv_type="input", whose C is not in units of the loss, V = damping (C + damping I)^-1 g and ν = 1: such a
+    group tends to the plain gradient as its damping grows.
+
     Args:
         model: the module to train. It gets removable forward hooks and nothing else.
         params: what torch.optim takes (parameters, named parameters, groups); None means every trainable parameter.
@@ -34,8 +38,9 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         loss_fn: the loss module you call, or the name of the loss you compute: "cross_entropy", "mse",
             "bce_with_logits", "nll"; None: you call `observe(output, target, loss_fn)` before backward().
             A name means mean reduction, no class weights and a factor of 1 in what backward() is called on.
-        curv_type: "ggn" (Gauss-Newton), "fisher" or "empirical_fisher".
-        approx: "kfac", "ekfac", "diag", "unit" (one block per output unit), "block" (per layer), "full", or None.
+        curv_type: "ggn" (Gauss-Newton), "fisher", "empirical_fisher", "hessian", or "input" (ISAAC).
+        approx: "kfac", "ekfac", "diag", "unit" (one block per output unit), "block" (per layer), "full", "lowrank" (the
+            `rank` largest eigenpairs), or None.
         lr: step size, a number or a 0-d tensor.
         momentum: 0 <= momentum < 1. nesterov: look ahead.
         momentum_type: "preconditioned" averages V, "raw" averages g before preconditioning.
@@ -44,7 +49,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         weight_decay: decoupled decay. l2: coefficient of l2/2 norm(p)² in the loss, in g and in the damping.
         maximize: ascend.
         samples: signals drawn per step; None: the exact curvature (one backward pass per output element).
-        sharing, ema_decay, update_every, refactor_every, rows_limit, factor_blocks, max_factor_dim: see
+        sharing, ema_decay, update_every, refactor_every, rows_limit, factor_blocks, max_factor_dim,
+            partition, rank: see
             `torchcurv.curv.curvature.Options`.
         reduction, class_dim: of a loss given by name. output_fn: from the model's output to the loss's input.
         grad_scaler: the torch.amp.GradScaler that scales the loss, if any.
@@ -91,6 +97,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         indefinite: str = "abs",
         factor_blocks: int = 1,
         max_factor_dim: int | None = 8192,
+        partition: str | None = None,
+        rank: int = 16,
         reduction: str | None = None,
         class_dim: int | None = None,
         output_fn: Callable[[Any], Tensor] | None = None,
@@ -114,25 +122,14 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         super()._check_group(group)
         check_step_options(group)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update from the gradients in `.grad`; `closure` recomputes the loss and is called first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            if self._refresh():
-                self._update()
-                self._finish_step()
-        return loss
-
     def _update(self) -> None:
         gradients: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
             gradients.update(self._gradients(group))
         solved = self._solve(gradients)
-        clip = self._clip(gradients, solved)
+        common = self._clip(gradients, solved)
         for group in self.param_groups:
+            clip = None if group["curv_type"] == INPUT else common
             params = [p for p in group["params"] if p in gradients]
             averaged = group["momentum"] and group["momentum_type"] == "preconditioned" and not group["nesterov"]
             if averaged and clip is not None and all(p in solved for p in params):  # one pass over the steps less
@@ -181,10 +178,11 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             return None
         products = []
         for group in self.param_groups:
-            own = [inner(solved[p], gradients[p]) for p in group["params"] if p in solved]
+            clipped = [] if group["curv_type"] == INPUT else group["params"]
+            own = [inner(solved[p], gradients[p]) for p in clipped if p in solved]
             if own:
                 products.append(torch.stack(own).sum() * group["lr"] ** 2)
-        return kl_clip_factor(products, self._kl_clip)
+        return kl_clip_factor(products, self._kl_clip) if products else None
 
 
 def check_step_options(options: dict[str, Any]) -> None:

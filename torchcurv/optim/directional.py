@@ -1,0 +1,153 @@
+"""DirectionalNewton: Newton steps along eigenvectors of the GGN, each damped by what its samples agree on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from torchcurv.curv.curvature import OPTION_NAMES, Curvature, Options
+from torchcurv.curv.directions import Criterion, DirectionalDamping, Directions, directions_of, with_shares
+from torchcurv.curv.kinds import GRADIENT
+from torchcurv.curv.layers import Layer
+from torchcurv.curv.schedule import check_number
+from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
+
+
+def top_k(k: int) -> Criterion:
+    """The k largest eigenvalues."""
+    return lambda evals: torch.arange(max(0, len(evals) - k), len(evals), device=evals.device)
+
+
+def above(threshold: float) -> Criterion:
+    """Eigenvalues larger than a threshold."""
+    return lambda evals: (evals > threshold).nonzero().squeeze(1)
+
+
+def constant(damping: float) -> DirectionalDamping:
+    """The same δ along every direction."""
+    return lambda evals, gram_evecs, gammas, lambdas: torch.full_like(evals, damping)
+
+
+def from_noise(least: float = 0.0) -> DirectionalDamping:
+    """δ_k = least + se(λ_k) + mean(λ_k) (se(γ_k) / mean γ_k)², se being the standard error of a mean over samples.
+
+    The last term shrinks a step to the part of γ_k that is signal: it multiplies it with γ² / (γ² + se²), the factor
+    of least expected error for a mean γ known up to se. Along directions that the samples do not agree on nothing is
+    left of the step. One sample alone has no standard error: `least` is then all.
+    """
+
+    def damping(evals: Tensor, gram_evecs: Tensor, gammas: Tensor, lambdas: Tensor) -> Tensor:
+        def error(x: Tensor) -> Tensor:
+            return x.std(0) / len(x) ** 0.5 if len(x) > 1 else torch.zeros_like(x[0])
+
+        tiny = torch.finfo(evals.dtype).tiny
+        relative = error(gammas).square() / gammas.mean(0).square().clamp_min(tiny)
+        return least + error(lambdas) + lambdas.mean(0) * relative
+
+    return damping
+
+
+class DirectionalNewton(CurvatureOptimizer):
+    r"""p <- p + lr Σ_k -γ_k / (λ_k + δ_k) e_k over chosen eigenvectors e_k of the GGN of the batch.
+
+    γ_k and λ_k are means over the samples of the first and second derivative of their losses along e_k, and nothing
+    happens off these directions. The eigenvectors come from the Gram matrix of the batch's rows, [N C, N C] for N
+    samples with C outputs or [N samples, N samples] for drawn signals, and are never formed one by one. There is no
+    running average.
+
+    Args:
+        model, params, loss_fn, curv_type ("ggn", "fisher" or "empirical_fisher"), samples, and the options of the whole
+            optimizer: as in SecondOrderOptimizer. samples=None, the default, is the exact curvature.
+        criterion: from the eigenvalues above the cut-off, ascending, to the indices of those to step along; `top_k(k)`
+            or `above(threshold)`.
+        damping: from (evals [K], gram_evecs [rows, K], gammas [N, K], lambdas [N, K]) to δ [K]; `constant(δ)` or
+            `from_noise()`.
+        lr: step size.
+        partition: eigenvectors over "all" parameters, those of each "group", "layer" or "parameter".
+        cutoff: eigenvalues up to this times the largest count as zero; None: what rounding makes of zero.
+        curvature_samples, gradient_samples: make directions and λ, or γ, of so many samples, the first of each batch;
+            None: of all.
+
+    Source: Dangel, Tatzel, Hennig, "ViViT: curvature access through the generalized Gauss-Newton's low-rank structure"
+    (2021), with `from_noise` our own.
+    """
+
+    _factors: ClassVar[bool] = False
+    _copied: ClassVar[tuple[str, ...]] = (*CurvatureOptimizer._copied, "_criterion", "_damp", "_choices")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Any = None,
+        *,
+        loss_fn: nn.Module | str | None = "cross_entropy",
+        criterion: Criterion,
+        damping: DirectionalDamping,
+        lr: float = 1.0,
+        curv_type: str = "ggn",
+        samples: int | None = None,
+        partition: str = "all",
+        cutoff: float | None = None,
+        curvature_samples: int | None = None,
+        gradient_samples: int | None = None,
+        reduction: str | None = None,
+        class_dim: int | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
+        grad_scaler: Any = None,
+        unsupported: str = "error",
+        seed: int = 0,
+    ) -> None:
+        for name, value, example in (("criterion", criterion, "top_k(10)"), ("damping", damping, "constant(1e-2)")):
+            if not callable(value):
+                raise TypeError(f"{name}={value!r}; pass a function, such as torchcurv.optim.directional.{example}")
+        for name, count in (("curvature_samples", curvature_samples), ("gradient_samples", gradient_samples)):
+            if count is not None:
+                check_number(name, count, lambda x: x >= 1 and x == int(x), "an int of at least 1, or None")
+        if cutoff is not None:
+            check_number("cutoff", cutoff, lambda x: 0 <= x < 1, "a number from 0 to below 1, or None")
+        if curv_type == "hessian":
+            raise ValueError(
+                'curv_type="hessian"; DirectionalNewton reads rows of "ggn", "fisher" or "empirical_fisher"'
+            )
+        self._criterion, self._damp = criterion, damping
+        self._choices: dict[str, Any] = {
+            "cutoff": cutoff,
+            "curvature_samples": curvature_samples,
+            "gradient_samples": gradient_samples,
+        }
+        options = Options(
+            curv_type=curv_type, approx="full", partition=partition, samples=samples, rows_limit=1, ema_decay=0.0
+        )
+        given = locals()
+        super().__init__(
+            model,
+            params,
+            {"lr": lr},
+            {name: getattr(options, name) for name in OPTION_NAMES},
+            **{name: given[name] for name in WHOLE_OPTIONS},
+        )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_number("lr", group["lr"], lambda x: 0 <= x < math.inf, "a finite number >= 0")
+
+    def _make_blocks(self, chosen: list[tuple[Layer, Options, int]]) -> list[Curvature]:
+        return with_shares(super()._make_blocks(chosen))
+
+    def _update(self) -> None:
+        for block, index in zip(self._blocks, self._group_index, strict=True):
+            if block.kind == GRADIENT or not block.measured:
+                continue
+            newton = self.directions(block).newton(self._damp)
+            for piece, x in zip(block.pieces, block.split(newton), strict=True):
+                piece.of(piece.param).add_(x, alpha=self.param_groups[index]["lr"])
+        self._plain()
+
+    def directions(self, block: Curvature) -> Directions:
+        """The chosen directions of a block, between backward() and the end of `step`."""
+        shares = next(other for other in self._blocks if other.kind == GRADIENT and other.layers is block.layers)
+        return directions_of(block, shares, self._criterion, **self._choices)
