@@ -17,7 +17,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks import data, demo, others, plot, problems, step_time, train
+from benchmarks import data, demo, others, plot, problems, spectrum, step_time, train
+from torchcurv import curvature
 
 
 def idx_bytes(array):
@@ -379,6 +380,20 @@ def test_cg_newton_on_one_linear_layer():
     points = train(digits.images[:1000], digits.labels[:1000], steps=6)
     assert points[-1].loss < 0.8 * points[0].loss and all(0 < p.iterations <= 50 for p in points)
     assert table(points, 2).row_count == 4
+
+
+def test_the_spectrum_program_draws_what_it_measured(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    batches = [(torch.randn(8, 6), torch.arange(8) % 3)]
+    found = spectrum.densities(model, batches, probes=2, steps=4)
+    assert found.keys() == {"Hessian", "GGN"} and found["GGN"].nodes.min() > -1e-6
+    layers = curvature(model, nn.CrossEntropyLoss(), batches)
+    console = Console(file=io.StringIO(), width=150)
+    spectrum.table("before", model, batches, 2, console)
+    assert "GGN" in console.file.getvalue()
+    spectrum.draw({"before": (found, layers)}, 1e-3, tmp_path / "made" / "picture.png")
+    assert (tmp_path / "made" / "picture.png").stat().st_size > 1000
 
 
 def test_the_program_of_low_rank_curvature_says_what_it_costs(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Estimates from products alone, against dense matrices in float64."""
 
 import math
+import warnings
 
 import cases
 import pytest
@@ -133,24 +134,51 @@ def test_the_density_of_a_multiple_of_the_identity_is_one_peak():
     assert torch.equal(estimate.smoothed(got.nodes, got.weights, 0.1, grid).grid, grid)
 
 
+@pytest.mark.parametrize("products", range(3, 60))
+def test_pairs_come_back_whenever_the_products_run_out(products):
+    """Even right after a restart; and the least of a spectrum to the accuracy that its largest allows."""
+    C, _ = operator(with_eigenvalues(torch.cat([torch.linspace(0.9, 1, 60), torch.tensor([50.0, 0.5])])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = estimate.eigh(C, 3, "smallest", 1e-3, products, generator())
+    assert found.values.shape == found.residuals.shape == (3,)
+    if products > 30:
+        assert abs(found.values[0] - 0.5) < 1e-3 and found.residuals.max() <= 2e-3 * 50
+
+
+def test_the_tolerance_is_relative_to_the_largest_magnitude():
+    C, counted = operator(with_eigenvalues(torch.cat([torch.linspace(0, 1, 500), torch.tensor([50.0])])))
+    found = estimate.eigh(C, 1, "smallest", 1e-3, generator=generator())
+    assert counted["products"] < 100 and found.residuals[0] < 2e-3 * 50
+
+
 # --- trace, diagonal, norms -----------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
 @given(n=SIZES, rank=st.integers(0, 6), seed=SEEDS)
-def test_low_rank_is_exact(n, rank, seed):
+def test_hutchpp_of_low_rank_is_exact(n, rank, seed):
     C = symmetric(n, seed, rank)
     got = estimate.hutchpp_trace(operator(C)[0], 3 * max(rank, 2), generator(seed))
     assert torch.allclose(got.value, C.trace(), atol=1e-9) and got.standard_error < 1e-9 * (1 + C.trace())
-    products = 2 * (rank + 3)
-    if min(products // 2, n) > min(rank, n):
-        got = estimate.xdiag(operator(C)[0], products, generator(seed))
-        unlucky = torch.linalg.matrix_rank(C @ signs(n, products // 2, seed)) < torch.linalg.matrix_rank(C)
-        assert unlucky or torch.allclose(got.value, C.diag(), atol=1e-8 * (1 + C.trace()))
 
 
-def signs(n, k, seed):
-    return Symmetric(lambda x: x, n, torch.float64).signs(min(k, n), generator(seed))
+@settings(max_examples=80, deadline=None)
+@given(n=SIZES, rank=st.none() | st.integers(0, 6), pairs=st.integers(2, 9), seed=SEEDS)
+def test_xdiag_is_its_definition(n, rank, pairs, seed):
+    """Each Q_i Q_i^T as the projector on the other products; of low rank that leaves nothing to chance."""
+    C = symmetric(n, seed, rank)
+    z = Symmetric(lambda x: x, n, torch.float64).signs(min(pairs, n), generator(seed))
+    answers, exact = [], True
+    for i in range(z.shape[1]):
+        others = C @ torch.cat([z[:, :i], z[:, i + 1 :]], 1)
+        P = others @ torch.linalg.pinv(others, rtol=1e-9)
+        answers.append((P @ C).diag() + z[:, i] * (C @ z[:, i] - P @ (C @ z[:, i])))
+        exact &= bool(torch.allclose(P @ C, C, atol=1e-9))
+    got = estimate.xdiag(operator(C)[0], 2 * pairs, generator(seed))
+    tolerance = 1e-7 * (1 + C.abs().max())
+    assert torch.allclose(got.value, torch.stack(answers).mean(0), atol=tolerance)
+    assert not exact or torch.allclose(got.value, C.diag(), atol=tolerance)
 
 
 @settings(max_examples=30, deadline=None)

@@ -61,6 +61,15 @@ def test_every_loss_in_batches_of_any_size(case, kind):
     close(dense(operator(model, case.loss, data, kind)), expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_batch_without_a_target_counts_for_nothing(kind, reduction):
+    model, x, y = problem()
+    loss, ignored = nn.CrossEntropyLoss(reduction=reduction), torch.full_like(y, -100)
+    expected = getattr(oracles, kind)(model, loss, x, y, list(model.named_parameters()))
+    close(dense(operator(model, loss, [(x, y), (x, ignored)], kind)), expected)
+
+
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])
 @pytest.mark.parametrize("id", ["vit", "gpt", "unet", "lstm", "encoder"])
 def test_complete_models(id, kind):
@@ -179,7 +188,7 @@ def test_frozen_parameters_and_empty_data_are_refused():
         operator(model, LOSS, [(x, y)], params=model.parameters())
     C = operator(model, LOSS, [])
     assert all(p is not model[0].weight for p in C.params)
-    with pytest.raises(ValueError, match="data is empty"):
+    with pytest.raises(ValueError, match="data is empty, or"):
         C.matvec(torch.zeros(C.size, dtype=torch.float64))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from typing import Any
 
@@ -11,8 +12,8 @@ from torchcurv.curv.estimate import SpectralDensity
 from torchcurv.curv.products import CurvatureOperator
 from torchcurv.curv.spectra import Spectra
 
-QUANTILES = (0.25, 0.75)
-VISIBLE = 1e-12  # of the largest magnitude: eigenvalues below it count as zero
+QUARTILES = (0, 0.25, 0.75, 1)
+VISIBLE = 1e-8  # of the largest magnitude: eigenvalues below it count as zero
 
 
 def _axes(ax: Any, size: tuple[float, float]) -> Any:
@@ -75,52 +76,46 @@ def plot_layers(curvature: Spectra, ax: Any = None, *, damping: float = 1e-3, co
             f"plot_layers got a {type(curvature).__name__}, which has no layers: pass a curvature(...) whose "
             'approx= works by layers, such as "kfac"'
         )
-    found = curvature.eigvalsh_by_block()
-    conditions = curvature.condition_numbers(damping)
-    ax = _axes(ax, (max(5.0, 0.9 * len(found)), 4))
+    found = {name: values.detach().cpu().double() for name, values in curvature.eigvalsh_by_block().items()}
     lowest = VISIBLE * max(float(values.abs().amax()) for values in found.values())
-    for place, values in enumerate(found.values()):
-        _spread(ax, place, values.detach().cpu().double(), lowest, color)
+    ax = _axes(ax, (max(5.0, 0.9 * len(found)), 4))
     ax.set_yscale("log")
+    spreads = [_spread(values, lowest) for values in found.values()]
+    (least, first, third, largest), places = zip(*spreads, strict=True), range(len(found))
+    ax.vlines(places, least, largest, color=color, linewidth=1.2, label="all but zeros")
+    ax.vlines(places, first, third, color=color, linewidth=7, alpha=0.4, label="middle half")
+    means = [float(values.mean()) for values in found.values()]
+    ax.plot(places, [x if x > lowest else math.nan for x in means], "o", color=color, label="mean")
+    negative = [-float(values.amin()) for values in found.values()]
+    if max(negative) > lowest:
+        shown = [x if x > lowest else math.nan for x in negative]
+        ax.plot(places, shown, "v", color="tab:red", label="most negative")
     if damping > 0:
         ax.axhline(damping, color="grey", linestyle=":", label=f"damping {damping:g}")
-    for place, condition in enumerate(conditions.values()):
-        ax.annotate(
-            f"{float(condition):.2g}", (place, 1.01), xycoords=("data", "axes fraction"), ha="center", va="bottom",
-            fontsize="small",
-        )  # fmt: skip
-    ax.set_title("condition number", fontsize="small", pad=16)
-    ax.set_xticks(
-        range(len(found)), list(found), rotation=45 if len(found) > 6 else 0, ha="right" if len(found) > 6 else "center"
-    )
-    ax.set_xlim(-0.6, len(found) - 0.4)
-    ax.set_ylabel("|eigenvalue|")
-    ax.grid(True, axis="y", alpha=0.25)
-    ax.legend(fontsize="small")
+    _label(ax, list(found), list(curvature.condition_numbers(damping).values()))
     return ax
 
 
-def _spread(ax: Any, place: int, values: Tensor, lowest: float, color: Any) -> None:
+def _spread(values: Tensor, lowest: float) -> list[float]:
+    """Least magnitude above `lowest`, quartiles, largest; nan where there is none."""
     sizes = values.abs()
-    sizes = sizes[sizes > lowest]
-    first = place == 0
-    if len(sizes):
-        sizes = sizes.sort().values
-        ends = [float(sizes[round(q * (len(sizes) - 1))]) for q in QUANTILES]
-        ax.plot(
-            [place] * 2, [float(sizes[0]), float(sizes[-1])], color=color, linewidth=1.2, label="all" if first else None
-        )
-        ax.plot(
-            [place] * 2,
-            ends,
-            color=color,
-            linewidth=7,
-            alpha=0.4,
-            solid_capstyle="butt",
-            label="middle half" if first else None,
-        )
-    mean = float(values.mean())
-    if mean > lowest:
-        ax.plot(place, mean, "o", color=color, label="mean" if first else None)
-    if float(values.amin()) < -lowest:
-        ax.plot(place, -float(values.amin()), "v", color="tab:red", label="most negative")
+    sizes = sizes[sizes > lowest].sort().values
+    return [float(sizes[round(q * (len(sizes) - 1))]) if len(sizes) else math.nan for q in QUARTILES]
+
+
+def _label(ax: Any, names: list[str], conditions: list[Tensor]) -> None:
+    """Names below, condition numbers above, and a legend in a margin of its own."""
+    for place, condition in enumerate(conditions):
+        text = f"{float(condition):.1e}" if condition > 0 else "indefinite"
+        above = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "fontsize": "small"}
+        ax.annotate(text, (place, 1.01), **above)
+    ax.set_title("condition number of layer + damping", fontsize="small", pad=16)
+    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(names) > 6 else {}
+    ax.set_xticks(range(len(names)), names, **slanted)
+    ax.set_xlim(-0.6, len(names) - 0.4)
+    ax.set_xlabel("layer")
+    ax.set_ylabel("|eigenvalue|")
+    ax.grid(True, axis="y", alpha=0.25)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low * (low / high) ** 0.15, high)
+    ax.legend(fontsize="small", loc="lower center", ncols=5)

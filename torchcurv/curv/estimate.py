@@ -216,13 +216,14 @@ def eigh(
         raise ValueError(f"tol={tol!r}; pass a number >= 0")
     budget = 20 * k + 200 if max_products is None else check_count("max_products", max_products, k)
     space = Krylov(C, 2 * k + 40, generator)
-    since, confirming = 0, False
+    since, confirming, largest = 0, False, 0.0
     for _ in range(budget):
         space.grow()
         since += 1
         values, S, residuals = space.ritz()
         order = outwards(values).sort(descending=True).indices
-        enough = tol * float(values.abs().max())
+        largest = max(largest, float(values.abs().max()))
+        enough = tol * largest
         converged = space.m >= k and bool((residuals[order[:k]] <= enough).all())
         beyond = len(order) > k and since >= CONFIRMING and float(residuals[order[k]]) <= enough
         if space.complete or (converged and confirming and beyond):  # the fresh start has found the next pair
@@ -241,6 +242,8 @@ def eigh(
         RuntimeWarning,
         stacklevel=3,
     )
+    values, S, _ = space.ritz()
+    order = outwards(values).sort(descending=True).indices
     return _pairs(space, S[:, order[:k]])
 
 
@@ -290,7 +293,7 @@ def smoothed(nodes: Tensor, weights: Tensor, width: float | None = None, grid: T
     """The mean over rows of measures [rows, m] with a Gaussian in place of each node.
 
     width: its standard deviation, in units of the eigenvalues; None: 1 % of the range of the nodes.
-    grid: the points [G], or how many, which then cover the nodes and 5 widths on both sides.
+    grid: the points [G], or how many, which then cover the nodes and 8 widths on both sides.
     """
     low, high = float(nodes[weights > 0].min()), float(nodes[weights > 0].max())
     if width is None:
@@ -299,7 +302,7 @@ def smoothed(nodes: Tensor, weights: Tensor, width: float | None = None, grid: T
         raise ValueError(f"width={width!r}; pass a number > 0, in units of the eigenvalues")
     if not isinstance(grid, Tensor):
         count = check_count("grid", grid, 2)
-        grid = torch.linspace(low - 5 * width, high + 5 * width, count, dtype=nodes.dtype)
+        grid = torch.linspace(low - 8 * width, high + 8 * width, count, dtype=nodes.dtype)
     grid = grid.to(nodes)
     rows = torch.zeros(len(grid), len(nodes), dtype=nodes.dtype, device=nodes.device)
     for at, weight in zip(nodes.split(4096, 1), weights.split(4096, 1), strict=True):

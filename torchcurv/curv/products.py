@@ -81,7 +81,7 @@ class CurvatureOperator(OverParameters):
                 if not batch.terms.empty:
                     self._add(total, batch, sent)
         if not seen:
-            raise ValueError("data is empty: there is nothing to measure")
+            raise ValueError("data is empty, or could be gone over only once: pass a list of batches, or a DataLoader")
         if self._loss.reduction == "mean":
             total = [x / shares for x in total]
         return restore(dict(zip(self.params, total, strict=True)))
@@ -114,7 +114,11 @@ class CurvatureOperator(OverParameters):
         return one_of("method", method, estimate.TRACES)(self._symmetric, products, seeded(generator))
 
     def diag(self, products: int = 60, generator: torch.Generator | None = None) -> Estimate:
-        """The diagonal of C [P] by XDiag from as many products, with its standard error [P]."""
+        """The diagonal of C [P] by XDiag from as many products, with its standard error [P].
+
+        Good where few directions carry C; otherwise the error falls with the root of the products, and approx="diag"
+        has the exact diagonal of first-order kinds.
+        """
         return estimate.xdiag(self._symmetric, products, seeded(generator))
 
     def norm(
