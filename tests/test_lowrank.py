@@ -386,6 +386,16 @@ def test_pairs_of_an_indefinite_sum(size, first, second, rank):
         close(found.vectors.mT @ found.values.diag() @ found.vectors, expected, 1e-8)
 
 
+@pytest.mark.parametrize("options", [{"approx": "lowrank"}, {"approx": "full", "rows_limit": 1}])
+def test_a_batch_that_is_overwritten_before_the_step_is_found_out(options):
+    model, loss_fn, x, y = problem("mlp")
+    optimizer = SecondOrderOptimizer(model, loss_fn=loss_fn, **options)
+    loss_fn(model(x), y).backward()
+    x.copy_(cases.randn(*x.shape))
+    with pytest.raises(RuntimeError, match="were edited in place between backward"):
+        optimizer.step()
+
+
 # --------------------------------------------------------------------------------------------- errors
 
 

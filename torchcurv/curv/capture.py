@@ -48,12 +48,12 @@ class Call:
     superseded: bool = False  # by the gradients of samples of the whole module
 
     def __post_init__(self) -> None:
-        self.versions = [_version(x) for x in self.x]
+        self.versions = [version_of(x) for x in self.x]
 
     @property
     def edited(self) -> bool:
         """Whether something it was given was edited in place since."""
-        return self.versions != [_version(x) for x in self.x]
+        return self.versions != [version_of(x) for x in self.x]
 
     def signal(self, gradient: Tensor) -> Tensor:
         """s [batch, r, g, o] from the gradient at the edge."""
@@ -62,7 +62,7 @@ class Call:
         return self.site.view.signal(self.site.module, dz)
 
 
-def _version(x: Any) -> int:
+def version_of(x: Any) -> int:
     return 0 if not isinstance(x, Tensor) or x.is_inference() else x._version
 
 

@@ -382,6 +382,7 @@ class Curvature:
         ρ^k. watched: let `changes` say how far the averages move.
         A measurement with a value that is not finite is left out and counted.
         """
+        self._check_rows()
         if self.uses_rows:
             self.factor = RowSpace(tuple(part for part in self.pending_rows if isinstance(part, Stats)))
             self.forget_pending()
@@ -458,6 +459,15 @@ class Curvature:
     def inputs_alone(self) -> bool:
         """Whether what came in is all that is measured: no signal needs to be sent."""
         return self.kind == INPUT or (self.kind != SECOND and tuple(self.wanted) == ("A",))
+
+    def _check_rows(self) -> None:
+        """Rows are read when they are used, after the backward pass that brought them."""
+        for stats in self.pending_rows:
+            if isinstance(stats, Stats) and any(use.inputs.edited for uses in stats.uses for use in uses):
+                raise RuntimeError(
+                    f"the inputs of block {self.name!r} were edited in place between backward() and step(): its "
+                    "curvature is found from them in step(). Give every batch a tensor of its own"
+                )
 
     def _merge(self, pairs: LargestPairs, rho: float, gain: float, watched: bool) -> None:
         """The running average of a block that keeps its largest eigenpairs: those of the weighted sum."""

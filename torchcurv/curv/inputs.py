@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchcurv.curv.capture import version_of
 from torchcurv.curv.layers import Layer, Site
 from torchcurv.curv.losses import at_least_float32
 from torchcurv.curv.sides import folded, side_shape
@@ -87,9 +88,19 @@ class Inputs:
     ) -> None:
         self.layer, self.site, self.calls, self.n, self.weights = layer, site, calls, n, weights
         self.view = site.view
+        self._versions = self._current_versions
         self.weight_covered = layer.weight is not None
         self.bias_covered = layer.bias is not None and site.bias is not None
         self.bias_column = layer.bias is not None and not site.transposed  # zeros where this site has no bias
+
+    @property
+    def _current_versions(self) -> list[int]:
+        return [version_of(x) for _, given in self.calls for x in given]
+
+    @property
+    def edited(self) -> bool:
+        """Whether what came in was edited in place since."""
+        return self._versions != self._current_versions
 
     def _read(self, module: nn.Module, x: Arguments) -> Tensor | Tokens:
         read = self.view.inputs(module, *x)

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from torchcurv.curv.capture import Edge, _version, edge_of
+from torchcurv.curv.capture import Edge, edge_of, version_of
 
 Key = tuple[Node, int]
 Spec = TreeSpec | tuple[int, tuple[str, ...]]  # how a list of arguments is put together again
@@ -106,7 +106,7 @@ class Op:
             return torch.zeros(leaf.shape, dtype=dtype, device=leaf.device)
         if not isinstance(leaf, Kept):
             return leaf
-        if _version(leaf.tensor) != leaf.version:
+        if version_of(leaf.tensor) != leaf.version:
             raise RuntimeError(f"an argument of {self.place} was edited in place afterwards: edit a copy of it")
         return leaf.tensor.to(dtype) if leaf.tensor.is_floating_point() else leaf.tensor
 
@@ -264,7 +264,7 @@ def _kept(
         if k in inputs and not rule.values and not rule.operands:
             return Blank(x.shape, x.device)
         x = x.detach().clone() if copies and k in inputs else x.detach()
-        return Kept(x, _version(x))
+        return Kept(x, version_of(x))
 
     return [keep(k, x) for k, x in enumerate(leaves)]
 
