@@ -572,6 +572,26 @@ def test_a_refresh_reads_all_its_flags_at_once(approx, monkeypatch):
     assert reads == [(6, 2)] and not syncs.found
 
 
+def test_adaptive_intervals_read_their_moves_at_once_and_nothing_while_they_rest(monkeypatch):
+    as_on_an_accelerator(monkeypatch)
+    reads = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (reads.append(self.shape), tolist(self))[1])
+    model = make_model()
+    optimizer = SecondOrderOptimizer(
+        model, samples=None, lr=0.0, momentum=0.0, update_every="adaptive", refactor_every="adaptive", refresh_warmup=0
+    )
+    for step in range(20):
+        reads.clear()
+        optimizer.zero_grad()
+        due = sum(step >= pace.next for block in optimizer._blocks for pace in block.paces.values())
+        backward(model, 0)
+        with Syncs() as syncs:
+            optimizer.step()
+        assert not syncs.found and [shape for shape in reads if len(shape) == 1] == ([(due,)] if due else [])
+    assert not reads
+
+
 def test_no_warning_without_a_reason():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
