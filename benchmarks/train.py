@@ -101,8 +101,12 @@ def minibatches(problem: Problem, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 def train(
     problem: Problem, name: str, options: dict[str, Any], seed: int, steps: int,
     target: float | None = None, evaluate_every: int | None = None,
+    watch: Callable[[int, torch.optim.Optimizer], None] | None = None,
 ) -> Run:  # fmt: skip
-    """Train for `steps` steps, or until the training loss is at most `target` or no longer finite."""
+    """Train for `steps` steps, or until the training loss is at most `target` or no longer finite.
+
+    watch: called after every step with its number and the optimizer, off the clock.
+    """
     model = problem.model(seed)
     optimizer = OPTIMIZERS[name](model, problem.loss_fn, options)
     run, seconds = Run(name, options, seed), 0.0
@@ -117,6 +121,8 @@ def train(
             problem.loss(model(x), y).backward()
             optimizer.step()
             seconds += time.perf_counter() - start
+            if watch is not None:
+                watch(step, optimizer)
             bar.update()
             if step % every == 0 or step == steps:
                 loss = problem.training_loss(model)

@@ -196,6 +196,27 @@ def test_enough_products_are_exact(n, seed):
     assert torch.allclose(spectral.value, torch.linalg.matrix_norm(C, 2), rtol=1e-7)
 
 
+@pytest.mark.parametrize("damping", [0.1, 3.0])
+def test_the_determinant_is_within_its_error_and_exact_for_a_multiple_of_the_identity(damping):
+    C = symmetric(60, 3, 10)
+    exact = torch.logdet(C + damping * torch.eye(60, dtype=torch.float64))
+    errors, reported = [], []
+    for seed in range(100):
+        found = estimate.logdet(operator(C)[0], damping, 4, 30, generator(seed))
+        errors.append(found.value - exact)
+        reported.append(found.standard_error)
+    errors, reported = torch.stack(errors), torch.stack(reported)
+    assert 0.75 < reported.square().mean().sqrt() / errors.square().mean().sqrt() < 1.3
+    assert abs(errors.mean()) < 4 * errors.std() / 10
+    flat = estimate.logdet(operator(2 * torch.eye(7, dtype=torch.float64))[0], damping, 2, 5, generator())
+    assert torch.allclose(flat.value, torch.tensor(7 * math.log(2 + damping), dtype=torch.float64))
+
+
+def test_a_determinant_needs_positive_eigenvalues():
+    with pytest.raises(ValueError, match=r"damping=0.5: C \+ damping I has eigenvalues down to -1.5 or below"):
+        estimate.logdet(operator(torch.tensor([[-2.0]]).double())[0], 0.5)
+
+
 ESTIMATES = {
     "hutchinson": (estimate.hutchinson_trace, torch.trace),
     "hutch++": (estimate.hutchpp_trace, torch.trace),

@@ -128,6 +128,12 @@ class CurvatureOperator(OverParameters):
         options = {} if products is None else {"products": products}
         return one_of("kind", kind, estimate.NORMS)(self._symmetric, generator=seeded(generator), **options)
 
+    def logdet(
+        self, damping: float, probes: int = 8, steps: int = 64, generator: torch.Generator | None = None
+    ) -> Estimate:
+        """log det(C + damping I) by stochastic Lanczos quadrature, with its standard error; probes * steps products."""
+        return estimate.logdet(self._symmetric, damping, probes, steps, seeded(generator))
+
     def spectral_density(
         self,
         probes: int = 8,
