@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 SETTINGS: dict[str, dict[str, Any]] = {
     "every step": {"update_every": 1, "refactor_every": 1, "ema_decay": 0.95},
     "10 / 20": {},
-    "adaptive": {"update_every": "adaptive", "refactor_every": "adaptive", "ema_decay": 0.95, "refresh_tol": 0.2},
+    "adaptive": {"update_every": "adaptive", "refactor_every": "adaptive", "ema_decay": 0.95, "refresh_tol": 0.3},
 }
 Intervals = list[dict[str, list[int]]]  # per step: part -> the interval of each layer
 
