@@ -266,7 +266,7 @@ class Curvature:
 
     def _of_parameters(self, x: Tensor, params: list[Tensor]) -> list[Tensor]:
         """Vectors over the coordinates of the factor [k, size] -> [k, *shape] for each parameter."""
-        parts = self.split(self.unflatten(x.reshape(-1, *self._factor_shape)))
+        parts = self.split(self.unflatten(x.reshape(-1, *self.factor_shape)))
         whole = {p: x.new_zeros(len(x), *p.shape) for p in params}
         for piece, part in zip(self.pieces, parts, strict=True):
             piece.of(whole[piece.param]).copy_(part)
@@ -279,7 +279,8 @@ class Curvature:
         return self.flatten(joined).flatten(1)
 
     @property
-    def _factor_shape(self) -> tuple[int, int, int]:
+    def factor_shape(self) -> tuple[int, int, int]:
+        """(g, o, i) of one tensor over the block's coordinates."""
         return self.layers[0].shape if len(self.layers) == 1 else (1, 1, self.size)
 
     @property
@@ -422,7 +423,7 @@ class Curvature:
         noise = [torch.randn(s, dtype=dtype, device=params[0].device, generator=generator) for s in shapes]
         if isinstance(self.factor, RowSpace):
             return self.split(self.factor.sample(noise, damping))
-        return self.split(self.unflatten(self.factor.sample(self.flatten(noise), damping)))  # type: ignore[arg-type]
+        return self.split(self.unflatten(self.factor.sample(self.flatten(noise), damping)))
 
     def diag(self) -> list[Tensor]:
         """The diagonal of C, one [g, o, i] per layer."""
