@@ -6,11 +6,13 @@ from torchcurv.curv.operator import CurvatureSet, curvature
 from torchcurv.curv.views import register_view
 from torchcurv.optim.preconditioner import Preconditioner
 from torchcurv.optim.second_order import SecondOrderOptimizer
+from torchcurv.optim.vi import VIOptimizer
 
 __all__ = [
     "CurvatureSet",
     "Preconditioner",
     "SecondOrderOptimizer",
+    "VIOptimizer",
     "curvature",
     "optim",
     "register_loss",

@@ -36,7 +36,7 @@ APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
     "ekfac": lambda options, layers: Kronecker(options.sharing, corrected=True, sides=_sides(options, layers[0])),
     "diag": lambda options, layers: Diagonal(_spectrum(options)),
 }
-HESSIAN_METHODS = (None, "exact", "hutchinson", "propagate")
+HESSIAN_METHODS = (None, "exact", "hutchinson", "propagate", "price")
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "curv_type": (*KINDS, SECOND),
     "approx": (*APPROXIMATIONS, None),
@@ -49,7 +49,9 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 
 
 def _spectrum(options: Options) -> str | None:
-    return options.indefinite if options.curv_type == SECOND else None
+    if options.curv_type != SECOND:
+        return None
+    return "keep" if options.method == "price" else options.indefinite  # whose average stays above minus the damping
 
 
 def _wide(options: Options, layer: Layer) -> bool:
@@ -61,7 +63,7 @@ def _sides(options: Options, layer: Layer) -> Sides:
 
 
 _METHODS_OF: dict[str | None, tuple[str, ...]] = {
-    "diag": ("propagate", "exact", "hutchinson"),
+    "diag": ("propagate", "exact", "hutchinson", "price"),
     "kfac": ("propagate",),
 }
 
@@ -81,8 +83,8 @@ class Options:
     rows_limit: a dense block with more parameters than this goes through the Gram matrix of its rows (one row
         per sample and signal) and never forms its matrix. Such a block has no running average.
     hessian_method: of curv_type="hessian": "exact" (products with unit vectors), "hutchinson" for "diag" (`samples`
-        products with random signs), or "propagate" for "diag" (HesScale) and "kfac" (HBP). None: "propagate" for these
-        two, else "exact".
+        products with random signs), "price" for "diag" of a VIOptimizer (from its draws and their gradients, without
+        a pass), or "propagate" for "diag" (HesScale) and "kfac" (HBP). None: "propagate" for these two, else "exact".
     residual: what propagation does with second derivatives of activations, sample by sample: "keep", "zero" (Gauss-
         Newton), "abs", "clip".
     max_hessian_dim: the largest number of elements of a sample that "kfac" of the Hessian carries a matrix over.
@@ -255,6 +257,8 @@ class Curvature:
     @torch.no_grad()
     def differentiate(self, products: HessianProducts, generator: torch.Generator | None = None) -> None:
         """Add the Hessian of one loss: what the approximation keeps of its rows, or of products with random signs."""
+        if self.options.method == "price":
+            raise ValueError('hessian_method="price" is an estimate over draws of a posterior: use VIOptimizer')
         if self.options.method == "hutchinson":
             draws = self.options.samples or 1
             z = random_signs(products.first[0].new_empty(draws, self.size), generator)
@@ -336,6 +340,13 @@ class Curvature:
         if self.flags is None:
             self.flags = torch.zeros(2, dtype=torch.int32, device=bad.device)
         self.flags[which] += bad
+
+    def scale_pending(self, factor: Tensor | float) -> None:
+        """Multiply what was measured since the last step and scales with the loss."""
+        for key in self.approx.linear:
+            if key in self.pending:
+                self.pending[key].mul_(factor)
+        self.pending_rows = [replace(stats, scale=stats.scale * factor) for stats in self.pending_rows]
 
     def scale(self, factor: Tensor | float) -> None:
         """Multiply the statistics that scale with the loss."""

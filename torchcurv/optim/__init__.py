@@ -4,5 +4,6 @@ from torchcurv.optim.adahesscale import AdaHesScale
 from torchcurv.optim.cg_newton import CGNewton
 from torchcurv.optim.preconditioner import Preconditioner
 from torchcurv.optim.second_order import SecondOrderOptimizer
+from torchcurv.optim.vi import VOGN, NoisyKFAC, VIOptimizer
 
-__all__ = ["AdaHesScale", "CGNewton", "Preconditioner", "SecondOrderOptimizer"]
+__all__ = ["VOGN", "AdaHesScale", "CGNewton", "NoisyKFAC", "Preconditioner", "SecondOrderOptimizer", "VIOptimizer"]

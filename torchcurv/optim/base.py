@@ -125,17 +125,28 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         options = Options(**{key: group[key] for key in OPTION_NAMES})
-        if options.approx is not None and _is_zero(options.damping) and not group.get("l2"):
+        if options.approx is not None and not self._is_damped(group):
             raise ValueError(
                 "damping=0; pass a number > 0: curvature is singular as soon as a layer has more parameters than "
                 "there are samples"
             )
-
+        if options.approx is not None and options.curv_type == "hessian" and options.method == "price":
+            self._check_price(group)
         if options.approx is not None and options.curv_type == "hessian" and options.indefinite == "keep":
             raise ValueError(
                 'indefinite="keep" leaves negative eigenvalues to be looked at (torchcurv.curvature); a step needs '
                 '"abs", "clip" or "shift"'
             )
+
+    def _is_damped(self, group: dict[str, Any]) -> bool:
+        """Whether something > 0 is added to the curvature of a group."""
+        return not _is_zero(group["damping"]) or bool(group.get("l2"))
+
+    def _check_price(self, group: dict[str, Any]) -> None:
+        raise ValueError(
+            'hessian_method="price" is an estimate over draws of a posterior, and needs VIOptimizer; others take '
+            '"propagate", "exact" or "hutchinson"'
+        )
 
     def _params(self) -> Iterable[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -166,7 +177,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         blocks = [Curvature(*arguments) for arguments in _partition(chosen)]
         group_of = {id(block): groups[block.params[0]] for block in blocks}
         for block in blocks:
-            self._check_rows(block, group_of[id(block)])
+            self._check_block(block, group_of[id(block)])
         self._install(blocks, group_of)
 
     def _install(self, blocks: list[Curvature], group_of: dict[int, int]) -> None:
@@ -190,7 +201,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._record.start_step(self._steps, self._due())
         self._finalizer = weakref.finalize(self, self._record.remove)
 
-    def _check_rows(self, block: Curvature, index: int) -> None:
+    def _check_block(self, block: Curvature, index: int) -> None:
         scheduled = [key for key in _INTERVALS if (index, key) in self._schedules]
         if block.uses_rows and (scheduled or any(self.param_groups[index][key] != 1 for key in _INTERVALS)):
             raise ValueError(
@@ -227,6 +238,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """λ of a group; L2 regularisation is part of the curvature, so it adds its coefficient."""
         return group["damping"] + group.get("l2", 0.0)
 
+    def _memory(self, block: Curvature, group: dict[str, Any]) -> float:
+        """ρ of the running average of a block."""
+        return group["ema_decay"]
+
     def _require_record(self) -> Record:
         if self._record is None:
             raise RuntimeError(
@@ -258,7 +273,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             damping = self._damping(group)
             due = self._steps >= block.next_refactor or not block.has_factor or _damping_moved(block, damping)
             if block.captured:
-                block.update(group["ema_decay"], follow=not due)
+                block.update(self._memory(block, group), follow=not due)
                 block.next_update = self._steps + self._interval(index, "update_every")
                 self._unsaved.append(block)
             if self._factors and block.measured and due:
