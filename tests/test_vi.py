@@ -3,12 +3,19 @@
 import copy
 import io
 import math
+import warnings
 
 import cases
 import oracles
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributions import MultivariateNormal, kl_divergence
 from torch.nn import functional as F
 
@@ -572,6 +579,46 @@ def test_a_copied_pair_goes_on_like_the_original_and_apart_from_it(options):
     alone = copy.deepcopy(optimizer)
     with pytest.raises(RuntimeError, match="without its model"), alone.sampled_params():
         pass
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed.checkpoint", "ignore::FutureWarning")
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("options", SHAPES, ids=names(SHAPES))
+def test_distributed_checkpoint_resumes_bit_for_bit(options, flatten, tmp_path):
+    model, other = make_model(torch.bfloat16), make_model(torch.bfloat16)
+    how = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    optimizer, again = VIOptimizer(model, N, momentum=0.5, **options), VIOptimizer(other, N, momentum=0.5, **options)
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=how))
+    trained = copy.deepcopy(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no process group: one process
+        dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+        saved = get_optimizer_state_dict(other, again, options=how)
+        dcp.load(saved, checkpoint_id=tmp_path, no_dist=True)
+    other.load_state_dict(trained)
+    set_optimizer_state_dict(other, again, saved, options=how)
+    train(model, optimizer, range(3, 6))
+    train(other, again, range(3, 6))
+    assert torch.equal(weights(model), weights(other))
+
+
+@pytest.mark.parametrize("options", [{"samples": None}, PRICE], ids=["ggn", "price"])
+def test_scaled_gradients_step_as_without_a_scaler(options):
+    runs = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model = make_model()
+        optimizer = VIOptimizer(model, N, grad_scaler=scaler, **options)
+        for t in range(3):
+            optimizer.zero_grad()
+            for _ in range(2):
+                with optimizer.sampled_params():
+                    loss = F.cross_entropy(model(batch(t)[0]), batch(t)[1])
+                    (loss if scaler is None else scaler.scale(loss)).backward()
+            optimizer.step() if scaler is None else scaler.step(optimizer)
+            scaler and scaler.update()
+        runs.append(weights(model))
+    torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("options", [{}, PRICE, {"loss_fn": "mse", "noise_variance": 0.5}], ids=["", "price", "noise"])
