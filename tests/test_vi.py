@@ -150,7 +150,7 @@ def test_bayesian_linear_regression_is_exact(approx, antithetic, reduction):
     model, loss = cases.seeded(lambda: nn.Linear(3, 2)), nn.MSELoss(reduction=reduction)
     optimizer = VIOptimizer(
         model, n, loss_fn=loss, approx=approx, samples=None, prior_precision=delta, noise_variance=sigma2, lr=1.0,
-        num_samples=2, antithetic=antithetic, momentum=0.0,
+        num_samples=2, antithetic=antithetic, kl_clip=None,
     )  # fmt: skip
 
     def closure():
@@ -236,13 +236,14 @@ def test_logistic_regression_converges_to_the_gaussian_fixed_point(options):
 # --- steps ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kl_clip", [None, 1e-3])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_steps_are_those_of_the_formula(reduction):
+def test_steps_are_those_of_the_formula(reduction, kl_clip):
     lr, momentum, damping, rho, draws = 0.3, 0.5, 0.02, 0.9, 3
     model, twin, loss = make_model(), make_model(), nn.CrossEntropyLoss(reduction=reduction)
     optimizer = VIOptimizer(
         model, N, loss_fn=loss, approx="full", samples=None, prior_precision=DELTA, temperature=TAU, lr=lr,
-        momentum=momentum, damping=damping, ema_decay=rho,
+        momentum=momentum, damping=damping, ema_decay=rho, kl_clip=kl_clip,
     )  # fmt: skip
     mu, buffer, average, weight = weights(model), 0, 0, 0
     eye = torch.eye(len(mu)).double()
@@ -262,7 +263,9 @@ def test_steps_are_those_of_the_formula(reduction):
             g = g + flat(torch.autograd.grad(F.cross_entropy(twin(x), y), list(twin.parameters()))) / draws
         weight = rho * weight + 1
         average = average + (ggn - average) / weight
-        buffer = momentum * buffer + torch.linalg.solve(average + (small + damping) * eye, g + small * mu)
+        g = g + small * mu
+        v = torch.linalg.solve(average + (small + damping) * eye, g)
+        buffer = momentum * buffer + v * (1 if kl_clip is None else min(1, math.sqrt(kl_clip / (lr**2 * v @ g))))
         mu = mu - lr * buffer
         optimizer.step()
         torch.testing.assert_close(weights(model), mu, rtol=1e-7, atol=1e-9)
@@ -377,6 +380,7 @@ def test_groups_without_a_posterior_are_not_drawn():
         ],
         lr=1.0,
         samples=None,
+        kl_clip=None,
     )
     before = [p.detach().clone() for p in model.parameters()]
     with optimizer.sampled_params():
@@ -671,6 +675,7 @@ def test_presets_are_rows_of_settings():
         ({"antithetic": 1}, "antithetic=1"),
         ({"lr": -1.0}, "lr=-1.0"),
         ({"momentum": 1.0}, "momentum=1.0"),
+        ({"kl_clip": 0.0}, "kl_clip=0.0"),
         ({"damping": -0.1}, "damping=-0.1"),
         ({"damping": 0.1, "damping_type": "factored"}, "one inverse cannot both"),
         ({"prior_precision": None}, "damping=0"),

@@ -25,7 +25,7 @@ from torchcurv.curv.losses import loss_of
 from torchcurv.curv.operator import _call
 from torchcurv.curv.schedule import check_number
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
-from torchcurv.optim.second_order import check_step_options
+from torchcurv.optim.second_order import check_step_options, checked_kl_clip
 from torchcurv.optim.update import descend_, momentum_
 
 POSTERIOR_OPTIONS = ("prior_precision", "temperature", "init_precision")  # per group
@@ -44,7 +44,7 @@ class VIOptimizer(CurvatureOptimizer):
 
     and a step averages gradients and curvatures over the draws since the last one:
 
-        C <- running average,   m <- momentum m + (C + δ̃ + damping)^-1 (ĝ + δ̃ μ),   μ <- μ - lr m
+        C <- running average,   m <- momentum m + ν (C + δ̃ + damping)^-1 (ĝ + δ̃ μ),   μ <- μ - lr m
 
     The first draws are from the prior, or of precision `init_precision`, unless a step from a backward at the mean
     precedes them. Within one step either all gradients come from draws, or all from the mean.
@@ -73,7 +73,7 @@ class VIOptimizer(CurvatureOptimizer):
             is the mirror image of the one before.
         init_precision: Σ^-1 of the first draws, per group; None: that of the prior.
         noise_variance: σ² of a Gaussian likelihood, for losses that are the mean or the sum of squared errors.
-        lr, momentum: of the mean. damping: λ >= 0 added to C + δ̃ in the step, but not in Σ; with "factored" damping
+        lr, momentum: of the mean. kl_clip: bounds the step by ν <= 1 as in SecondOrderOptimizer. damping: λ >= 0 added to C + δ̃ in the step, but not in Σ; with "factored" damping
             there is none.
         damping_type: "exact", or "factored": Σ is then the inverse of the two damped Kronecker factors, which is
             smaller than the exact one, down to a few percent in flat directions.
@@ -93,7 +93,16 @@ class VIOptimizer(CurvatureOptimizer):
 
     _copied: ClassVar[tuple[str, ...]] = (
         *CurvatureOptimizer._copied,
-        *("_dataset_size", "_num_samples", "_antithetic", "_noise_variance", "_warmup", "_outputs", "_summed"),
+        *(
+            "_dataset_size",
+            "_num_samples",
+            "_antithetic",
+            "_noise_variance",
+            "_warmup",
+            "_outputs",
+            "_summed",
+            "_kl_clip",
+        ),
     )
     _held: dict[Tensor, Tensor] | None = None  # the means, while the parameters hold a draw
     _made: int  # draws since the last step whose gradients are in `.grad`
@@ -115,6 +124,7 @@ class VIOptimizer(CurvatureOptimizer):
         lr: float | Tensor = 0.1,
         momentum: float = 0.0,
         damping: float | Tensor = 0.0,
+        kl_clip: float | None = 1.0,
         init_precision: float | None = None,
         noise_variance: float | None = None,
         antithetic: bool = False,
@@ -147,6 +157,7 @@ class VIOptimizer(CurvatureOptimizer):
             raise TypeError(f"antithetic={antithetic!r}; pass True or False")
         self._dataset_size, self._num_samples, self._antithetic = float(dataset_size), num_samples, antithetic
         self._noise_variance, self._warmup = _checked_noise(noise_variance, loss_fn), _checked_warmup(kl_warmup)
+        self._kl_clip = checked_kl_clip(kl_clip)
         self._outputs: dict[str, int] = {}  # elements of a sample of the output, as last seen
         self._summed = loss_fn is not None and loss_of(loss_fn, reduction, class_dim).reduction == "sum"
         self._forget_draws()
@@ -551,9 +562,12 @@ class VIOptimizer(CurvatureOptimizer):
                 grads = list(torch._foreach_add(grads, own, alpha=damping))
             gradients.update(zip(params, grads, strict=True))
         solved = self._solve(gradients)
+        clip = self._clip(gradients, solved)
         for group in self.param_groups:
             params = [p for p in group["params"] if p in gradients]
             steps = [solved[p] if p in solved else gradients[p] for p in params]
+            if clip is not None:
+                steps = [x * clip if p in solved else x for p, x in zip(params, steps, strict=True)]
             if group["momentum"]:
                 steps = momentum_([self._buffer(self.state[p], p) for p in params], steps, group["momentum"], False)
             descend_([means[p] for p in params], steps, group["lr"], 0.0)
