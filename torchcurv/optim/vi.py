@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -25,6 +25,7 @@ from torchcurv.curv.losses import loss_of
 from torchcurv.curv.operator import _call
 from torchcurv.curv.schedule import check_number
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
+from torchcurv.optim.draws import Aside, changed, is_wide, marks_of, mean_of
 from torchcurv.optim.second_order import check_step_options, checked_kl_clip
 from torchcurv.optim.update import descend_, momentum_
 
@@ -61,6 +62,10 @@ class VIOptimizer(CurvatureOptimizer):
     into one `with`, their mean losses divided by their number; those in a `with` of their own are draws, and not
     divided. Parameters in groups with prior_precision=None, or with approx=None, are not drawn.
 
+    A wide network at a draw from its prior is far from anything that can be trained: start it with init_precision of
+    the order of N, or with a step from the mean; and take a damping as for SecondOrderOptimizer, since C + δ̃ alone is
+    nearly singular.
+
     Args:
         model, params, loss_fn, approx, curv_type and everything not named here: as for SecondOrderOptimizer.
         dataset_size: N, the number of loss terms in the data: labels of a classification, elements of "mse" and
@@ -73,8 +78,8 @@ class VIOptimizer(CurvatureOptimizer):
             is the mirror image of the one before.
         init_precision: Σ^-1 of the first draws, per group; None: that of the prior.
         noise_variance: σ² of a Gaussian likelihood, for losses that are the mean or the sum of squared errors.
-        lr, momentum: of the mean. kl_clip: bounds the step by ν <= 1 as in SecondOrderOptimizer. damping: λ >= 0 added to C + δ̃ in the step, but not in Σ; with "factored" damping
-            there is none.
+        lr, momentum: of the mean. kl_clip: bounds the step by ν <= 1 as in SecondOrderOptimizer.
+        damping: λ >= 0 added to C + δ̃ in the step, but not in Σ; with "factored" damping there is none.
         damping_type: "exact", or "factored": Σ is then the inverse of the two damped Kronecker factors, which is
             smaller than the exact one, down to a few percent in flat directions.
         hessian_method: also "price" for curv_type="hessian", approx="diag", which needs no pass: with β = ema_decay,
@@ -92,17 +97,8 @@ class VIOptimizer(CurvatureOptimizer):
     """
 
     _copied: ClassVar[tuple[str, ...]] = (
-        *CurvatureOptimizer._copied,
-        *(
-            "_dataset_size",
-            "_num_samples",
-            "_antithetic",
-            "_noise_variance",
-            "_warmup",
-            "_outputs",
-            "_summed",
-            "_kl_clip",
-        ),
+        *(*CurvatureOptimizer._copied, "_dataset_size", "_num_samples", "_antithetic", "_noise_variance", "_warmup"),
+        *("_outputs", "_summed", "_kl_clip"),
     )
     _held: dict[Tensor, Tensor] | None = None  # the means, while the parameters hold a draw
     _made: int  # draws since the last step whose gradients are in `.grad`
@@ -376,11 +372,11 @@ class VIOptimizer(CurvatureOptimizer):
         params = list(deviation)
         with torch.no_grad():
             before = [p.detach().clone() for p in params]
-            means = [x if _is_wide(p) else self._mean(p) for p, x in zip(params, before, strict=True)]
+            means = [x if is_wide(p) else self._mean(p) for p, x in zip(params, before, strict=True)]
         try:
             with torch.no_grad():
                 for p, mean in zip(params, means, strict=True):
-                    if _is_wide(p):
+                    if is_wide(p):
                         p.add_(deviation[p])
                     else:
                         p.copy_(mean + deviation[p])
@@ -401,13 +397,13 @@ class VIOptimizer(CurvatureOptimizer):
             draws a resumed run repeats.
         """
         with self._drawn(self._deviation(_TRAINING, generator)):
-            marks = _marks(self._params())
+            marks = marks_of(self._params())
             if not marks:
                 self._forget_draws()
             priced = self._priced()
             before = {p: p.grad.clone() for p in priced if p.grad is not None}
             yield
-            if _changed(self._params(), marks):
+            if changed(self._params(), marks):
                 self._made += 1
                 self._note_curved(priced, {p: x for p, x in before.items() if marks[p][0]() is p.grad})
 
@@ -480,7 +476,7 @@ class VIOptimizer(CurvatureOptimizer):
     def _run(self, closure: Callable[[], Any]) -> Any:
         """The closure under draws of its own; gradients and curvatures are put aside between them."""
         self._require_record()
-        aside, losses = _Aside(), []
+        aside, losses = Aside(), []
         for left in reversed(range(self._num_samples)):
             with torch.enable_grad(), self.sampled_params():
                 losses.append(closure())
@@ -488,7 +484,7 @@ class VIOptimizer(CurvatureOptimizer):
                 aside.take(self)
         if self._num_samples > 1:
             aside.give_back(self)
-        return _mean_of(losses)
+        return mean_of(losses)
 
     def _likelihood_factor(self) -> float:
         """From the loss, reduced by its mean, to the mean negative log likelihood: C / 2σ² of squared errors."""
@@ -572,7 +568,7 @@ class VIOptimizer(CurvatureOptimizer):
                 steps = momentum_([self._buffer(self.state[p], p) for p in params], steps, group["momentum"], False)
             descend_([means[p] for p in params], steps, group["lr"], 0.0)
             for p in params:
-                if not _is_wide(p):
+                if not is_wide(p):
                     p.copy_(means[p])
 
     def _buffer(self, state: dict[str, Any], p: Tensor) -> Tensor:
@@ -591,7 +587,7 @@ class VIOptimizer(CurvatureOptimizer):
         super()._save_param(state, p, group)
         if group["momentum"]:
             self._buffer(state, p)
-        if not _is_wide(p):
+        if not is_wide(p):
             self._mean(p)
         if p is next(iter(self._params())):
             for stream in (_TRAINING, _LOOKING):
@@ -623,91 +619,12 @@ def price_average(h: Tensor, products: Tensor, scale: float | Tensor, damping: f
 # ---------------------------------------------------------------------------------------------- helpers
 
 
-class _Aside:
-    """Gradients and measurements of earlier draws, while a closure that may call zero_grad() makes the next."""
-
-    def __init__(self) -> None:
-        self.grads: dict[Tensor, Tensor] = {}
-        self.measured: list[tuple[Curvature, dict[str, Tensor], list[Any]]] = []
-        self.curved: list[dict[Tensor, Tensor]] = []
-        self.made = 0
-        self.summed: list[Tensor | float] = []
-
-    def take(self, optimizer: VIOptimizer) -> None:
-        """Move what the last draw left."""
-        self._take_grads(optimizer._params())
-        for block in optimizer._blocks:
-            self.measured.append((block, block.pending, block.pending_rows))
-            block.forget_pending()
-        record = optimizer._require_record()
-        self.made += optimizer._made
-        self.curved.append(optimizer._curved)
-        self.summed += [] if record.summed is None else [record.summed]
-        record.summed = None
-        optimizer._forget_draws()
-
-    def give_back(self, optimizer: VIOptimizer) -> None:
-        """The sums over all draws, the last one included."""
-        self.take(optimizer)
-        for p, total in self.grads.items():
-            p.grad = total
-        for block, pending, rows in self.measured:
-            if pending:
-                block.add(pending)
-            block.pending_rows += rows
-        optimizer._made = self.made
-        for curved in self.curved:
-            optimizer._add_curved(curved)
-        optimizer._require_record().summed = sum(self.summed) if self.summed else None
-
-    @torch.no_grad()
-    def _take_grads(self, params: Iterable[Tensor]) -> None:
-        for p in params:
-            if p.grad is not None:
-                self.grads[p] = self.grads[p].add_(p.grad) if p in self.grads else p.grad
-                p.grad = None
-
-
-Marks = dict[Tensor, tuple[Any, int]]
-
-
-def _marks(params: Iterable[Tensor]) -> Marks:
-    """What tells whether a gradient has changed since; does not keep it alive."""
-    return {p: (weakref.ref(p.grad), p.grad._version) for p in params if p.grad is not None}
-
-
-def _changed(params: Iterable[Tensor], marks: Marks) -> bool:
-    """Whether a backward has added to a gradient."""
-    for p in params:
-        if p.grad is not None:
-            before = marks.get(p)
-            if before is None or before[0]() is not p.grad or before[1] != p.grad._version:
-                return True
-    return False
-
-
-def _is_wide(p: Tensor) -> bool:
-    """Whether a parameter holds its own mean: it is float32 or better."""
-    return p.dtype == torch.promote_types(p.dtype, torch.float32)
-
-
 def _is_priced(block: Curvature) -> bool:
     return block.options.curv_type == SECOND and block.options.method == "price"
 
 
 def _is_one(factor: float | Tensor) -> bool:
     return not isinstance(factor, Tensor) and factor == 1
-
-
-def _mean_of(losses: list[Any]) -> Any:
-    """The mean of what a closure returned under each draw."""
-    if len(losses) == 1 or all(loss is None for loss in losses):
-        return losses[0]
-    if all(isinstance(loss, Tensor) for loss in losses):
-        return torch.stack([loss.detach() for loss in losses]).mean(0)
-    if all(isinstance(loss, int | float) for loss in losses):
-        return sum(losses) / len(losses)
-    raise TypeError(f"the closure returned a {type(losses[0]).__name__}; with num_samples > 1 it must return the loss")
 
 
 def _note_outputs(
