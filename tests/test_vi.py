@@ -237,13 +237,15 @@ def test_logistic_regression_converges_to_the_gaussian_fixed_point(options):
 
 
 @pytest.mark.parametrize("kl_clip", [None, 1e-3])
+@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_steps_are_those_of_the_formula(reduction, kl_clip):
+def test_steps_are_those_of_the_formula(reduction, named, kl_clip):
     lr, momentum, damping, rho, draws = 0.3, 0.5, 0.02, 0.9, 3
     model, twin, loss = make_model(), make_model(), nn.CrossEntropyLoss(reduction=reduction)
     optimizer = VIOptimizer(
-        model, N, loss_fn=loss, approx="full", samples=None, prior_precision=DELTA, temperature=TAU, lr=lr,
-        momentum=momentum, damping=damping, ema_decay=rho, kl_clip=kl_clip,
+        model, N, loss_fn="cross_entropy" if named else loss, reduction=reduction, approx="full", samples=None,
+        prior_precision=DELTA, temperature=TAU, lr=lr, momentum=momentum, damping=damping, ema_decay=rho,
+        kl_clip=kl_clip,
     )  # fmt: skip
     mu, buffer, average, weight = weights(model), 0, 0, 0
     eye = torch.eye(len(mu)).double()
@@ -255,7 +257,8 @@ def test_steps_are_those_of_the_formula(reduction, kl_clip):
         for _ in range(draws):
             with optimizer.sampled_params():
                 theta = weights(model)
-                for rows in (slice(0, 2), slice(2, 6)):  # micro-batches of one draw
+                whole = named and reduction == "mean"  # a name means factor 1
+                for rows in [slice(0, 6)] if whole else [slice(0, 2), slice(2, 6)]:  # micro-batches of one draw
                     factor = 1 if reduction == "sum" else len(x[rows]) / len(x)
                     (factor * loss(model(x[rows]), y[rows])).backward()
             nn.utils.vector_to_parameters(theta, twin.parameters())

@@ -336,9 +336,8 @@ class VIOptimizer(CurvatureOptimizer):
         """
         expected = -self._dataset_size * self._likelihood_factor() * loss
         if self._noise_variance is not None:
-            expected = expected - self._dataset_size * self._seen_outputs() / 2 * math.log(
-                2 * math.pi * self._noise_variance
-            )
+            constant = self._seen_outputs() / 2 * math.log(2 * math.pi * self._noise_variance)
+            expected = expected - self._dataset_size * constant
         return expected - self._tempered_kl(self._temperature)
 
     # ----------------------------------------------------------------------------------------- draws
@@ -350,7 +349,9 @@ class VIOptimizer(CurvatureOptimizer):
         sign = 1.0
         if self._antithetic and stream == _TRAINING:
             index, sign = (index + 1) // 2, 1.0 if index % 2 else -1.0
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        # Price's estimate multiplies a draw with its own gradient, which is an average over the ranks
+        alike = self._priced() or not torch.distributed.is_initialized()
+        rank = 0 if alike else torch.distributed.get_rank()
         seed = hash((self._settings["seed"], stream == _TRAINING, index, rank, 0x5EED)) & (2**63 - 1)
         return torch.Generator(device).manual_seed(seed), sign
 
@@ -375,18 +376,13 @@ class VIOptimizer(CurvatureOptimizer):
             means = [x if is_wide(p) else self._mean(p) for p, x in zip(params, before, strict=True)]
         try:
             with torch.no_grad():
-                for p, mean in zip(params, means, strict=True):
-                    if is_wide(p):
-                        p.add_(deviation[p])
-                    else:
-                        p.copy_(mean + deviation[p])
+                _copy(params, [mean + deviation[p] for p, mean in zip(params, means, strict=True)])
             self._held = dict(zip(params, means, strict=True))
             yield
         finally:
             self._held = None
             with torch.no_grad():
-                for p, x in zip(params, before, strict=True):
-                    p.copy_(x)
+                _copy(params, before)
 
     @contextmanager
     def sampled_params(self, generator: torch.Generator | None = None) -> Iterator[None]:
@@ -617,6 +613,11 @@ def price_average(h: Tensor, products: Tensor, scale: float | Tensor, damping: f
 
 
 # ---------------------------------------------------------------------------------------------- helpers
+
+
+def _copy(params: list[Tensor], values: list[Tensor]) -> None:
+    if params:
+        torch._foreach_copy_(params, values)
 
 
 def _is_priced(block: Curvature) -> bool:
