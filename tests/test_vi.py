@@ -309,7 +309,8 @@ def test_a_closure_is_run_under_its_draws_and_is_the_loop_written_out(options, z
 
 def test_prices_average():
     model = make_model()
-    optimizer = VIOptimizer(model, N, prior_precision=DELTA, temperature=TAU, ema_decay=0.9, lr=0.1, **PRICE)
+    optimizer = VIOptimizer(model, N, prior_precision=DELTA, temperature=TAU, lr=0.1, **PRICE)
+    optimizer.param_groups[0]["ema_decay"] = 0.9
     mu, damping, scale = weights(model), TAU * DELTA / N, N / TAU
     h = torch.full_like(mu, 20.0 / scale - damping)
     for t in range(4):

@@ -489,8 +489,8 @@ class VIOptimizer(CurvatureOptimizer):
     def _seen_outputs(self) -> int:
         if not self._outputs:
             raise RuntimeError(
-                "noise_variance needs the number of outputs of a sample, and the model has not been called with "
-                "gradients enabled since the optimizer was built or copied"
+                "noise_variance needs the number of outputs of a sample, and the model has not been called since the "
+                "optimizer was built"
             )
         return self._outputs["size"]
 
@@ -505,22 +505,22 @@ class VIOptimizer(CurvatureOptimizer):
         return likelihood / (summed.clamp_min(1) if isinstance(summed, Tensor) else max(1, summed))
 
     def _scale_measured(self, factor: float | Tensor) -> None:
-        blocks = {id(part.block): part for part, _ in self._gaussian_blocks()}
         for block in self._blocks:
-            if _is_priced(block):
-                if self._curved:
-                    self._estimate(blocks[id(block)], factor)
-            elif block.captured and not _is_one(factor):
+            if block.captured and not _is_one(factor):
                 block.scale_pending(factor)
+        if self._curved:
+            for part, group in self._gaussian_blocks():
+                if _is_priced(part.block):
+                    self._estimate(part, group["ema_decay"], factor)
 
-    def _estimate(self, part: GaussianBlock, factor: float | Tensor) -> None:
+    def _estimate(self, part: GaussianBlock, beta: float, factor: float | Tensor) -> None:
         """What the running average of Price's estimate becomes, as the block's measurement."""
         block = part.block
         curved = {p: self._curved.get(p, torch.zeros_like(self._mean(p))) for p in block.params}
         products = block.join([piece.of(curved[piece.param]) for piece in block.pieces])[0]
         products = products * (factor / self._require_record().loss_scale())
         h = block.tensors.get("diag", torch.full_like(products, float(part.start)))
-        block.add({"diag": price_average(h, products, part.scale, part.damping, block.options.ema_decay)})
+        block.add({"diag": price_average(h, products, part.scale, part.damping, beta)})
 
     def _memory(self, block: Curvature, group: dict[str, Any]) -> float:
         return 0.0 if _is_priced(block) else group["ema_decay"]
