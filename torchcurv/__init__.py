@@ -7,12 +7,14 @@ from torchcurv.curv.products import CurvatureOperator
 from torchcurv.curv.views import register_view
 from torchcurv.optim.preconditioner import Preconditioner
 from torchcurv.optim.second_order import SecondOrderOptimizer
+from torchcurv.optim.vi import VIOptimizer
 
 __all__ = [
     "CurvatureOperator",
     "CurvatureSet",
     "Preconditioner",
     "SecondOrderOptimizer",
+    "VIOptimizer",
     "curvature",
     "directions",
     "nn",

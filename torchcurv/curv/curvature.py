@@ -49,7 +49,7 @@ APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
     "lowrank": lambda options, layers: LargestPairs(options.rank, _spectrum(options)),
 }
 PARTITIONS = (None, "all", "group", "layer", "parameter")
-HESSIAN_METHODS = (None, "exact", "hutchinson", "propagate")
+HESSIAN_METHODS = (None, "exact", "hutchinson", "propagate", "price")
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "curv_type": (*KINDS, SECOND, INPUT),
     "approx": (*APPROXIMATIONS, None),
@@ -63,7 +63,9 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 
 
 def _spectrum(options: Options) -> str | None:
-    return options.indefinite if options.curv_type == SECOND else None
+    if options.curv_type != SECOND:
+        return None
+    return "keep" if options.method == "price" else options.indefinite  # whose average stays above minus the damping
 
 
 def _wide(options: Options, layer: Layer) -> bool:
@@ -83,7 +85,7 @@ def _kfac(options: Options, layer: Layer) -> Approximation:
 
 
 _METHODS_OF: dict[str | None, tuple[str, ...]] = {
-    "diag": ("propagate", "exact", "hutchinson"),
+    "diag": ("propagate", "exact", "hutchinson", "price"),
     "kfac": ("propagate",),
 }
 
@@ -113,8 +115,8 @@ class Options:
     rows_limit: a dense block with more parameters than this goes through the Gram matrix of its rows (one row
         per sample and signal) and never forms its matrix. Such a block has no running average.
     hessian_method: of curv_type="hessian": "exact" (products with unit vectors), "hutchinson" for "diag" (`samples`
-        products with random signs), or "propagate" for "diag" (HesScale) and "kfac" (HBP). None: "propagate" for these
-        two, else "exact".
+        products with random signs), "price" for "diag" of a VIOptimizer (from its draws and their gradients, without
+        a pass), or "propagate" for "diag" (HesScale) and "kfac" (HBP). None: "propagate" for these two, else "exact".
     residual: what propagation does with second derivatives of activations, sample by sample: "keep", "zero" (Gauss-
         Newton), "abs", "clip".
     max_hessian_dim: the largest number of elements of a sample that "kfac" of the Hessian carries a matrix over.
@@ -321,6 +323,8 @@ class Curvature:
     @torch.no_grad()
     def differentiate(self, products: Products, generator: torch.Generator | None = None) -> None:
         """Add the Hessian of one loss: what the approximation keeps of its rows, or of products with random signs."""
+        if self.options.method == "price":
+            raise ValueError('hessian_method="price" is an estimate over draws of a posterior: use VIOptimizer')
         if self.options.method == "hutchinson":
             draws = self.options.samples or 1
             z = random_signs(products.first[0].new_empty(draws, self.size), generator)
@@ -335,7 +339,7 @@ class Curvature:
 
     def of_parameters(self, x: Tensor, params: list[Tensor]) -> list[Tensor]:
         """Vectors over the coordinates of the factor [k, size] -> [k, *shape] for each parameter."""
-        parts = self.split(self.unflatten(x.reshape(-1, *self._factor_shape)))
+        parts = self.split(self.unflatten(x.reshape(-1, *self.factor_shape)))
         whole = {p: x.new_zeros(len(x), *p.shape) for p in params}
         for piece, part in zip(self.pieces, parts, strict=True):
             piece.of(whole[piece.param]).copy_(part)
@@ -361,7 +365,8 @@ class Curvature:
         return self.flatten(joined).flatten(1)
 
     @property
-    def _factor_shape(self) -> tuple[int, int, int]:
+    def factor_shape(self) -> tuple[int, int, int]:
+        """(g, o, i) of one tensor over the block's coordinates."""
         return self.layers[0].shape if len(self.layers) == 1 else (1, 1, self.size)
 
     @property
@@ -504,6 +509,18 @@ class Curvature:
             self.flags = torch.zeros(2, dtype=torch.int32, device=bad.device)
         self.flags[which] += bad
 
+    def scale_pending(self, factor: Tensor | float) -> None:
+        """Multiply what was measured since the last step and scales with the loss."""
+        for key in self.approx.linear:
+            if key in self.pending:
+                self.pending[key].mul_(factor)
+        self.pending_rows = [
+            replace(part, scale=part.scale * factor)
+            if isinstance(part, Stats)
+            else replace(part, values=part.values * factor)
+            for part in self.pending_rows
+        ]
+
     def scale(self, factor: Tensor | float) -> None:
         """Multiply the statistics that scale with the loss."""
         if self.uses_rows and isinstance(self.factor, RowSpace):
@@ -602,7 +619,7 @@ class Curvature:
         if isinstance(self.factor, RowSpace):
             return self.split(self.factor.sample(noise, damping))
         assert not isinstance(self.factor, InputRows)
-        return self.split(self.unflatten(self.factor.sample(self.flatten(noise), damping)))  # type: ignore[arg-type]
+        return self.split(self.unflatten(self.factor.sample(self.flatten(noise), damping)))
 
     def diag(self) -> list[Tensor]:
         """The diagonal of C, one [g, o, i] per layer."""

@@ -19,11 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.linalg import ALIGNED_FROM, ALIGNMENT, Damping, aligned_empty
+from torchcurv.curv.linalg import ALIGNED_FROM, ALIGNMENT, Damping, aligned_empty, lower_times, times_lower_transposed
 from torchcurv.curv.sides import root, times, times_left
 
 
@@ -102,6 +103,14 @@ class Eigen(_Saved):
         """Diagonal of C [g, o, i]."""
         return _sandwich(_square(self.left), self._meant, _t(_square(self.right)))
 
+    def damped_matvec(self, x: Tensor, damping: Damping | None = None) -> Tensor:
+        """(C + damping I) x."""
+        return self._apply(x, lambda y: y * self._damped(damping))
+
+    def inverse_diag(self, damping: Damping | None = None) -> Tensor:
+        """Diagonal of (C + damping I)^-1 [g, o, i]."""
+        return _sandwich(_square(self.left), self._damped(damping).reciprocal(), _t(_square(self.right)))
+
     def trace(self) -> Tensor:
         return self._meant.sum()
 
@@ -153,18 +162,40 @@ class Inverse(_Saved):
             solved.append(_sandwich(self.left, y, None))
         return solved
 
-    def sample(self, noise: Tensor, damping: None = None) -> Tensor:
-        """K_left noise K_right^T with left = K_left K_left^T, right = K_right K_right^T."""
-        left, right = None if self.left is None else root(self.left), root(self.right)
-        return _sandwich(left, self._grouped(noise), right.mT).reshape(noise.shape)
+    @cached_property
+    def roots(self) -> tuple[Tensor | None, Tensor]:
+        """(K_left, K_right) with left = K_left K_left^T, right = K_right K_right^T."""
+        return None if self.left is None else root(self.left), root(self.right)
 
-    def logdet(self, damping: None = None) -> Tensor:
-        """log det of the damped C, that is minus that of the inverse."""
-        right = _logdet_spd(self.right)
-        if self.left is None:
+    def sample(self, noise: Tensor, damping: Damping | None = None) -> Tensor:
+        """K_left noise K_right^T, of covariance left ⊗ right for standard normal noise; `damping` is not read."""
+        left, right = self.roots
+        x = self._grouped(noise)
+        if left is not None:
+            x = lower_times(left, x) if left.dim() == 3 else times_left(left, x)
+        x = times_lower_transposed(x, right) if right.dim() == 3 else times(x, right.mT)
+        return x.reshape(noise.shape)
+
+    def damped_matvec(self, x: Tensor, damping: Damping | None = None) -> Tensor:
+        """left^-1 x right^-1; `damping` is not read."""
+        left, right = (None if one is None else _from_root(one) for one in self.roots)
+        assert right is not None
+        return _sandwich(left, self._grouped(x), right).reshape(x.shape)
+
+    def inverse_diag(self, damping: Damping | None = None) -> Tensor:
+        """Diagonal of the inverse [g, o, i]; `damping` is not read."""
+        o, d = (None, None) if self.shape is None else self.shape
+        right = _side_diagonal(self.right, d).unsqueeze(-2)
+        return right if self.left is None else _side_diagonal(self.left, o).unsqueeze(-1) * right
+
+    def logdet(self, damping: Damping | None = None) -> Tensor:
+        """log det of the damped C, that is minus that of the inverse; `damping` is not read."""
+        left_root, right_root = self.roots
+        right = _logdet_of_root(right_root)
+        if self.left is None or left_root is None:
             return -right.sum()
         o, d = (self.left.shape[-1], self.right.shape[-1]) if self.shape is None else self.shape
-        return -(right * o + _logdet_spd(self.left) * d).sum()
+        return -(right * o + _logdet_of_root(left_root) * d).sum()
 
 
 @dataclass(frozen=True)
@@ -206,6 +237,16 @@ class LowRank(_Saved):
         """(C + damping I)^-1/2 noise."""
         damped = self._damped(damping)
         return self._function(noise, lambda values: damped(values).rsqrt())
+
+    def damped_matvec(self, x: Tensor, damping: Damping | None = None) -> Tensor:
+        """(C + damping I) x."""
+        return self._function(x, self._damped(damping))
+
+    def inverse_diag(self, damping: Damping | None = None) -> Tensor:
+        """Diagonal of (C + damping I)^-1 [1, 1, P]."""
+        damped = self._damped(damping)
+        outside = 1 / damped(self._rest)
+        return (outside + (1 / damped(self.values) - outside) @ self.vectors.square())[None, None]
 
     def logdet(self, damping: Damping | None = None) -> Tensor:
         damped, (k, size) = self._damped(damping), self.vectors.shape
@@ -263,9 +304,19 @@ def _square(matrix: Tensor | None) -> Tensor | None:
     return None if matrix is None else matrix.square()
 
 
-def _logdet_spd(matrix: Tensor) -> Tensor:
-    """[g]; the padding of a side in blocks is 1."""
-    return 2 * root(matrix).diagonal(dim1=-2, dim2=-1).log().flatten(1).sum(-1)
+def _logdet_of_root(root: Tensor) -> Tensor:
+    """log det of root root^T [g]; the padding of a side in blocks is 1."""
+    return 2 * root.diagonal(dim1=-2, dim2=-1).log().flatten(1).sum(-1)
+
+
+def _from_root(root: Tensor) -> Tensor:
+    """(root root^T)^-1."""
+    return root.square().reciprocal() if root.shape[-1] == 1 else torch.cholesky_inverse(root)
+
+
+def _side_diagonal(side: Tensor, d: int | None) -> Tensor:
+    """[g, d] of a side, without the padding of its last block."""
+    return side.diagonal(dim1=-2, dim2=-1).flatten(1)[:, :d]
 
 
 def factor_from_state(state: dict[str, Tensor], shape: tuple[int, int] | None) -> Factor:

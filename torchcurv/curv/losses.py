@@ -39,6 +39,7 @@ class Terms:
     weights:   w [n, t] or [n, t, c]; None means all 1
     uniform:   whether every weight is 0 or one common number, so that the gradient of L is sqrt(R) times the signal
     residual:  gradient of c at the target [n, t, c]; computed when asked
+    count:     what the mean over these terms divides by, whatever the reduction is
     """
 
     f: Tensor
@@ -46,6 +47,7 @@ class Terms:
     weights: Tensor | None
     uniform: bool
     residual: Callable[[], Tensor]
+    count: Tensor | float = 1.0
 
     def __post_init__(self) -> None:
         if self.weights is not None and free_to_read(self.weights) and bool((self.weights == 1).all()):
@@ -253,10 +255,12 @@ class Loss:
             return canonical.sigmoid() - pos * y / factor.clamp_min(torch.finfo(y.dtype).tiny)
 
         scale = 2 if self.row is SquaredError else 1
-        count: Tensor | int = 1
-        if self.reduction == "mean":  # torch's weighted squared error divides by the weights' sum, its BCE does not
-            count = weights.sum() if self.row is SquaredError and weights is not None else canonical.numel()
-        return Terms(canonical, scale / count, weights, weights is None, residual)
+        # torch's weighted squared error divides by the weights' sum, its BCE does not
+        count = weights.sum() if self.row is SquaredError and weights is not None else canonical.numel()
+        return Terms(canonical, scale / self._divisor(count), weights, weights is None, residual, count)
+
+    def _divisor(self, count: Tensor | float) -> Tensor | float:
+        return count if self.reduction == "mean" else 1.0
 
     def _classes(self, canonical: Tensor, f: Tensor, target: Tensor) -> Terms:
         n, t, c = canonical.shape
@@ -281,13 +285,10 @@ class Loss:
         if class_weight is not None:
             weighted = distribution() @ class_weight
             weights = weighted if weights is None else weights * weighted
-        count: Tensor | float = 1.0
-        if self.reduction == "mean":
-            if kept is None:
-                count = float(n * t)
-            else:
-                mask = kept.to(canonical.dtype)
-                count = (mask if class_weight is None else class_weight[labels] * mask).sum()
+        count: Tensor | float = float(n * t)
+        if kept is not None:
+            mask = kept.to(canonical.dtype)
+            count = (mask if class_weight is None else class_weight[labels] * mask).sum()
 
         def residual() -> Tensor:
             p, q = canonical.softmax(-1), distribution()
@@ -296,7 +297,7 @@ class Loss:
             w = (q @ class_weight).unsqueeze(-1)
             return p - q * class_weight / w.clamp_min(torch.finfo(w.dtype).tiny)
 
-        return Terms(canonical, 1 / count, weights, class_weight is None, residual)
+        return Terms(canonical, 1 / self._divisor(count), weights, class_weight is None, residual, count)
 
     # --------------------------------------------------------------- losses known by their name alone
 
@@ -312,15 +313,13 @@ class Loss:
             gradient = self.layout(arriving, n)[0]
             saturated = canonical.softmax(-1).amax(-1) > 1 - 2 * torch.finfo(arriving.dtype).eps
             weights = ((gradient != 0).any(-1) | saturated).to(canonical.dtype)
-        count: Tensor | float = 1.0
-        if self.reduction == "mean":
-            count = canonical.numel() if weights is None else weights.sum()
-        reduction = (2 if self.row is SquaredError else 1) / count
+        count = canonical.numel() if weights is None else weights.sum()
+        reduction = (2 if self.row is SquaredError else 1) / self._divisor(count)
 
         def residual() -> Tensor:
             return at_least_float32(self.layout(arriving, n)[0]) / loss_scale / reduction
 
-        return Terms(canonical, reduction, weights, True, residual)
+        return Terms(canonical, reduction, weights, True, residual, count)
 
     def check_arriving(self, f: Tensor, arriving: Tensor, terms: Terms, scale: Tensor | float) -> None:
         """Raise if the gradient at the output cannot be that of the named loss. Reads numbers: first use only.

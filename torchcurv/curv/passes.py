@@ -215,6 +215,7 @@ class Pass:
             return
         for block in self.blocks:
             block.begin(task)
+        record.count(self.loss, terms, self.blocks, task)
         own_loss_only = terms.uniform and not self.capture.explicit and task != -1
         own_loss_only &= not self.capture.mixed and all(call.losses <= 1 for call, _ in self.capture.calls)
         record.forward.inside = True

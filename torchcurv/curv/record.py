@@ -85,6 +85,8 @@ class Record:
         self.members = {block.name: [index[id(layer)] for layer in block.layers] for block in blocks}
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.step, self.passes = 0, 0
+        self.task = -1  # the backward call that the last pass belongs to
+        self.summed: Tensor | float | None = None  # terms of the losses that are sums, in this step; None: no such loss
         self.tapes: list[list[Any]] = []  # [forward pass, its tape, whether a pass has used it]
         # Blocks whose gradient was found to be that of their recorded calls, and whether of more than one sample.
         self.verified: dict[str, bool] = {}
@@ -230,7 +232,7 @@ class Record:
         once.step = self.step
         return blocks
 
-    def _unscale(self) -> Any:
+    def loss_scale(self) -> Any:
         """The scale that a GradScaler put on the loss; as a tensor where it offers one without a sync."""
         scaler = self.grad_scaler
         if scaler is None:
@@ -256,7 +258,7 @@ class Record:
         blocks = self._fed(capture, once)
         if not blocks:
             return
-        loss, scale = self._loss(), self._unscale()
+        loss, scale = self._loss(), self.loss_scale()
         if f.shape[0] != capture.n and sorted(f.shape) == sorted(capture.shape):
             raise ValueError(
                 f"the loss was given an output of shape {tuple(f.shape)}, and dimension 0 of the model's output "
@@ -289,7 +291,7 @@ class Record:
         if blocks:
             output = f.read()
             output_edge = output_edge or edge
-            Pass(self, capture, blocks, loss, terms(output), edge, output, output_edge, self._unscale()).run(weight)
+            Pass(self, capture, blocks, loss, terms(output), edge, output, output_edge, self.loss_scale()).run(weight)
 
     def _on_output(
         self,
@@ -308,13 +310,21 @@ class Record:
         if not blocks:
             return
         edge, output = Edge(torch._C._current_autograd_node(), number, shape), f.read()
-        loss, scale = self._loss(), self._unscale()
+        loss, scale = self._loss(), self.loss_scale()
         arrived = arriving.reshape(output.shape)
         terms = loss.terms_from_gradient(output, arrived, capture.n, scale)
         if not self._checked and not terms.empty:
             loss.check_arriving(output, arrived, terms, scale)
             self._checked = True
         Pass(self, capture, blocks, loss, terms, edge, output, edge, scale, arriving).run(1.0)
+
+    def count(self, loss: Loss, terms: Terms, blocks: list[Curvature], task: int) -> None:
+        """Add up the terms of losses that are sums; those whose gradients are gone are forgotten."""
+        if task != self.task and all(p.grad is None for block in blocks for p in block.params):
+            self.summed = None
+        self.task = task
+        if loss.reduction == "sum":
+            self.summed = terms.count if self.summed is None else self.summed + terms.count
 
     def _loss(self) -> Loss:
         assert self.loss_fn is not None
@@ -379,7 +389,7 @@ class Record:
 
     def start_step(self, step: int, due: Iterable[str]) -> None:
         """What was captured lives as long as the gradient: a new step starts with nothing."""
-        self.step, self.passes, self.tapes = step, 0, []
+        self.step, self.passes, self.tapes, self.summed = step, 0, [], None
         self.set_due(due)
         for block in self.blocks:
             block.forget_pending()

@@ -143,6 +143,9 @@ class RowSpace:
     def matvec(self, x: list[Tensor]) -> list[Tensor]:
         return self.rows_transposed_times(self.rows_times(x))
 
+    def damped_matvec(self, x: list[Tensor], damping: Damping) -> list[Tensor]:
+        return [y + damping * own for y, own in zip(self.matvec(x), x, strict=True)]
+
     # What follows is for looking: it takes an eigendecomposition of the Gram matrix, V V^T = U diag(l) U^T.
 
     @property
@@ -168,6 +171,16 @@ class RowSpace:
 
     def logdet(self, damping: Damping) -> Tensor:
         return (self.eigvalsh() + damping).log().sum()
+
+    def inverse_diag(self, damping: Damping) -> list[Tensor]:
+        """Diagonal of (C + λ I)^-1, that is 1/λ - diag(V^T (λ I + V V^T)^-1 V) / λ, one [g, o, d] per layer."""
+        inverse = self.damped(damping)[0].inverse
+        assert inverse is not None
+        diagonals = []
+        for k, layer in enumerate(self.stats[0].layers):
+            rows = torch.cat([stats.layer_rows(k) for stats in self.stats])
+            diagonals.append(((1 - (rows * (inverse @ rows)).sum(0)) / damping).reshape(layer.shape))
+        return diagonals
 
     def diag(self) -> list[Tensor]:
         """sum of the rows' squares, one [g, o, d] per layer."""

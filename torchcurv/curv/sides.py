@@ -113,5 +113,9 @@ def eigenbasis(side: Tensor, d: int) -> tuple[Tensor, Tensor]:
 
 
 def root(side: Tensor) -> Tensor:
-    """L with side = L L^T."""
-    return side.sqrt() if side.shape[-1] == 1 else torch.linalg.cholesky(side)
+    """L with side = L L^T; the root of its diagonal where rounding has left a matrix without one. No host sync."""
+    if side.shape[-1] == 1:
+        return side.sqrt()
+    found, info = torch.linalg.cholesky_ex(side)
+    diagonal = torch.diag_embed(side.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt())
+    return torch.where((info == 0)[..., None, None], found, diagonal)

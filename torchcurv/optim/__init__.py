@@ -5,5 +5,15 @@ from torchcurv.optim.cg_newton import CGNewton
 from torchcurv.optim.directional import DirectionalNewton
 from torchcurv.optim.preconditioner import Preconditioner
 from torchcurv.optim.second_order import SecondOrderOptimizer
+from torchcurv.optim.vi import VOGN, NoisyKFAC, VIOptimizer
 
-__all__ = ["AdaHesScale", "CGNewton", "DirectionalNewton", "Preconditioner", "SecondOrderOptimizer"]
+__all__ = [
+    "VOGN",
+    "AdaHesScale",
+    "CGNewton",
+    "DirectionalNewton",
+    "NoisyKFAC",
+    "Preconditioner",
+    "SecondOrderOptimizer",
+    "VIOptimizer",
+]

@@ -22,6 +22,7 @@ from torchcurv.curv.kinds import GRADIENT, INPUT
 from torchcurv.curv.layers import Layer, find_layers
 from torchcurv.curv.record import Record
 from torchcurv.curv.schedule import ADAPTIVE, interval_at
+from torchcurv.optim.update import inner, kl_clip_factor
 
 _INTERVALS = ("update_every", "refactor_every")
 _DAMPING_TOLERANCE = 0.1  # relative change of the damping after which an inverse that holds it is computed anew
@@ -44,6 +45,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     _blocks: Sequence[Curvature] = ()
     _factors: ClassVar[bool] = True  # whether steps solve with factors, or only multiply with what was measured
     _finalizer: Any = None
+    _kl_clip: float | None = None  # κ, of the optimizers that clip
     _copied: ClassVar[tuple[str, ...]] = ("_unsupported", "_schedules", "_steps", "defaults")  # with the model
 
     def __init__(
@@ -126,18 +128,28 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         options = Options(**{key: group[key] for key in OPTION_NAMES})
-        no_l2 = not group.get("l2") or options.curv_type == INPUT
-        if options.approx is not None and _is_zero(options.damping) and no_l2:
+        if options.approx is not None and not self._is_damped(group):
             raise ValueError(
                 "damping=0; pass a number > 0: curvature is singular as soon as a layer has more parameters than "
                 "there are samples"
             )
-
+        if options.approx is not None and options.curv_type == "hessian" and options.method == "price":
+            self._check_price(group)
         if options.approx is not None and options.curv_type == "hessian" and options.indefinite == "keep":
             raise ValueError(
                 'indefinite="keep" leaves negative eigenvalues to be looked at (torchcurv.curvature); a step needs '
                 '"abs", "clip" or "shift"'
             )
+
+    def _is_damped(self, group: dict[str, Any]) -> bool:
+        """Whether something > 0 is added to the curvature of a group."""
+        return not _is_zero(group["damping"]) or (bool(group.get("l2")) and group["curv_type"] != INPUT)
+
+    def _check_price(self, group: dict[str, Any]) -> None:
+        raise ValueError(
+            'hessian_method="price" is an estimate over draws of a posterior, and needs VIOptimizer; others take '
+            '"propagate", "exact" or "hutchinson"'
+        )
 
     def _params(self) -> Iterable[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -168,7 +180,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         blocks = self._make_blocks(chosen)
         group_of = {id(block): groups[block.params[0]] for block in blocks}
         for block in blocks:
-            self._check_rows(block, group_of[id(block)])
+            self._check_block(block, group_of[id(block)])
         self._install(blocks, group_of)
 
     def _make_blocks(self, chosen: list[tuple[Layer, Options, int]]) -> list[Curvature]:
@@ -195,7 +207,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._record.start_step(self._steps, self._due())
         self._finalizer = weakref.finalize(self, self._record.remove)
 
-    def _check_rows(self, block: Curvature, index: int) -> None:
+    def _check_block(self, block: Curvature, index: int) -> None:
         scheduled = [key for key in _INTERVALS if (index, key) in self._schedules]
         if block.uses_rows and (scheduled or any(self.param_groups[index][key] != 1 for key in _INTERVALS)):
             raise ValueError(
@@ -236,6 +248,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _damping(self, group: dict[str, Any]) -> float | Tensor:
         """λ of a group; L2 regularisation is part of the loss's curvature, so it adds its coefficient."""
         return group["damping"] if group["curv_type"] == INPUT else group["damping"] + group.get("l2", 0.0)
+
+    def _memory(self, block: Curvature, group: dict[str, Any]) -> float:
+        """ρ of the running average of a block."""
+        return group["ema_decay"]
 
     def _require_record(self) -> Record:
         if self._record is None:
@@ -292,7 +308,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return True
 
     def _update_average(self, block: Curvature, index: int) -> None:
-        decay, follow = self.param_groups[index]["ema_decay"], not self._is_due(block, index)
+        decay, follow = self._memory(block, self.param_groups[index]), not self._is_due(block, index)
         adaptive = self._adaptive(index, "update_every")
         watched = adaptive or self._adaptive(index, "refactor_every")
         block.update(decay, follow, self._steps if adaptive else None, watched)
@@ -443,6 +459,18 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None and p not in covered:
                     p.add_(p.grad, alpha=-group["lr"])
+
+    def _clip(self, gradients: dict[Tensor, Tensor], solved: dict[Tensor, Tensor]) -> Tensor | None:
+        """ν of the KL clip, one number for all preconditioned steps; None: there is none."""
+        if self._kl_clip is None or not solved:
+            return None
+        products = []
+        for group in self.param_groups:
+            clipped = [] if group["curv_type"] == INPUT else group["params"]
+            own = [inner(solved[p], gradients[p]) for p in clipped if p in solved]
+            if own:
+                products.append(torch.stack(own).sum() * group["lr"] ** 2)
+        return kl_clip_factor(products, self._kl_clip) if products else None
 
     # -------------------------------------------------------------------------------------- public
 

@@ -13,7 +13,7 @@ from torchcurv.curv.curvature import OPTION_NAMES
 from torchcurv.curv.kinds import INPUT
 from torchcurv.curv.schedule import check_number
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
-from torchcurv.optim.update import descend_, inner, kl_clip_factor, momentum_
+from torchcurv.optim.update import descend_, momentum_
 
 STEP_OPTIONS = ("lr", "momentum", "nesterov", "momentum_type", "weight_decay", "l2", "maximize")
 MOMENTUM_TYPES = ("preconditioned", "raw")
@@ -109,9 +109,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         unsupported: str = "error",
         seed: int = 0,
     ) -> None:
-        if kl_clip is not None:
-            check_number("kl_clip", kl_clip, lambda x: x > 0, "a number > 0, or None for no clipping")
-        self._kl_clip = kl_clip
+        self._kl_clip = checked_kl_clip(kl_clip)
         given = locals()
         super().__init__(
             model,
@@ -175,17 +173,11 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         if group["momentum"]:
             self._buffer(state, p)
 
-    def _clip(self, gradients: dict[Tensor, Tensor], solved: dict[Tensor, Tensor]) -> Tensor | None:
-        """ν of the KL clip, one number for all preconditioned steps; None: there is none."""
-        if self._kl_clip is None or not solved:
-            return None
-        products = []
-        for group in self.param_groups:
-            clipped = [] if group["curv_type"] == INPUT else group["params"]
-            own = [inner(solved[p], gradients[p]) for p in clipped if p in solved]
-            if own:
-                products.append(torch.stack(own).sum() * group["lr"] ** 2)
-        return kl_clip_factor(products, self._kl_clip) if products else None
+
+def checked_kl_clip(kl_clip: float | None) -> float | None:
+    if kl_clip is not None:
+        check_number("kl_clip", kl_clip, lambda x: x > 0, "a number > 0, or None for no clipping")
+    return kl_clip
 
 
 def check_step_options(options: dict[str, Any]) -> None:

@@ -1,0 +1,176 @@
+"""A Gaussian over the parameters of a model whose precision is a curvature: block by block N(μ, Σ) with
+
+    Σ^-1 = scale (C + damping I)
+
+C is the curvature that a block holds, in whatever shape. Of its factor this asks four things: `sample`, `logdet`,
+`damped_matvec` (C + damping) x, and `inverse_diag`, the diagonal of (C + damping)^-1. An `Inverse` has its damping
+inside, and its Σ is exactly the explicit inverse over the scale, so that draws, densities and solves agree.
+
+In a posterior of N loss terms at temperature τ with the prior N(0, I / δ), C is the curvature of the mean loss,
+scale = N / τ and damping = τ δ / N.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchcurv.curv.curvature import Curvature, _each_of_batch
+from torchcurv.curv.factor import Eigen, InputRows, Inverse, LowRank
+from torchcurv.curv.losses import at_least_float32
+from torchcurv.curv.rows import RowSpace
+
+Number = float | Tensor
+
+
+@dataclass(frozen=True)
+class GaussianBlock:
+    """The Gaussian of one block, around zero. Vectors over it are lists of tensors shaped like `block.pieces`, any
+    leading dimensions before.
+
+    start: C is start times the identity as long as nothing has been measured.
+    """
+
+    block: Curvature
+    scale: Number
+    damping: Number
+    start: Number = 0.0
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return self.block.size
+
+    @property
+    def factor(self) -> Eigen | Inverse | LowRank | RowSpace:
+        factor = self.block.factor
+        if factor is not None:
+            assert not isinstance(factor, InputRows)  # which belong to one step, and only solve
+            return factor
+        like = at_least_float32(self.block.params[0].detach()).new_zeros(self.block.factor_shape)
+        return Eigen(like + self.start)
+
+    def sample(self, generator: torch.Generator | None = None, count: int | None = None) -> list[Tensor]:
+        """A draw Σ^1/2 ε, or `count` of them [count, ...]; generator: on the device of the parameters."""
+        p, scale = self.block.params[0], self.scale
+        dtype, lead = torch.promote_types(p.dtype, torch.float32), () if count is None else (count,)
+        std = 1.0 if isinstance(scale, Tensor) else scale**-0.5
+        noise = [
+            torch.empty(*lead, *layer.shape, dtype=dtype, device=p.device).normal_(std=std, generator=generator)
+            for layer in self.block.layers
+        ]
+        drawn = self._apply(lambda factor, x: factor.sample(x, self.damping), noise)
+        return [x * scale**-0.5 for x in drawn] if isinstance(scale, Tensor) else drawn
+
+    def precision_times(self, x: list[Tensor]) -> list[Tensor]:
+        """Σ^-1 x."""
+        joined = self.block.join([at_least_float32(part) for part in x])
+        return [y * self.scale for y in self._apply(lambda factor, x: factor.damped_matvec(x, self.damping), joined)]
+
+    def square(self, x: list[Tensor]) -> Tensor:
+        """x^T Σ^-1 x, one number per leading index."""
+        pairs = zip(self.block.pieces, x, self.precision_times(x), strict=True)
+        sums = [
+            (part * y).sum(tuple(range(part.dim() - piece.param.dim(), part.dim()))) if piece.param.dim() else part * y
+            for piece, part, y in pairs
+        ]
+        return torch.stack(sums).sum(0)
+
+    def logdet_precision(self) -> Tensor:
+        """log det Σ^-1."""
+        logdet = self.factor.logdet(self.damping)
+        return logdet + self.size * torch.as_tensor(self.scale, dtype=logdet.dtype, device=logdet.device).log()
+
+    def variances(self) -> list[Tensor]:
+        """The diagonal of Σ."""
+        block, diagonal = self.block, self.factor.inverse_diag(self.damping)
+        joined = diagonal if isinstance(diagonal, list) else block.unflatten(diagonal.reshape(block.factor_shape))
+        return [x / self.scale for x in block.split(joined)]
+
+    def _apply(self, f: Callable[..., Tensor], joined: list[Tensor]) -> list[Tensor]:
+        """f(factor, x) for x [..., g, o, i] of each layer."""
+        block, factor = self.block, self.factor
+        if isinstance(factor, RowSpace):
+            return block.split(_each_of_batch(lambda x: f(factor, x), joined))  # type: ignore[arg-type, return-value]
+        return block.split(block.unflatten(f(factor, block.flatten(joined))))
+
+
+class Gaussian:
+    """N(mean, Σ), independent between blocks.
+
+    mean: by parameter. blocks: what the covariance consists of; parameters that are in none are known exactly.
+    """
+
+    def __init__(self, mean: dict[Tensor, Tensor], blocks: list[GaussianBlock]) -> None:
+        self.mean, self.blocks = mean, blocks
+
+    @property
+    def size(self) -> int:
+        """Number of random parameters."""
+        return sum(block.size for block in self.blocks)
+
+    def deviation(self, generator: torch.Generator | None = None, count: int | None = None) -> dict[Tensor, Tensor]:
+        """A draw around zero by parameter, or `count` of them [count, *shape]; random parameters only."""
+        return self._gathered(lambda block: block.sample(generator, count))
+
+    def sample(self, generator: torch.Generator | None = None, count: int | None = None) -> dict[Tensor, Tensor]:
+        """A draw by parameter, or `count` of them [count, *shape]; of random parameters only."""
+        return {p: self.mean[p] + x for p, x in self.deviation(generator, count).items()}
+
+    def variances(self) -> dict[Tensor, Tensor]:
+        """The diagonal of Σ by parameter."""
+        return self._gathered(lambda block: block.variances())
+
+    def log_prob(self, values: dict[Tensor, Tensor]) -> Tensor:
+        """log density at `values` by parameter (leading dimensions are a batch); the random parameters count."""
+        total = self._normaliser()
+        for block in self.blocks:
+            pieces = block.block.pieces
+            total = total - 0.5 * block.square(
+                [piece.of(values[piece.param] - self.mean[piece.param]) for piece in pieces]
+            )
+        return total
+
+    def entropy(self) -> Tensor:
+        """½ (P + P log 2π - log det Σ^-1)."""
+        return 0.5 * self.size - self._normaliser()
+
+    def kl(self, prior_precision: Number) -> Tensor:
+        """KL(q || N(0, I / δ)) = ½ (δ tr Σ + δ |μ|² - P - P log δ + log det Σ^-1) over the random parameters."""
+        return sum_of_terms([kl_of_block(block, self.mean, prior_precision) for block in self.blocks])
+
+    def _normaliser(self) -> Tensor:
+        """½ log det Σ^-1 - ½ P log 2π."""
+        logdet = sum_of_terms([block.logdet_precision() for block in self.blocks])
+        return 0.5 * (logdet - self.size * math.log(2 * math.pi))
+
+    def _gathered(self, f: Callable[[GaussianBlock], list[Tensor]]) -> dict[Tensor, Tensor]:
+        """By parameter, what f says of its pieces in each block."""
+        out: dict[Tensor, Tensor] = {}
+        for block in self.blocks:
+            for piece, x in zip(block.block.pieces, f(block), strict=True):
+                if piece.rows is None:
+                    out[piece.param] = x
+                    continue
+                lead = x.shape[: x.dim() - piece.param.dim()]
+                if piece.param not in out:
+                    out[piece.param] = x.new_zeros(*lead, *piece.param.shape)
+                piece.of(out[piece.param]).copy_(x)
+        return out
+
+
+def kl_of_block(block: GaussianBlock, mean: dict[Tensor, Tensor], prior_precision: Number) -> Tensor:
+    """The share of one block in `Gaussian.kl`."""
+    logdet = block.logdet_precision()
+    delta = torch.as_tensor(prior_precision, dtype=logdet.dtype, device=logdet.device)
+    trace = sum_of_terms([x.sum() for x in block.variances()])
+    norm = sum_of_terms([piece.of(mean[piece.param]).square().sum() for piece in block.block.pieces])
+    return 0.5 * (delta * (trace + norm) - block.size * (1 + delta.log()) + logdet)
+
+
+def sum_of_terms(terms: list[Tensor]) -> Tensor:
+    return torch.stack(terms).sum() if terms else torch.zeros(())
