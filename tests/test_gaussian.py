@@ -8,6 +8,7 @@ from torch.distributions import MultivariateNormal
 
 from torchcurv import curvature
 from torchcurv.curv.gaussian import Gaussian, GaussianBlock
+from torchcurv.curv.linalg import lower_times, times_lower_transposed
 
 SCALE, DAMPING, DRAWS = 5.0, 0.3, 200_000
 SHAPES = {
@@ -98,3 +99,9 @@ def test_before_anything_is_measured_the_covariance_is_a_multiple_of_the_identit
     fresh = Gaussian(gaussian.mean, [GaussianBlock(part.block, SCALE, DAMPING, 0.2) for part in gaussian.blocks])
     variances = flat(fresh.variances(), measured.params)
     torch.testing.assert_close(variances, torch.full_like(variances, 1 / (SCALE * (DAMPING + 0.2))))
+
+
+def test_products_with_large_triangles_skip_their_zeros():
+    root, x = cases.randn(2, 700, 700).tril(), cases.randn(2, 700, 3, seed=1)
+    torch.testing.assert_close(lower_times(root, x), root @ x)
+    torch.testing.assert_close(times_lower_transposed(x.mT, root), x.mT @ root.mT)

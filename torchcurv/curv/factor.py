@@ -21,7 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from torchcurv.curv.linalg import ALIGNED_FROM, ALIGNMENT, Damping, aligned_empty
+from torchcurv.curv.linalg import ALIGNED_FROM, ALIGNMENT, Damping, aligned_empty, lower_times, times_lower_transposed
 from torchcurv.curv.sides import root, times, times_left
 
 
@@ -156,7 +156,11 @@ class Inverse(_Saved):
     def sample(self, noise: Tensor, damping: Damping | None = None) -> Tensor:
         """K_left noise K_right^T, of covariance left ⊗ right for standard normal noise; `damping` is not read."""
         left, right = self.roots
-        return _sandwich(left, self._grouped(noise), right.mT).reshape(noise.shape)
+        x = self._grouped(noise)
+        if left is not None:
+            x = lower_times(left, x) if left.dim() == 3 else times_left(left, x)
+        x = times_lower_transposed(x, right) if right.dim() == 3 else times(x, right.mT)
+        return x.reshape(noise.shape)
 
     def damped_matvec(self, x: Tensor, damping: Damping | None = None) -> Tensor:
         """left^-1 x right^-1; `damping` is not read."""

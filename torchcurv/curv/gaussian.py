@@ -54,14 +54,15 @@ class GaussianBlock:
 
     def sample(self, generator: torch.Generator | None = None, count: int | None = None) -> list[Tensor]:
         """A draw Σ^1/2 ε, or `count` of them [count, ...]; generator: on the device of the parameters."""
-        p = self.block.params[0]
+        p, scale = self.block.params[0], self.scale
         dtype, lead = torch.promote_types(p.dtype, torch.float32), () if count is None else (count,)
+        std = 1.0 if isinstance(scale, Tensor) else scale**-0.5
         noise = [
-            torch.randn(*lead, *layer.shape, dtype=dtype, device=p.device, generator=generator)
+            torch.empty(*lead, *layer.shape, dtype=dtype, device=p.device).normal_(std=std, generator=generator)
             for layer in self.block.layers
         ]
         drawn = self._apply(lambda factor, x: factor.sample(x, self.damping), noise)
-        return [x * self.scale**-0.5 for x in drawn]
+        return [x * scale**-0.5 for x in drawn] if isinstance(scale, Tensor) else drawn
 
     def precision_times(self, x: list[Tensor]) -> list[Tensor]:
         """Σ^-1 x."""

@@ -101,6 +101,27 @@ def _inverse_and_info(damped: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cholesky_inverse(root), info
 
 
+ROWS = 256  # of a large triangular matrix that are multiplied at once
+
+
+def lower_times(root: Tensor, x: Tensor) -> Tensor:
+    """root @ x for lower triangular root [g, n, n]; the zeros of a large one are skipped, nearly half of the work."""
+    n = root.shape[-1]
+    if n < BLOCKED_FROM:
+        return root @ x
+    parts = [root[:, at : at + ROWS, : at + ROWS] @ x[..., : at + ROWS, :] for at in range(0, n, ROWS)]
+    return torch.cat(parts, -2)
+
+
+def times_lower_transposed(x: Tensor, root: Tensor) -> Tensor:
+    """x @ root^T for lower triangular root [g, n, n]; see `lower_times`."""
+    n = root.shape[-1]
+    if n < BLOCKED_FROM:
+        return x @ root.mT
+    parts = [x[..., : at + ROWS] @ root[:, at : at + ROWS, : at + ROWS].mT for at in range(0, n, ROWS)]
+    return torch.cat(parts, -1)
+
+
 def free_to_read(flag: Tensor) -> bool:
     """Whether reading a tensor's value costs nothing; on an accelerator it waits for everything queued."""
     return flag.device.type == "cpu"

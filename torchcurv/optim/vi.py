@@ -398,7 +398,7 @@ class VIOptimizer(CurvatureOptimizer):
             yield
             if _changed(self._params(), marks):
                 self._made += 1
-                self._note_curved(priced, before)
+                self._note_curved(priced, {p: x for p, x in before.items() if marks[p][0]() is p.grad})
 
     def _priced(self) -> list[Tensor]:
         return [p for block in self._blocks if _is_priced(block) for p in block.params]
@@ -475,7 +475,8 @@ class VIOptimizer(CurvatureOptimizer):
                 losses.append(closure())
             if left:
                 aside.take(self)
-        aside.give_back(self)
+        if self._num_samples > 1:
+            aside.give_back(self)
         return _mean_of(losses)
 
     def _likelihood_factor(self) -> float:
@@ -632,19 +633,18 @@ class _Aside:
         optimizer._forget_draws()
 
     def give_back(self, optimizer: VIOptimizer) -> None:
-        """Add it to what the draw after it left."""
+        """The sums over all draws, the last one included."""
+        self.take(optimizer)
         for p, total in self.grads.items():
-            p.grad = total if p.grad is None else total.add_(p.grad)
+            p.grad = total
         for block, pending, rows in self.measured:
             if pending:
                 block.add(pending)
-            block.pending_rows = rows + block.pending_rows
-        record = optimizer._require_record()
-        optimizer._made += self.made
+            block.pending_rows += rows
+        optimizer._made = self.made
         for curved in self.curved:
             optimizer._add_curved(curved)
-        for count in self.summed:
-            record.summed = count if record.summed is None else record.summed + count
+        optimizer._require_record().summed = sum(self.summed) if self.summed else None
 
     @torch.no_grad()
     def _take_grads(self, params: Iterable[Tensor]) -> None:
@@ -731,6 +731,8 @@ def _checked_warmup(warmup: int | Callable[[int], float] | None) -> int | Callab
             f"kl_warmup={warmup!r}; pass a number of steps, an int of at least 1, or a function of the step to what "
             "the temperature is multiplied by, or None"
         )
+    if warmup is not None:
+        _warm(warmup, 0)  # raises on what is no number > 0
     return warmup
 
 
