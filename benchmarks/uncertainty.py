@@ -510,7 +510,7 @@ def draw_reliability(outcomes: dict[str, Outcome], path: Path) -> None:
 
 def _reliability(axes: Axes, bins: Reliability) -> None:
     count = len(bins.share)
-    width, kept = 1 / count, bins.share > 0
+    width, kept = 1 / count, bins.share > 1e-3  # fewer predictions say nothing
     left = (torch.arange(count)[kept] * width).tolist()
     accuracy, confidence = bins.accuracy[kept], bins.confidence[kept]
     axes.bar(left, bins.share[kept].tolist(), width, align="edge", color="0.85", label="share of the predictions")
