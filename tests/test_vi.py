@@ -3,12 +3,19 @@
 import copy
 import io
 import math
+import warnings
 
 import cases
 import oracles
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributions import MultivariateNormal, kl_divergence
 from torch.nn import functional as F
 
@@ -143,7 +150,7 @@ def test_bayesian_linear_regression_is_exact(approx, antithetic, reduction):
     model, loss = cases.seeded(lambda: nn.Linear(3, 2)), nn.MSELoss(reduction=reduction)
     optimizer = VIOptimizer(
         model, n, loss_fn=loss, approx=approx, samples=None, prior_precision=delta, noise_variance=sigma2, lr=1.0,
-        num_samples=2, antithetic=antithetic, momentum=0.0,
+        num_samples=2, antithetic=antithetic, kl_clip=None,
     )  # fmt: skip
 
     def closure():
@@ -229,13 +236,16 @@ def test_logistic_regression_converges_to_the_gaussian_fixed_point(options):
 # --- steps ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kl_clip", [None, 1e-3])
+@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_steps_are_those_of_the_formula(reduction):
+def test_steps_are_those_of_the_formula(reduction, named, kl_clip):
     lr, momentum, damping, rho, draws = 0.3, 0.5, 0.02, 0.9, 3
     model, twin, loss = make_model(), make_model(), nn.CrossEntropyLoss(reduction=reduction)
     optimizer = VIOptimizer(
-        model, N, loss_fn=loss, approx="full", samples=None, prior_precision=DELTA, temperature=TAU, lr=lr,
-        momentum=momentum, damping=damping, ema_decay=rho,
+        model, N, loss_fn="cross_entropy" if named else loss, reduction=reduction, approx="full", samples=None,
+        prior_precision=DELTA, temperature=TAU, lr=lr, momentum=momentum, damping=damping, ema_decay=rho,
+        kl_clip=kl_clip,
     )  # fmt: skip
     mu, buffer, average, weight = weights(model), 0, 0, 0
     eye = torch.eye(len(mu)).double()
@@ -247,7 +257,8 @@ def test_steps_are_those_of_the_formula(reduction):
         for _ in range(draws):
             with optimizer.sampled_params():
                 theta = weights(model)
-                for rows in (slice(0, 2), slice(2, 6)):  # micro-batches of one draw
+                whole = named and reduction == "mean"  # a name means factor 1
+                for rows in [slice(0, 6)] if whole else [slice(0, 2), slice(2, 6)]:  # micro-batches of one draw
                     factor = 1 if reduction == "sum" else len(x[rows]) / len(x)
                     (factor * loss(model(x[rows]), y[rows])).backward()
             nn.utils.vector_to_parameters(theta, twin.parameters())
@@ -255,7 +266,9 @@ def test_steps_are_those_of_the_formula(reduction):
             g = g + flat(torch.autograd.grad(F.cross_entropy(twin(x), y), list(twin.parameters()))) / draws
         weight = rho * weight + 1
         average = average + (ggn - average) / weight
-        buffer = momentum * buffer + torch.linalg.solve(average + (small + damping) * eye, g + small * mu)
+        g = g + small * mu
+        v = torch.linalg.solve(average + (small + damping) * eye, g)
+        buffer = momentum * buffer + v * (1 if kl_clip is None else min(1, math.sqrt(kl_clip / (lr**2 * v @ g))))
         mu = mu - lr * buffer
         optimizer.step()
         torch.testing.assert_close(weights(model), mu, rtol=1e-7, atol=1e-9)
@@ -296,7 +309,8 @@ def test_a_closure_is_run_under_its_draws_and_is_the_loop_written_out(options, z
 
 def test_prices_average():
     model = make_model()
-    optimizer = VIOptimizer(model, N, prior_precision=DELTA, temperature=TAU, ema_decay=0.9, lr=0.1, **PRICE)
+    optimizer = VIOptimizer(model, N, prior_precision=DELTA, temperature=TAU, lr=0.1, **PRICE)
+    optimizer.param_groups[0]["ema_decay"] = 0.9
     mu, damping, scale = weights(model), TAU * DELTA / N, N / TAU
     h = torch.full_like(mu, 20.0 / scale - damping)
     for t in range(4):
@@ -370,6 +384,7 @@ def test_groups_without_a_posterior_are_not_drawn():
         ],
         lr=1.0,
         samples=None,
+        kl_clip=None,
     )
     before = [p.detach().clone() for p in model.parameters()]
     with optimizer.sampled_params():
@@ -574,6 +589,46 @@ def test_a_copied_pair_goes_on_like_the_original_and_apart_from_it(options):
         pass
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed.checkpoint", "ignore::FutureWarning")
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("options", SHAPES, ids=names(SHAPES))
+def test_distributed_checkpoint_resumes_bit_for_bit(options, flatten, tmp_path):
+    model, other = make_model(torch.bfloat16), make_model(torch.bfloat16)
+    how = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    optimizer, again = VIOptimizer(model, N, momentum=0.5, **options), VIOptimizer(other, N, momentum=0.5, **options)
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=how))
+    trained = copy.deepcopy(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no process group: one process
+        dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+        saved = get_optimizer_state_dict(other, again, options=how)
+        dcp.load(saved, checkpoint_id=tmp_path, no_dist=True)
+    other.load_state_dict(trained)
+    set_optimizer_state_dict(other, again, saved, options=how)
+    train(model, optimizer, range(3, 6))
+    train(other, again, range(3, 6))
+    assert torch.equal(weights(model), weights(other))
+
+
+@pytest.mark.parametrize("options", [{"samples": None}, PRICE], ids=["ggn", "price"])
+def test_scaled_gradients_step_as_without_a_scaler(options):
+    runs = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model = make_model()
+        optimizer = VIOptimizer(model, N, grad_scaler=scaler, **options)
+        for t in range(3):
+            optimizer.zero_grad()
+            for _ in range(2):
+                with optimizer.sampled_params():
+                    loss = F.cross_entropy(model(batch(t)[0]), batch(t)[1])
+                    (loss if scaler is None else scaler.scale(loss)).backward()
+            optimizer.step() if scaler is None else scaler.step(optimizer)
+            scaler and scaler.update()
+        runs.append(weights(model))
+    torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("options", [{}, PRICE, {"loss_fn": "mse", "noise_variance": 0.5}], ids=["", "price", "noise"])
 def test_a_checkpoint_library_may_step_a_fresh_optimizer(options):
     model = make_model()
@@ -624,6 +679,7 @@ def test_presets_are_rows_of_settings():
         ({"antithetic": 1}, "antithetic=1"),
         ({"lr": -1.0}, "lr=-1.0"),
         ({"momentum": 1.0}, "momentum=1.0"),
+        ({"kl_clip": 0.0}, "kl_clip=0.0"),
         ({"damping": -0.1}, "damping=-0.1"),
         ({"damping": 0.1, "damping_type": "factored"}, "one inverse cannot both"),
         ({"prior_precision": None}, "damping=0"),

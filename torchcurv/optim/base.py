@@ -21,6 +21,7 @@ from torchcurv.curv.curvature import OPTION_NAMES, Curvature, Options, read_flag
 from torchcurv.curv.layers import Layer, find_layers
 from torchcurv.curv.record import Record
 from torchcurv.curv.schedule import interval_at
+from torchcurv.optim.update import inner, kl_clip_factor
 
 _INTERVALS = ("update_every", "refactor_every")
 _DAMPING_TOLERANCE = 0.1  # relative change of the damping after which an inverse that holds it is computed anew
@@ -43,6 +44,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     _blocks: Sequence[Curvature] = ()
     _factors: ClassVar[bool] = True  # whether steps solve with factors, or only multiply with what was measured
     _finalizer: Any = None
+    _kl_clip: float | None = None  # κ, of the optimizers that clip
     _copied: ClassVar[tuple[str, ...]] = ("_unsupported", "_schedules", "_steps", "defaults")  # with the model
 
     def __init__(
@@ -401,6 +403,17 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 elif p in gradients:
                     piece.of(solved.setdefault(p, gradients[p].to(x.dtype, copy=True))).copy_(x)
         return solved
+
+    def _clip(self, gradients: dict[Tensor, Tensor], solved: dict[Tensor, Tensor]) -> Tensor | None:
+        """ν of the KL clip, one number for all preconditioned steps; None: there is none."""
+        if self._kl_clip is None or not solved:
+            return None
+        products = []
+        for group in self.param_groups:
+            own = [inner(solved[p], gradients[p]) for p in group["params"] if p in solved]
+            if own:
+                products.append(torch.stack(own).sum() * group["lr"] ** 2)
+        return kl_clip_factor(products, self._kl_clip)
 
     # -------------------------------------------------------------------------------------- public
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchcurv.curv.curvature import OPTION_NAMES
 from torchcurv.curv.schedule import check_number
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
-from torchcurv.optim.update import descend_, inner, kl_clip_factor, momentum_
+from torchcurv.optim.update import descend_, momentum_
 
 STEP_OPTIONS = ("lr", "momentum", "nesterov", "momentum_type", "weight_decay", "l2", "maximize")
 MOMENTUM_TYPES = ("preconditioned", "raw")
@@ -98,9 +98,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         unsupported: str = "error",
         seed: int = 0,
     ) -> None:
-        if kl_clip is not None:
-            check_number("kl_clip", kl_clip, lambda x: x > 0, "a number > 0, or None for no clipping")
-        self._kl_clip = kl_clip
+        self._kl_clip = checked_kl_clip(kl_clip)
         given = locals()
         super().__init__(
             model,
@@ -175,16 +173,11 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         if group["momentum"]:
             self._buffer(state, p)
 
-    def _clip(self, gradients: dict[Tensor, Tensor], solved: dict[Tensor, Tensor]) -> Tensor | None:
-        """ν of the KL clip, one number for all preconditioned steps; None: there is none."""
-        if self._kl_clip is None or not solved:
-            return None
-        products = []
-        for group in self.param_groups:
-            own = [inner(solved[p], gradients[p]) for p in group["params"] if p in solved]
-            if own:
-                products.append(torch.stack(own).sum() * group["lr"] ** 2)
-        return kl_clip_factor(products, self._kl_clip)
+
+def checked_kl_clip(kl_clip: float | None) -> float | None:
+    if kl_clip is not None:
+        check_number("kl_clip", kl_clip, lambda x: x > 0, "a number > 0, or None for no clipping")
+    return kl_clip
 
 
 def check_step_options(options: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -25,7 +25,8 @@ from torchcurv.curv.losses import loss_of
 from torchcurv.curv.operator import _call
 from torchcurv.curv.schedule import check_number
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
-from torchcurv.optim.second_order import check_step_options
+from torchcurv.optim.draws import Aside, changed, is_wide, marks_of, mean_of
+from torchcurv.optim.second_order import check_step_options, checked_kl_clip
 from torchcurv.optim.update import descend_, momentum_
 
 POSTERIOR_OPTIONS = ("prior_precision", "temperature", "init_precision")  # per group
@@ -44,7 +45,7 @@ class VIOptimizer(CurvatureOptimizer):
 
     and a step averages gradients and curvatures over the draws since the last one:
 
-        C <- running average,   m <- momentum m + (C + δ̃ + damping)^-1 (ĝ + δ̃ μ),   μ <- μ - lr m
+        C <- running average,   m <- momentum m + ν (C + δ̃ + damping)^-1 (ĝ + δ̃ μ),   μ <- μ - lr m
 
     The first draws are from the prior, or of precision `init_precision`, unless a step from a backward at the mean
     precedes them. Within one step either all gradients come from draws, or all from the mean.
@@ -61,6 +62,10 @@ class VIOptimizer(CurvatureOptimizer):
     into one `with`, their mean losses divided by their number; those in a `with` of their own are draws, and not
     divided. Parameters in groups with prior_precision=None, or with approx=None, are not drawn.
 
+    A wide network at a draw from its prior is far from anything that can be trained: start it with init_precision of
+    the order of N, or with a step from the mean; and take a damping as for SecondOrderOptimizer, since C + δ̃ alone is
+    nearly singular.
+
     Args:
         model, params, loss_fn, approx, curv_type and everything not named here: as for SecondOrderOptimizer.
         dataset_size: N, the number of loss terms in the data: labels of a classification, elements of "mse" and
@@ -73,8 +78,8 @@ class VIOptimizer(CurvatureOptimizer):
             is the mirror image of the one before.
         init_precision: Σ^-1 of the first draws, per group; None: that of the prior.
         noise_variance: σ² of a Gaussian likelihood, for losses that are the mean or the sum of squared errors.
-        lr, momentum: of the mean. damping: λ >= 0 added to C + δ̃ in the step, but not in Σ; with "factored" damping
-            there is none.
+        lr, momentum: of the mean. kl_clip: bounds the step by ν <= 1 as in SecondOrderOptimizer.
+        damping: λ >= 0 added to C + δ̃ in the step, but not in Σ; with "factored" damping there is none.
         damping_type: "exact", or "factored": Σ is then the inverse of the two damped Kronecker factors, which is
             smaller than the exact one, down to a few percent in flat directions.
         hessian_method: also "price" for curv_type="hessian", approx="diag", which needs no pass: with β = ema_decay,
@@ -92,8 +97,8 @@ class VIOptimizer(CurvatureOptimizer):
     """
 
     _copied: ClassVar[tuple[str, ...]] = (
-        *CurvatureOptimizer._copied,
-        *("_dataset_size", "_num_samples", "_antithetic", "_noise_variance", "_warmup", "_outputs", "_summed"),
+        *(*CurvatureOptimizer._copied, "_dataset_size", "_num_samples", "_antithetic", "_noise_variance", "_warmup"),
+        *("_outputs", "_summed", "_kl_clip"),
     )
     _held: dict[Tensor, Tensor] | None = None  # the means, while the parameters hold a draw
     _made: int  # draws since the last step whose gradients are in `.grad`
@@ -115,6 +120,7 @@ class VIOptimizer(CurvatureOptimizer):
         lr: float | Tensor = 0.1,
         momentum: float = 0.0,
         damping: float | Tensor = 0.0,
+        kl_clip: float | None = 1.0,
         init_precision: float | None = None,
         noise_variance: float | None = None,
         antithetic: bool = False,
@@ -147,6 +153,7 @@ class VIOptimizer(CurvatureOptimizer):
             raise TypeError(f"antithetic={antithetic!r}; pass True or False")
         self._dataset_size, self._num_samples, self._antithetic = float(dataset_size), num_samples, antithetic
         self._noise_variance, self._warmup = _checked_noise(noise_variance, loss_fn), _checked_warmup(kl_warmup)
+        self._kl_clip = checked_kl_clip(kl_clip)
         self._outputs: dict[str, int] = {}  # elements of a sample of the output, as last seen
         self._summed = loss_fn is not None and loss_of(loss_fn, reduction, class_dim).reduction == "sum"
         self._forget_draws()
@@ -329,9 +336,8 @@ class VIOptimizer(CurvatureOptimizer):
         """
         expected = -self._dataset_size * self._likelihood_factor() * loss
         if self._noise_variance is not None:
-            expected = expected - self._dataset_size * self._seen_outputs() / 2 * math.log(
-                2 * math.pi * self._noise_variance
-            )
+            constant = self._seen_outputs() / 2 * math.log(2 * math.pi * self._noise_variance)
+            expected = expected - self._dataset_size * constant
         return expected - self._tempered_kl(self._temperature)
 
     # ----------------------------------------------------------------------------------------- draws
@@ -343,7 +349,9 @@ class VIOptimizer(CurvatureOptimizer):
         sign = 1.0
         if self._antithetic and stream == _TRAINING:
             index, sign = (index + 1) // 2, 1.0 if index % 2 else -1.0
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        # Price's estimate multiplies a draw with its own gradient, which is an average over the ranks
+        alike = self._priced() or not torch.distributed.is_initialized()
+        rank = 0 if alike else torch.distributed.get_rank()
         seed = hash((self._settings["seed"], stream == _TRAINING, index, rank, 0x5EED)) & (2**63 - 1)
         return torch.Generator(device).manual_seed(seed), sign
 
@@ -365,21 +373,16 @@ class VIOptimizer(CurvatureOptimizer):
         params = list(deviation)
         with torch.no_grad():
             before = [p.detach().clone() for p in params]
-            means = [x if _is_wide(p) else self._mean(p) for p, x in zip(params, before, strict=True)]
+            means = [x if is_wide(p) else self._mean(p) for p, x in zip(params, before, strict=True)]
         try:
             with torch.no_grad():
-                for p, mean in zip(params, means, strict=True):
-                    if _is_wide(p):
-                        p.add_(deviation[p])
-                    else:
-                        p.copy_(mean + deviation[p])
+                _copy(params, [mean + deviation[p] for p, mean in zip(params, means, strict=True)])
             self._held = dict(zip(params, means, strict=True))
             yield
         finally:
             self._held = None
             with torch.no_grad():
-                for p, x in zip(params, before, strict=True):
-                    p.copy_(x)
+                _copy(params, before)
 
     @contextmanager
     def sampled_params(self, generator: torch.Generator | None = None) -> Iterator[None]:
@@ -390,13 +393,13 @@ class VIOptimizer(CurvatureOptimizer):
             draws a resumed run repeats.
         """
         with self._drawn(self._deviation(_TRAINING, generator)):
-            marks = _marks(self._params())
+            marks = marks_of(self._params())
             if not marks:
                 self._forget_draws()
             priced = self._priced()
             before = {p: p.grad.clone() for p in priced if p.grad is not None}
             yield
-            if _changed(self._params(), marks):
+            if changed(self._params(), marks):
                 self._made += 1
                 self._note_curved(priced, {p: x for p, x in before.items() if marks[p][0]() is p.grad})
 
@@ -469,7 +472,7 @@ class VIOptimizer(CurvatureOptimizer):
     def _run(self, closure: Callable[[], Any]) -> Any:
         """The closure under draws of its own; gradients and curvatures are put aside between them."""
         self._require_record()
-        aside, losses = _Aside(), []
+        aside, losses = Aside(), []
         for left in reversed(range(self._num_samples)):
             with torch.enable_grad(), self.sampled_params():
                 losses.append(closure())
@@ -477,7 +480,7 @@ class VIOptimizer(CurvatureOptimizer):
                 aside.take(self)
         if self._num_samples > 1:
             aside.give_back(self)
-        return _mean_of(losses)
+        return mean_of(losses)
 
     def _likelihood_factor(self) -> float:
         """From the loss, reduced by its mean, to the mean negative log likelihood: C / 2σ² of squared errors."""
@@ -486,8 +489,8 @@ class VIOptimizer(CurvatureOptimizer):
     def _seen_outputs(self) -> int:
         if not self._outputs:
             raise RuntimeError(
-                "noise_variance needs the number of outputs of a sample, and the model has not been called with "
-                "gradients enabled since the optimizer was built or copied"
+                "noise_variance needs the number of outputs of a sample, and the model has not been called since the "
+                "optimizer was built"
             )
         return self._outputs["size"]
 
@@ -502,22 +505,22 @@ class VIOptimizer(CurvatureOptimizer):
         return likelihood / (summed.clamp_min(1) if isinstance(summed, Tensor) else max(1, summed))
 
     def _scale_measured(self, factor: float | Tensor) -> None:
-        blocks = {id(part.block): part for part, _ in self._gaussian_blocks()}
         for block in self._blocks:
-            if _is_priced(block):
-                if self._curved:
-                    self._estimate(blocks[id(block)], factor)
-            elif block.captured and not _is_one(factor):
+            if block.captured and not _is_one(factor):
                 block.scale_pending(factor)
+        if self._curved:
+            for part, group in self._gaussian_blocks():
+                if _is_priced(part.block):
+                    self._estimate(part, group["ema_decay"], factor)
 
-    def _estimate(self, part: GaussianBlock, factor: float | Tensor) -> None:
+    def _estimate(self, part: GaussianBlock, beta: float, factor: float | Tensor) -> None:
         """What the running average of Price's estimate becomes, as the block's measurement."""
         block = part.block
         curved = {p: self._curved.get(p, torch.zeros_like(self._mean(p))) for p in block.params}
         products = block.join([piece.of(curved[piece.param]) for piece in block.pieces])[0]
         products = products * (factor / self._require_record().loss_scale())
         h = block.tensors.get("diag", torch.full_like(products, float(part.start)))
-        block.add({"diag": price_average(h, products, part.scale, part.damping, block.options.ema_decay)})
+        block.add({"diag": price_average(h, products, part.scale, part.damping, beta)})
 
     def _memory(self, block: Curvature, group: dict[str, Any]) -> float:
         return 0.0 if _is_priced(block) else group["ema_decay"]
@@ -551,14 +554,17 @@ class VIOptimizer(CurvatureOptimizer):
                 grads = list(torch._foreach_add(grads, own, alpha=damping))
             gradients.update(zip(params, grads, strict=True))
         solved = self._solve(gradients)
+        clip = self._clip(gradients, solved)
         for group in self.param_groups:
             params = [p for p in group["params"] if p in gradients]
             steps = [solved[p] if p in solved else gradients[p] for p in params]
+            if clip is not None:
+                steps = [x * clip if p in solved else x for p, x in zip(params, steps, strict=True)]
             if group["momentum"]:
                 steps = momentum_([self._buffer(self.state[p], p) for p in params], steps, group["momentum"], False)
             descend_([means[p] for p in params], steps, group["lr"], 0.0)
             for p in params:
-                if not _is_wide(p):
+                if not is_wide(p):
                     p.copy_(means[p])
 
     def _buffer(self, state: dict[str, Any], p: Tensor) -> Tensor:
@@ -577,7 +583,7 @@ class VIOptimizer(CurvatureOptimizer):
         super()._save_param(state, p, group)
         if group["momentum"]:
             self._buffer(state, p)
-        if not _is_wide(p):
+        if not is_wide(p):
             self._mean(p)
         if p is next(iter(self._params())):
             for stream in (_TRAINING, _LOOKING):
@@ -609,72 +615,9 @@ def price_average(h: Tensor, products: Tensor, scale: float | Tensor, damping: f
 # ---------------------------------------------------------------------------------------------- helpers
 
 
-class _Aside:
-    """Gradients and measurements of earlier draws, while a closure that may call zero_grad() makes the next."""
-
-    def __init__(self) -> None:
-        self.grads: dict[Tensor, Tensor] = {}
-        self.measured: list[tuple[Curvature, dict[str, Tensor], list[Any]]] = []
-        self.curved: list[dict[Tensor, Tensor]] = []
-        self.made = 0
-        self.summed: list[Tensor | float] = []
-
-    def take(self, optimizer: VIOptimizer) -> None:
-        """Move what the last draw left."""
-        self._take_grads(optimizer._params())
-        for block in optimizer._blocks:
-            self.measured.append((block, block.pending, block.pending_rows))
-            block.forget_pending()
-        record = optimizer._require_record()
-        self.made += optimizer._made
-        self.curved.append(optimizer._curved)
-        self.summed += [] if record.summed is None else [record.summed]
-        record.summed = None
-        optimizer._forget_draws()
-
-    def give_back(self, optimizer: VIOptimizer) -> None:
-        """The sums over all draws, the last one included."""
-        self.take(optimizer)
-        for p, total in self.grads.items():
-            p.grad = total
-        for block, pending, rows in self.measured:
-            if pending:
-                block.add(pending)
-            block.pending_rows += rows
-        optimizer._made = self.made
-        for curved in self.curved:
-            optimizer._add_curved(curved)
-        optimizer._require_record().summed = sum(self.summed) if self.summed else None
-
-    @torch.no_grad()
-    def _take_grads(self, params: Iterable[Tensor]) -> None:
-        for p in params:
-            if p.grad is not None:
-                self.grads[p] = self.grads[p].add_(p.grad) if p in self.grads else p.grad
-                p.grad = None
-
-
-Marks = dict[Tensor, tuple[Any, int]]
-
-
-def _marks(params: Iterable[Tensor]) -> Marks:
-    """What tells whether a gradient has changed since; does not keep it alive."""
-    return {p: (weakref.ref(p.grad), p.grad._version) for p in params if p.grad is not None}
-
-
-def _changed(params: Iterable[Tensor], marks: Marks) -> bool:
-    """Whether a backward has added to a gradient."""
-    for p in params:
-        if p.grad is not None:
-            before = marks.get(p)
-            if before is None or before[0]() is not p.grad or before[1] != p.grad._version:
-                return True
-    return False
-
-
-def _is_wide(p: Tensor) -> bool:
-    """Whether a parameter holds its own mean: it is float32 or better."""
-    return p.dtype == torch.promote_types(p.dtype, torch.float32)
+def _copy(params: list[Tensor], values: list[Tensor]) -> None:
+    if params:
+        torch._foreach_copy_(params, values)
 
 
 def _is_priced(block: Curvature) -> bool:
@@ -683,17 +626,6 @@ def _is_priced(block: Curvature) -> bool:
 
 def _is_one(factor: float | Tensor) -> bool:
     return not isinstance(factor, Tensor) and factor == 1
-
-
-def _mean_of(losses: list[Any]) -> Any:
-    """The mean of what a closure returned under each draw."""
-    if len(losses) == 1 or all(loss is None for loss in losses):
-        return losses[0]
-    if all(isinstance(loss, Tensor) for loss in losses):
-        return torch.stack([loss.detach() for loss in losses]).mean(0)
-    if all(isinstance(loss, int | float) for loss in losses):
-        return sum(losses) / len(losses)
-    raise TypeError(f"the closure returned a {type(losses[0]).__name__}; with num_samples > 1 it must return the loss")
 
 
 def _note_outputs(

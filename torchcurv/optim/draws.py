@@ -1,0 +1,94 @@
+"""Draws: how a backward is told from none, and what is put aside between the draws of one step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchcurv.curv.curvature import Curvature
+
+if TYPE_CHECKING:
+    from torchcurv.optim.vi import VIOptimizer
+
+
+class Aside:
+    """Gradients and measurements of earlier draws, while a closure that may call zero_grad() makes the next."""
+
+    def __init__(self) -> None:
+        self.grads: dict[Tensor, Tensor] = {}
+        self.measured: list[tuple[Curvature, dict[str, Tensor], list[Any]]] = []
+        self.curved: list[dict[Tensor, Tensor]] = []
+        self.made = 0
+        self.summed: list[Tensor | float] = []
+
+    def take(self, optimizer: VIOptimizer) -> None:
+        """Move what the last draw left."""
+        self._take_grads(optimizer._params())
+        for block in optimizer._blocks:
+            self.measured.append((block, block.pending, block.pending_rows))
+            block.forget_pending()
+        record = optimizer._require_record()
+        self.made += optimizer._made
+        self.curved.append(optimizer._curved)
+        self.summed += [] if record.summed is None else [record.summed]
+        record.summed = None
+        optimizer._forget_draws()
+
+    def give_back(self, optimizer: VIOptimizer) -> None:
+        """The sums over all draws, the last one included."""
+        self.take(optimizer)
+        for p, total in self.grads.items():
+            p.grad = total
+        for block, pending, rows in self.measured:
+            if pending:
+                block.add(pending)
+            block.pending_rows += rows
+        optimizer._made = self.made
+        for curved in self.curved:
+            optimizer._add_curved(curved)
+        optimizer._require_record().summed = sum(self.summed) if self.summed else None
+
+    @torch.no_grad()
+    def _take_grads(self, params: Iterable[Tensor]) -> None:
+        for p in params:
+            if p.grad is not None:
+                self.grads[p] = self.grads[p].add_(p.grad) if p in self.grads else p.grad
+                p.grad = None
+
+
+Marks = dict[Tensor, tuple[Any, int]]
+
+
+def marks_of(params: Iterable[Tensor]) -> Marks:
+    """What tells whether a gradient has changed since; does not keep it alive."""
+    return {p: (weakref.ref(p.grad), p.grad._version) for p in params if p.grad is not None}
+
+
+def changed(params: Iterable[Tensor], marks: Marks) -> bool:
+    """Whether a backward has added to a gradient."""
+    for p in params:
+        if p.grad is not None:
+            before = marks.get(p)
+            if before is None or before[0]() is not p.grad or before[1] != p.grad._version:
+                return True
+    return False
+
+
+def is_wide(p: Tensor) -> bool:
+    """Whether a parameter holds its own mean: it is float32 or better."""
+    return p.dtype == torch.promote_types(p.dtype, torch.float32)
+
+
+def mean_of(losses: list[Any]) -> Any:
+    """The mean of what a closure returned under each draw."""
+    if len(losses) == 1 or all(loss is None for loss in losses):
+        return losses[0]
+    if all(isinstance(loss, Tensor) for loss in losses):
+        return torch.stack([loss.detach() for loss in losses]).mean(0)
+    if all(isinstance(loss, int | float) for loss in losses):
+        return sum(losses) / len(losses)
+    raise TypeError(f"the closure returned a {type(losses[0]).__name__}; with num_samples > 1 it must return the loss")
