@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import grad
 from torch.func import functional_call, jacrev, vmap
 
 from torchcurv.curv.curvature import Curvature
@@ -430,14 +431,16 @@ class LaplacePosterior:
         Outputs of a sample are flattened to C of them: mean [N, C], covariance [N, C, C]. This is the distribution of
         f; `predict_regression` adds the noise. Parameters that are not covered count as known exactly.
 
-        inputs: as in `predict`, with the samples in dimension 0 of every tensor; samples must not interact, as they
-            do in batch norm in train mode.
+        inputs: as in `predict`, but no function, with the samples in dimension 0 of every tensor. They must not
+            interact, as in batch norm in train mode.
         chunk_size: samples whose Jacobians are held at a time; None: as many as have about 2^24 elements.
 
         Source: Immer et al. (2008.08400).
         """
         if chunk_size is not None:
             check_count("chunk_size", chunk_size)
+        if callable(inputs):
+            raise TypeError("glm differentiates the model itself: pass what it is called with, not a function")
         call = arguments(inputs)
         at = {name: self._mean[p] for name, p in self._names.items()}
         mean = at_least_float32(self._outputs(at, call)).flatten(1)
@@ -461,7 +464,24 @@ class LaplacePosterior:
             return self._outputs(at, _of_samples(call, None))[0].flatten()
 
         where = _mapped(call, lambda x: 0 if _by_sample(x) else None)
-        return vmap(jacrev(of_one), in_dims=(None, where))(at, call)
+        try:
+            return vmap(jacrev(of_one), in_dims=(None, where))(at, call)
+        except RuntimeError:  # some of torch's operations cannot be batched over samples, such as those of an LSTM
+            if any(module.training for module in self.model.modules()):
+                raise
+        return self._jacobians_one_by_one(at, call)
+
+    @torch.enable_grad()
+    def _jacobians_one_by_one(self, at: dict[str, Tensor], call: Any) -> dict[str, Tensor]:
+        """The same by a backward pass for every output of every sample."""
+        at = {name: x.clone().requires_grad_() for name, x in at.items()}
+        rows: list[list[Tensor]] = [[] for _ in at]
+        for n in range(self._outputs(at, call).shape[0]):
+            f = self._outputs(at, _of_samples(call, slice(n, n + 1))).flatten()
+            each = [grad(element, list(at.values()), retain_graph=True, materialize_grads=True) for element in f]
+            for row, gradients in zip(rows, zip(*each, strict=True), strict=True):
+                row.append(torch.stack(gradients))
+        return {name: torch.stack(row) for name, row in zip(at, rows, strict=True)}
 
     def _covariance(self, blocks: list[GaussianBlock], jacobians: dict[str, Tensor]) -> Tensor:
         """J Σ J^T [n, C, C]."""
