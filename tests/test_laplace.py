@@ -104,21 +104,24 @@ def test_the_noise_variance_is_one_unless_it_is_given():
 
 
 class WeightedSquaredError(nn.MSELoss):
-    weight = torch.tensor([0.5, 2.0]).double()
+    """The outputs weigh differently, and one sample nothing."""
+
+    weight = torch.tensor([0.5, 3.0]).double() * (torch.arange(12) != 4).double()[:, None]
 
     def forward(self, f, y):
-        return (self.weight * (f - y) ** 2).sum() / self.weight.expand_as(f).sum()
+        return (self.weight * (f - y) ** 2).sum() / self.weight.sum()
 
 
 def test_weighted_residuals_have_a_noise_of_their_own():
     model, x, y = regression()
     loss = WeightedSquaredError()
     posterior = laplace(model, loss, [(x, y)], approx="full", prior_precision=DELTA, noise_variance=NOISE)
-    truth = torch.distributions.Normal(model(x), (NOISE / loss.weight).sqrt()).log_prob(y).sum()
+    kept = loss.weight > 0
+    truth = torch.distributions.Normal(model(x)[kept], (NOISE / loss.weight[kept]).sqrt()).log_prob(y[kept]).sum()
     close(posterior.likelihood.log_prob(NOISE), truth.detach())
     features, variances = with_ones(x), posterior.variances()
-    for k, weight in enumerate(loss.weight):
-        precision = weight / NOISE * features.T @ features + DELTA * torch.eye(4).double()
+    for k, weight in enumerate(loss.weight.T):
+        precision = features.T @ (weight[:, None] / NOISE * features) + DELTA * torch.eye(4).double()
         found = torch.cat([variances["weight"][k], variances["bias"][k : k + 1]])
         close(found, torch.linalg.inv(precision).diag())
 
@@ -310,6 +313,26 @@ def test_probit_predictions():
     )
 
 
+@pytest.mark.parametrize("layout", ["classes_first", "classes_last", "rows"])
+def test_probit_predictions_of_sequences(layout):
+    """[N, C, T], [N, T, C] and [N T, C]: each position has its own distribution, and all the same posterior."""
+    model = cases.seeded(lambda: nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3)))
+    x, y = cases.randn(4, 5, 2), torch.arange(20).reshape(4, 5) % 3
+    layouts = {
+        "classes_first": (lambda f: f.mT, y, {"class_dim": 1}),
+        "classes_last": (lambda f: f, y, {"class_dim": -1}),
+        "rows": (lambda f: f.reshape(-1, 3), y.flatten(), {}),
+    }
+    output_fn, target, options = layouts[layout]
+    options = {"approx": "full", "prior_precision": DELTA, "output_fn": output_fn, **options}
+    posterior = laplace(model, "cross_entropy", [(x, target)], **options)
+    reference = laplace(model, "cross_entropy", [(x, y)], approx="full", prior_precision=DELTA, class_dim=-1)
+    close(posterior.log_marginal_likelihood(), reference.log_marginal_likelihood())
+    f, (_, covariance) = model(x).detach(), reference.glm(x)
+    variances = covariance.diagonal(dim1=1, dim2=2).reshape(f.shape)
+    close(posterior.predict_probit(x), output_fn((f / (1 + math.pi / 8 * variances).sqrt()).softmax(-1)))
+
+
 def test_parameters_outside_are_known_exactly():
     model, data = classification()
     head, loss = model[3], nn.CrossEntropyLoss(reduction="sum")
@@ -467,6 +490,8 @@ def test_wrong_arguments_are_refused(options, error, message):
         (lambda q, x: q.sample(count=1.5), ValueError, "count=1.5"),
         (lambda q, x: q.glm(x, chunk_size=0), ValueError, "chunk_size=0"),
         (lambda q, x: q.glm(lambda: x), TypeError, "not a function"),
+        (lambda q, x: q.glm(x[:0]), ValueError, "one at least"),
+        (lambda q, x: q.glm((x, x[1:])), ValueError, r"\[1, 2\] samples"),
         (lambda q, x: q.predict_regression(x), ValueError, "use predict_probit"),
         (lambda q, x: q.log_prob({"0.bias": x}), ValueError, "missing for 0.weight, 3.weight, 3.bias"),
         (lambda q, x: q.log_marginal_likelihood(noise_variance=1.0), ValueError, "Gaussian likelihood"),

@@ -10,17 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import grad
-from torch.func import functional_call, jacrev, vmap
 
 from torchcurv.curv.curvature import Curvature
 from torchcurv.curv.draws import arguments, check_count, holding, outputs_under
 from torchcurv.curv.gaussian import Gaussian, GaussianBlock, Number, kl_of_block, sum_of_terms
+from torchcurv.curv.likelihood import Likelihood, Watched, double
+from torchcurv.curv.linearised import Network, batch_size, samples_of
 from torchcurv.curv.losses import BinaryCrossEntropy, Loss, SquaredError, at_least_float32, loss_of
 from torchcurv.curv.operator import curvature
 
@@ -105,7 +104,7 @@ def laplace(
     noise = _checked_noise(noise_variance, loss, loss_fn)
     if approx == "ekfac" and iter(data) is data:  # it is gone over twice
         data = list(data)
-    seen = _Watched(data, loss, output_fn)
+    seen = Watched(data, loss, output_fn)
     measured = curvature(
         model, loss_fn, seen, curv_type=curv_type, approx=approx, params=params, samples=samples, reduction=reduction,
         class_dim=class_dim, output_fn=seen.note, seed=seed, **options,
@@ -116,66 +115,6 @@ def laplace(
     return LaplacePosterior(
         model, names, blocks, seen.likelihood(), prior_precision, temperature, noise, loss, output_fn, seed
     )
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """What the data say at θ*.
-
-    energy: E, the sum of the weighted terms (of a squared error with σ² = 1). factor: of E to the user's own loss over
-    all of the data, which may be reduced in any way.
-    elements, log_weights: number of residuals, and sum of the logarithms of their weights, of a regression.
-    """
-
-    energy: float
-    factor: float
-    elements: int = 0
-    log_weights: float = 0.0
-
-    def log_prob(self, noise_variance: Number | None) -> Tensor:
-        """log p(D|θ*); of a regression Σ log N(y; f, σ²/w)."""
-        if noise_variance is None:
-            return -torch.tensor(self.energy, dtype=torch.float64)
-        noise = _double(noise_variance)
-        return -self.energy / noise - 0.5 * (self.elements * (2 * math.pi * noise).log() - self.log_weights)
-
-
-class _Watched:
-    """The data, and the likelihood of what the model says to it while someone else goes over them."""
-
-    def __init__(self, data: Iterable[tuple[Any, Tensor]], loss: Loss, output_fn: Callable[[Any], Tensor] | None):
-        self.data, self.loss, self.output_fn = data, loss, output_fn
-
-    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        self.energy = self.factor = self.log_weights = 0.0
-        self.elements = 0
-        self.target: Tensor | None = None
-        for x, y in self.data:
-            self.target = y
-            yield x, y
-
-    def note(self, output: Any) -> Any:
-        """The output that the loss is applied to, having counted its terms."""
-        f = output if self.output_fn is None else self.output_fn(output)
-        if isinstance(f, Tensor) and self.target is not None:
-            self._count(f.detach(), self.target)
-            self.target = None
-        return f
-
-    @torch.no_grad()
-    def _count(self, f: Tensor, target: Tensor) -> None:
-        terms = self.loss.terms(f, target, len(f))
-        values, weights = self.loss.row.value(terms.f, terms.residual()), terms.weights
-        self.energy += float((values if weights is None else values * weights).double().sum())
-        inverse = float(1 / terms.reduction)
-        self.factor = self.factor + inverse if self.loss.reduction == "mean" else inverse
-        if self.loss.row is SquaredError:
-            kept = values.new_ones(values.shape) if weights is None else weights[weights > 0]
-            self.elements += kept.numel()
-            self.log_weights += float(kept.double().log().sum())
-
-    def likelihood(self) -> Likelihood:
-        return Likelihood(self.energy, self.factor, self.elements, self.log_weights)
 
 
 class LaplacePosterior:
@@ -199,7 +138,7 @@ class LaplacePosterior:
         seed: int,
     ) -> None:
         self.model, self.likelihood = model, likelihood
-        self._names, self._blocks, self._loss, self._output_fn = params, blocks, loss, output_fn
+        self._names, self._blocks, self._loss, self._network = params, blocks, loss, Network(model, output_fn)
         self._mean = {p: p.detach().clone() for p in params.values()}
         self._values = [_eigenvalues(block) for block in blocks]
         self._norms = [_square_norm(block, self._mean) for block in blocks]
@@ -374,9 +313,9 @@ class LaplacePosterior:
         scale = self._scale(noise)
         self._check_definite(precisions, scale)
         total = self.likelihood.log_prob(noise) / self._temperature
-        for values, norm, delta in zip(self._values, self._norms, map(_double, precisions), strict=True):
+        for values, norm, delta in zip(self._values, self._norms, map(double, precisions), strict=True):
             prior = len(values) * delta.log() - delta * norm
-            total = total + 0.5 * (prior - (values * _double(scale) + delta).log().sum())
+            total = total + 0.5 * (prior - (values * double(scale) + delta).log().sum())
         return total
 
     def _noise_given(self, value: Number) -> Number:
@@ -419,7 +358,7 @@ class LaplacePosterior:
     def _log_precisions(self, per_block: bool) -> Tensor:
         """Where the search begins: 0-d, or one per block."""
         value = self._prior_precision
-        each = torch.stack([_double(x).detach() for x in self._precisions(value)]).log()
+        each = torch.stack([double(x).detach() for x in self._precisions(value)]).log()
         return each if per_block or isinstance(value, dict) or (isinstance(value, Tensor) and value.dim()) else each[0]
 
     # --------------------------------------------------------------------------- linearised predictions
@@ -441,47 +380,18 @@ class LaplacePosterior:
             check_count("chunk_size", chunk_size)
         if callable(inputs):
             raise TypeError("glm differentiates the model itself: pass what it is called with, not a function")
-        call = arguments(inputs)
+        mean, covariance = self._linearised(inputs, chunk_size)
+        return GLM(mean.reshape(covariance.shape[:2]), covariance)
+
+    def _linearised(self, inputs: Any, chunk_size: int | None) -> tuple[Tensor, Tensor]:
+        """(f(x; θ*) in its own shape, J Σ J^T [N, C, C])."""
+        call, blocks = arguments(inputs), self._gaussian_blocks()
         at = {name: self._mean[p] for name, p in self._names.items()}
-        mean = at_least_float32(self._outputs(at, call)).flatten(1)
-        size = mean.shape[1] * sum(x.numel() for x in at.values())
-        n, chunk = len(mean), chunk_size or max(1, _JACOBIAN_ELEMENTS // max(1, size))
-        blocks = self._gaussian_blocks()
-        chunks = [_of_samples(call, slice(k, k + chunk)) for k in range(0, n, chunk)]
-        parts = [self._covariance(blocks, self._jacobians(at, some)) for some in chunks]
-        return GLM(mean, torch.cat(parts) if parts else mean.new_zeros(0, mean.shape[1], mean.shape[1]))
-
-    def _outputs(self, at: dict[str, Tensor], call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-        """f(x; at) with a dimension behind the batch."""
-        output = functional_call(self.model, at, call[0], call[1])
-        f = output if self._output_fn is None else self._output_fn(output)
-        return f.unsqueeze(-1) if f.dim() == 1 else f
-
-    def _jacobians(self, at: dict[str, Tensor], call: Any) -> dict[str, Tensor]:
-        """df/dθ by name [n, C, *shape]."""
-
-        def of_one(at: dict[str, Tensor], call: Any) -> Tensor:
-            return self._outputs(at, _of_samples(call, None))[0].flatten()
-
-        where = _mapped(call, lambda x: 0 if _by_sample(x) else None)
-        try:
-            return vmap(jacrev(of_one), in_dims=(None, where))(at, call)
-        except RuntimeError:  # some of torch's operations cannot be batched over samples, such as those of an LSTM
-            if any(module.training for module in self.model.modules()):
-                raise
-        return self._jacobians_one_by_one(at, call)
-
-    @torch.enable_grad()
-    def _jacobians_one_by_one(self, at: dict[str, Tensor], call: Any) -> dict[str, Tensor]:
-        """The same by a backward pass for every output of every sample."""
-        at = {name: x.clone().requires_grad_() for name, x in at.items()}
-        rows: list[list[Tensor]] = [[] for _ in at]
-        for n in range(self._outputs(at, call).shape[0]):
-            f = self._outputs(at, _of_samples(call, slice(n, n + 1))).flatten()
-            each = [grad(element, list(at.values()), retain_graph=True, materialize_grads=True) for element in f]
-            for row, gradients in zip(rows, zip(*each, strict=True), strict=True):
-                row.append(torch.stack(gradients))
-        return {name: torch.stack(row) for name, row in zip(at, rows, strict=True)}
+        n, f = batch_size(call), at_least_float32(self._network(at, call))
+        size = f.numel() // max(1, n) * sum(x.numel() for x in at.values())
+        chunk = chunk_size or max(1, _JACOBIAN_ELEMENTS // max(1, size))
+        chunks = [samples_of(call, slice(k, k + chunk)) for k in range(0, n, chunk)]
+        return f, torch.cat([self._covariance(blocks, self._network.jacobians(at, some)) for some in chunks])
 
     def _covariance(self, blocks: list[GaussianBlock], jacobians: dict[str, Tensor]) -> Tensor:
         """J Σ J^T [n, C, C]."""
@@ -503,16 +413,19 @@ class LaplacePosterior:
         return GLM(mean, covariance + self._noise_variance * torch.eye(mean.shape[1]).to(covariance))
 
     def predict_probit(self, inputs: Any, chunk_size: int | None = None) -> Tensor:
-        """Class probabilities [N, C]: softmax(f / sqrt(1 + π/8 v)), v the linearised variances of f (see `glm`).
+        """Class probabilities in the shape of f: softmax(f / sqrt(1 + π/8 v)), v its linearised variances (see `glm`).
 
         Of "bce_with_logits" the probabilities of every element, with the logistic function in place of the softmax.
         Source: MacKay, "The evidence framework applied to classification networks" (1992); Gibbs (1997).
         """
         if self._loss.row is SquaredError:
             raise ValueError("predict_probit is of classifications, not squared errors: use predict_regression")
-        mean, covariance = self.glm(inputs, chunk_size)
-        scaled = mean / (1 + math.pi / 8 * covariance.diagonal(dim1=1, dim2=2)).sqrt()
-        return scaled.sigmoid() if self._loss.row is BinaryCrossEntropy else scaled.softmax(-1)
+        f, covariance = self._linearised(inputs, chunk_size)
+        scaled = f / (1 + math.pi / 8 * covariance.diagonal(dim1=1, dim2=2).reshape(f.shape)).sqrt()
+        if self._loss.row is BinaryCrossEntropy:
+            return scaled.sigmoid()
+        canonical, restore = self._loss.layout(scaled, len(covariance))
+        return restore(canonical.softmax(-1))
 
     def __repr__(self) -> str:
         size = sum(block.size for block in self._blocks)
@@ -533,28 +446,6 @@ def _eigenvalues(block: Curvature) -> Tensor:
 
 def _square_norm(block: Curvature, mean: dict[Tensor, Tensor]) -> Tensor:
     return sum_of_terms([piece.of(mean[piece.param]).cpu().double().square().sum() for piece in block.pieces])
-
-
-def _mapped(value: Any, f: Callable[[Any], Any]) -> Any:
-    """The same nest of tuples, lists and dicts with f of what it holds."""
-    if isinstance(value, dict):
-        return {key: _mapped(x, f) for key, x in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_mapped(x, f) for x in value)
-    return f(value)
-
-
-def _by_sample(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dim() > 0
-
-
-def _of_samples(call: Any, index: slice | None) -> Any:
-    """The arguments for some samples; None: for one, whose tensors lack the dimension of the batch."""
-    return _mapped(call, lambda x: x[index] if isinstance(x, Tensor) and (index is None or x.dim()) else x)
-
-
-def _double(value: Number) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64, device="cpu")
 
 
 def _detached(value: Number) -> float:

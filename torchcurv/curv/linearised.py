@@ -1,0 +1,86 @@
+"""Jacobians of a network's outputs with respect to some of its parameters, sample by sample.
+
+A call is (args, kwargs); all of its tensors that have a dimension have the samples in the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import grad
+from torch.func import functional_call, jacrev, vmap
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Tensors = dict[str, Tensor]
+
+
+class Network:
+    """f(x; θ) as a function of the parameters by name.
+
+    output_fn: from the model's output to f.
+    """
+
+    def __init__(self, model: nn.Module, output_fn: Callable[[Any], Tensor] | None) -> None:
+        self.model, self.output_fn = model, output_fn
+
+    def __call__(self, at: Tensors, call: Call) -> Tensor:
+        output = functional_call(self.model, at, call[0], call[1])
+        return output if self.output_fn is None else self.output_fn(output)
+
+    def jacobians(self, at: Tensors, call: Call) -> Tensors:
+        """df/dθ by name [n, C, *shape], the outputs of a sample flattened to C."""
+
+        def of_one(at: Tensors, call: Call) -> Tensor:
+            return self(at, samples_of(call, None)).flatten()
+
+        where = _mapped(call, lambda x: 0 if _by_sample(x) else None)
+        try:
+            return vmap(jacrev(of_one), in_dims=(None, where))(at, call)
+        except RuntimeError:  # some of torch's operations cannot be batched over samples, such as those of an LSTM
+            if any(module.training for module in self.model.modules()):
+                raise
+        return self.jacobians_one_by_one(at, call)
+
+    @torch.enable_grad()
+    def jacobians_one_by_one(self, at: Tensors, call: Call) -> Tensors:
+        """The same by a backward pass for every output of every sample."""
+        at = {name: x.clone().requires_grad_() for name, x in at.items()}
+        rows: list[list[Tensor]] = [[] for _ in at]
+        for n in range(batch_size(call)):
+            f = self(at, samples_of(call, slice(n, n + 1))).flatten()
+            each = [grad(element, list(at.values()), retain_graph=True, materialize_grads=True) for element in f]
+            for row, gradients in zip(rows, zip(*each, strict=True), strict=True):
+                row.append(torch.stack(gradients))
+        return {name: torch.stack(row) for name, row in zip(at, rows, strict=True)}
+
+
+def batch_size(call: Call) -> int:
+    sizes: list[int] = []
+    _mapped(call, lambda x: sizes.append(len(x)) if _by_sample(x) else None)
+    if len(set(sizes)) != 1 or not sizes[0]:
+        raise ValueError(
+            f"the inputs have {sorted(set(sizes))} samples: dimension 0 of every tensor must count the same samples, "
+            "one at least"
+        )
+    return sizes[0]
+
+
+def samples_of(call: Call, index: slice | None) -> Call:
+    """The call for some samples; None: for one, whose tensors lack the dimension of the batch."""
+    return _mapped(call, lambda x: x[index] if isinstance(x, Tensor) and (index is None or x.dim()) else x)
+
+
+def _mapped(value: Any, f: Callable[[Any], Any]) -> Any:
+    """The same nest of tuples, lists and dicts with f of what it holds."""
+    if isinstance(value, dict):
+        return {key: _mapped(x, f) for key, x in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_mapped(x, f) for x in value)
+    return f(value)
+
+
+def _by_sample(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 0
