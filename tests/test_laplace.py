@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from torchcurv import curvature, laplace
+from torchcurv.curv.draws import arguments
 
 DELTA, NOISE, TAU, DRAWS = 0.7, 0.3, 0.4, 100_000
 KINDS = ["ggn", "fisher", "empirical_fisher", "hessian"]
@@ -35,7 +36,7 @@ close = torch.testing.assert_close
 
 def classification():
     """(a network of 24 parameters, data in two batches of different size)."""
-    model = cases.seeded(lambda: nn.Sequential(nn.Conv1d(2, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)))
+    model = cases.seeded(lambda: nn.Sequential(nn.Conv1d(2, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3))).eval()
     x, y = cases.randn(6, 2, 3), torch.arange(6) % 3
     return model, [(x[:2], y[:2]), (x[2:], y[2:])]
 
@@ -368,6 +369,25 @@ def test_jacobians_of_complete_models(id):
     for n, c in ((0, 0), (len(f) - 1, f.shape[1] - 1)):
         J = torch.cat([g.flatten() for g in torch.autograd.grad(f[n, c], params, retain_graph=True)])
         close(covariance[n, c, c], (J**2 * variances).sum())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("approx", ["kfac", "ekfac"])
+@pytest.mark.parametrize("id", ["resnet_gn", "depthwise_cnn", "vit", "encoder", "gpt_logits", "graph"])
+def test_the_short_way_of_kronecker_factors(id, approx):
+    """The Jacobians that are never formed, against those that are."""
+    case = next(case for case in models.MODELS if case.id == id)
+    model, x, y = case.make_model(), case.make_inputs(), case.make_target()
+    params = [p for name, p in model.named_parameters() if "embed" not in name and "token" not in name]
+    posterior = laplace(model, case.loss, [(x, y)], approx=approx, output_fn=case.output_fn, params=params)
+    at, call = posterior.mean, arguments(x)
+    blocks = posterior.gaussian.blocks
+    truth = posterior._covariance(blocks, posterior._network.jacobians(at, call))
+    short = posterior._factored(blocks, call)
+    if short is not None:
+        close(short, truth)
+    close(posterior.glm(x, chunk_size=2).covariance, truth)
+    assert short is not None or id in ("gpt_logits",)
 
 
 # --------------------------------------------------------------------------------------- the model is lent

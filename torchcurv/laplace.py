@@ -19,7 +19,7 @@ from torchcurv.curv.curvature import Curvature
 from torchcurv.curv.draws import arguments, check_count, holding, outputs_under
 from torchcurv.curv.gaussian import Gaussian, GaussianBlock, Number, kl_of_block, sum_of_terms
 from torchcurv.curv.likelihood import Likelihood, Watched, double
-from torchcurv.curv.linearised import Network, batch_size, samples_of
+from torchcurv.curv.linearised import Call, Network, batch_size, factored_covariance, is_training, samples_of
 from torchcurv.curv.losses import BinaryCrossEntropy, Loss, SquaredError, at_least_float32, loss_of
 from torchcurv.curv.operator import curvature
 
@@ -390,8 +390,35 @@ class LaplacePosterior:
         n, f = batch_size(call), at_least_float32(self._network(at, call))
         size = f.numel() // max(1, n) * sum(x.numel() for x in at.values())
         chunk = chunk_size or max(1, _JACOBIAN_ELEMENTS // max(1, size))
-        chunks = [samples_of(call, slice(k, k + chunk)) for k in range(0, n, chunk)]
-        return f, torch.cat([self._covariance(blocks, self._network.jacobians(at, some)) for some in chunks])
+        parts = []
+        for k in range(0, n, chunk):
+            some = samples_of(call, slice(k, k + chunk))
+            part = self._factored(blocks, some)
+            parts.append(self._covariance(blocks, self._network.jacobians(at, some)) if part is None else part)
+        return f, torch.cat(parts)
+
+    def _factored(self, blocks: list[GaussianBlock], call: Call) -> Tensor | None:
+        """J Σ J^T by a shorter way for Kronecker factors, None where there is none.
+
+        The rows of J are those of the curvature of ½ |f|², of which the layers' inputs and signals are kept.
+        """
+        kronecker = all(part.block.options.approx in ("kfac", "ekfac") for part in blocks)
+        if not kronecker or not all(p.requires_grad for p in self._mean) or is_training(self.model):
+            return None
+        args, kwargs = call
+        nothing = next(iter(self._mean)).new_zeros(())
+        with holding(self._mean):
+            rows = curvature(
+                self.model, "mse", [(kwargs or args, nothing)], approx="block", reduction="sum", rows_limit=1,
+                params=self._names.values(), output_fn=self._network.output_fn,
+            )  # fmt: skip
+        total: list[Tensor] = []
+        for part in blocks:
+            covariance = factored_covariance(part, rows.blocks[part.block.name].factor)
+            if covariance is None:
+                return None
+            total.append(covariance)
+        return torch.stack(total).sum(0) / 2
 
     def _covariance(self, blocks: list[GaussianBlock], jacobians: dict[str, Tensor]) -> Tensor:
         """J Σ J^T [n, C, C]."""

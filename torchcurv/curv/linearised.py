@@ -13,6 +13,12 @@ from torch import Tensor, nn
 from torch.autograd import grad
 from torch.func import functional_call, jacrev, vmap
 
+from torchcurv.curv.factor import Eigen
+from torchcurv.curv.gaussian import GaussianBlock
+from torchcurv.curv.rows import RowSpace
+from torchcurv.curv.rows import _root_scale as root_scale
+from torchcurv.curv.stats import _rotated as rotated
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Tensors = dict[str, Tensor]
 
@@ -40,7 +46,7 @@ class Network:
         try:
             return vmap(jacrev(of_one), in_dims=(None, where))(at, call)
         except RuntimeError:  # some of torch's operations cannot be batched over samples, such as those of an LSTM
-            if any(module.training for module in self.model.modules()):
+            if is_training(self.model):
                 raise
         return self.jacobians_one_by_one(at, call)
 
@@ -55,6 +61,38 @@ class Network:
             for row, gradients in zip(rows, zip(*each, strict=True), strict=True):
                 row.append(torch.stack(gradients))
         return {name: torch.stack(row) for name, row in zip(at, rows, strict=True)}
+
+
+def factored_covariance(part: GaussianBlock, rows: Any) -> Tensor | None:
+    """J Σ J^T [n, C, C] of a layer whose Σ = Q diag(w) Q^T is Kronecker-factored, Q = left ⊗ right, from the rows of J.
+
+    A row is sum_r s a^T, and its factors are rotated instead of itself, s' = left^T s and a' = right^T a. At one
+    position (J Σ J^T)_nvw = sum_o s'_vno s'_wno sum_i w_oi a'_ni², and the row is never formed.
+
+    None where the rows are not of this form.
+    """
+    if not isinstance(rows, RowSpace):  # a layer of a single parameter
+        return None
+    uses = [own for stats in rows.stats for own in stats.uses]
+    if any(len(own) != 1 or own[0].transposed or own[0].inputs.tokens is not None for own in uses):
+        return None
+    factor = part.factor
+    assert isinstance(factor, Eigen)
+    s = torch.cat([use.s * root_scale(stats, use.s) for stats, (use,) in zip(rows.stats, uses, strict=True)])
+    a = uses[0][0].inputs.with_ones
+    s = s if factor.left is None else rotated(s, factor.left)
+    a = a if factor.right is None else rotated(a, factor.right)
+    weights = 1 / (factor.values + part.damping) / part.scale
+    if s.shape[2] == 1:
+        s = s.squeeze(2).transpose(0, 1)
+        inner = torch.einsum("ngi,goi->ngo", a.squeeze(1).square(), weights)
+        return (s * inner.unsqueeze(1)).flatten(2) @ s.flatten(2).mT
+    J = (torch.einsum("vnrgo,nrgi->nvgoi", s, a) * weights.sqrt()).flatten(2)
+    return J @ J.mT
+
+
+def is_training(model: nn.Module) -> bool:
+    return any(module.training for module in model.modules())
 
 
 def batch_size(call: Call) -> int:
