@@ -19,9 +19,10 @@ from torchcurv.curv.curvature import Curvature
 from torchcurv.curv.draws import arguments, check_count, holding, outputs_under
 from torchcurv.curv.gaussian import Gaussian, GaussianBlock, Number, kl_of_block, sum_of_terms
 from torchcurv.curv.likelihood import Likelihood, Watched, double
-from torchcurv.curv.linearised import Call, Network, batch_size, factored_covariance, is_training, samples_of
+from torchcurv.curv.linearised import Call, Network, batch_size, covariance_of_rows, is_training, samples_of
 from torchcurv.curv.losses import BinaryCrossEntropy, Loss, SquaredError, at_least_float32, loss_of
 from torchcurv.curv.operator import curvature
+from torchcurv.curv.rows import RowSpace
 
 Precision = float | Tensor | dict[str, Any]  # of the prior: one, [blocks], or by the name of a block
 _POSITIVE = "a number > 0"
@@ -393,31 +394,32 @@ class LaplacePosterior:
         parts = []
         for k in range(0, n, chunk):
             some = samples_of(call, slice(k, k + chunk))
-            part = self._factored(blocks, some)
+            part = self._by_layer(blocks, some)
             parts.append(self._covariance(blocks, self._network.jacobians(at, some)) if part is None else part)
         return f, torch.cat(parts)
 
-    def _factored(self, blocks: list[GaussianBlock], call: Call) -> Tensor | None:
-        """J Σ J^T by a shorter way for Kronecker factors, None where there is none.
+    def _by_layer(self, blocks: list[GaussianBlock], call: Call) -> Tensor | None:
+        """J Σ J^T without a Jacobian over all parameters, None where this way is not open.
 
-        The rows of J are those of the curvature of ½ |f|², of which the layers' inputs and signals are kept.
+        The rows of J are those of the curvature of |f|² / 2, of which the layers' inputs and signals are kept.
         """
-        kronecker = all(part.block.options.approx in ("kfac", "ekfac") for part in blocks)
-        if not kronecker or not all(p.requires_grad for p in self._mean) or is_training(self.model):
+        opaque = any(site.opaque for part in blocks for layer in part.block.layers for site in layer.sites)
+        layers = all(len(part.block.layers) == 1 and part.size > 1 for part in blocks)
+        if opaque or not layers or not all(p.requires_grad for p in self._mean) or is_training(self.model):
             return None
         args, kwargs = call
         nothing = next(iter(self._mean)).new_zeros(())
-        with holding(self._mean):
+        moved = {p: x for p, x in self._mean.items() if not torch.equal(p, x)}  # a write spoils graphs of the user's
+        with holding(moved):
             rows = curvature(
                 self.model, "mse", [(kwargs or args, nothing)], approx="block", reduction="sum", rows_limit=1,
                 params=self._names.values(), output_fn=self._network.output_fn,
             )  # fmt: skip
-        total: list[Tensor] = []
+        total = []
         for part in blocks:
-            covariance = factored_covariance(part, rows.blocks[part.block.name].factor)
-            if covariance is None:
-                return None
-            total.append(covariance)
+            factor = rows.blocks[part.block.layers[0].name].factor
+            assert isinstance(factor, RowSpace)
+            total.append(covariance_of_rows(part, factor))
         return torch.stack(total).sum(0) / 2
 
     def _covariance(self, blocks: list[GaussianBlock], jacobians: dict[str, Tensor]) -> Tensor:

@@ -15,8 +15,10 @@ from torch.func import functional_call, jacrev, vmap
 
 from torchcurv.curv.factor import Eigen
 from torchcurv.curv.gaussian import GaussianBlock
+from torchcurv.curv.layers import Layer
 from torchcurv.curv.rows import RowSpace
 from torchcurv.curv.rows import _root_scale as root_scale
+from torchcurv.curv.stats import Use
 from torchcurv.curv.stats import _rotated as rotated
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -63,26 +65,34 @@ class Network:
         return {name: torch.stack(row) for name, row in zip(at, rows, strict=True)}
 
 
-def factored_covariance(part: GaussianBlock, rows: Any) -> Tensor | None:
-    """J Σ J^T [n, C, C] of a layer whose Σ = Q diag(w) Q^T is Kronecker-factored, Q = left ⊗ right, from the rows of J.
+def covariance_of_rows(part: GaussianBlock, rows: RowSpace) -> Tensor:
+    """J Σ J^T [n, C, C] of one layer, the rows of J being known by their factors a and s."""
+    block, (layer,) = part.block, part.block.layers
+    factor, uses = part.factor, [own for stats in rows.stats for own in stats.uses]
+    simple = all(len(own) == 1 and not own[0].transposed and own[0].inputs.tokens is None for own in uses)
+    if simple and isinstance(factor, Eigen) and _is_over(factor, layer):
+        return _factored(part, factor, rows, uses)
+    J = torch.cat([stats.layer_rows(0).reshape(*stats.shape, *layer.shape) for stats in rows.stats]).transpose(0, 1)
+    solved = block.join(part.covariance_times(block.split([J.flatten(0, 1)])))[0]
+    return J.flatten(2) @ solved.reshape(*J.shape[:2], -1).mT
+
+
+def _is_over(factor: Eigen, layer: Layer) -> bool:
+    """Whether the sides of the factor are those of the layer; of "block" and "unit" they are not."""
+    return factor.diagonal or factor.values.shape == layer.shape
+
+
+def _factored(part: GaussianBlock, factor: Eigen, rows: RowSpace, uses: list[list[Use]]) -> Tensor:
+    """J Σ J^T where Σ = Q diag(w) Q^T is Kronecker-factored or diagonal, Q = left ⊗ right.
 
     A row is sum_r s a^T, and its factors are rotated instead of itself, s' = left^T s and a' = right^T a. At one
     position (J Σ J^T)_nvw = sum_o s'_vno s'_wno sum_i w_oi a'_ni², and the row is never formed.
-
-    None where the rows are not of this form.
     """
-    if not isinstance(rows, RowSpace):  # a layer of a single parameter
-        return None
-    uses = [own for stats in rows.stats for own in stats.uses]
-    if any(len(own) != 1 or own[0].transposed or own[0].inputs.tokens is not None for own in uses):
-        return None
-    factor = part.factor
-    assert isinstance(factor, Eigen)
     s = torch.cat([use.s * root_scale(stats, use.s) for stats, (use,) in zip(rows.stats, uses, strict=True)])
     a = uses[0][0].inputs.with_ones
     s = s if factor.left is None else rotated(s, factor.left)
     a = a if factor.right is None else rotated(a, factor.right)
-    weights = 1 / (factor.values + part.damping) / part.scale
+    weights = 1 / (factor.values.reshape(part.block.layers[0].shape) + part.damping) / part.scale
     if s.shape[2] == 1:
         s = s.squeeze(2).transpose(0, 1)
         inner = torch.einsum("ngi,goi->ngo", a.squeeze(1).square(), weights)
