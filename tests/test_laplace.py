@@ -314,10 +314,11 @@ def test_probit_predictions():
     )
 
 
+@pytest.mark.parametrize("approx", ["full", "block"])
 @pytest.mark.parametrize("layout", ["classes_first", "classes_last", "rows"])
-def test_probit_predictions_of_sequences(layout):
+def test_probit_predictions_of_sequences(layout, approx):
     """[N, C, T], [N, T, C] and [N T, C]: each position has its own distribution, and all the same posterior."""
-    model = cases.seeded(lambda: nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3)))
+    model = cases.seeded(lambda: nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3))).eval()
     x, y = cases.randn(4, 5, 2), torch.arange(20).reshape(4, 5) % 3
     layouts = {
         "classes_first": (lambda f: f.mT, y, {"class_dim": 1}),
@@ -325,13 +326,27 @@ def test_probit_predictions_of_sequences(layout):
         "rows": (lambda f: f.reshape(-1, 3), y.flatten(), {}),
     }
     output_fn, target, options = layouts[layout]
-    options = {"approx": "full", "prior_precision": DELTA, "output_fn": output_fn, **options}
+    options = {"approx": approx, "prior_precision": DELTA, "output_fn": output_fn, **options}
     posterior = laplace(model, "cross_entropy", [(x, target)], **options)
-    reference = laplace(model, "cross_entropy", [(x, y)], approx="full", prior_precision=DELTA, class_dim=-1)
+    reference = laplace(model, "cross_entropy", [(x, y)], approx=approx, prior_precision=DELTA, class_dim=-1)
     close(posterior.log_marginal_likelihood(), reference.log_marginal_likelihood())
     f, (_, covariance) = model(x).detach(), reference.glm(x)
     variances = covariance.diagonal(dim1=1, dim2=2).reshape(f.shape)
     close(posterior.predict_probit(x), output_fn((f / (1 + math.pi / 8 * variances).sqrt()).softmax(-1)))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("approx", ["full", "block", "kfac"])
+def test_one_output_needs_no_dimension(approx, mode):
+    x, y = cases.randn(9, 3), cases.randn(9, seed=2)
+    model = cases.seeded(lambda: nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))).train(mode == "train")
+    posterior = laplace(model, "mse", [(x, y)], approx=approx, prior_precision=DELTA, noise_variance=NOISE)
+    features = with_ones(x)
+    covariance = torch.linalg.inv(features.T @ features / NOISE + DELTA * torch.eye(4).double())
+    mean, predictive = posterior.predict_regression(x)
+    assert mean.shape == (9, 1) and predictive.shape == (9, 1, 1)
+    close(mean[:, 0], model(x).detach())
+    close(predictive[:, 0, 0], NOISE + (features @ covariance @ features.T).diag())
 
 
 def test_parameters_outside_are_known_exactly():

@@ -372,7 +372,8 @@ class LaplacePosterior:
         f; `predict_regression` adds the noise. Parameters that are not covered count as known exactly.
 
         inputs: as in `predict`, but no function, with the samples in dimension 0 of every tensor. They must not
-            interact, as in batch norm in train mode.
+            interact, as in batch norm in train mode; a model in eval mode is gone through layer by layer, which is
+            faster but for approx="full".
         chunk_size: samples whose Jacobians are held at a time; None: as many as have about 2^24 elements.
 
         Source: Immer et al. (2008.08400).
