@@ -427,13 +427,17 @@ def test_weights_come_back_bit_for_bit_also_after_an_exception():
     assert all(torch.equal(p, x) for p, x in zip(model.parameters(), before, strict=True))
 
 
-def test_the_mean_of_predictions_stays_where_the_posterior_was_made():
+@pytest.mark.parametrize("approx", ["kfac", "full"])
+def test_predictions_stay_where_the_posterior_was_made(approx):
     model, data = classification()
-    x, f = data[0][0], model(data[0][0]).detach()
-    posterior = laplace(model, nn.CrossEntropyLoss(), data)
+    posterior, x = laplace(model, nn.CrossEntropyLoss(), data, approx=approx), data[0][0]
+    before = posterior.glm(x)
     with torch.no_grad():
-        model[3].bias += 1
-    close(posterior.glm(x).mean, f)
+        for p in model.parameters():
+            p += 1
+    moved = [p.detach().clone() for p in model.parameters()]
+    close(posterior.glm(x), before)
+    assert all(torch.equal(p, x) for p, x in zip(model.parameters(), moved, strict=True))
 
 
 def test_nothing_of_the_model_and_no_global_generator_changes():
