@@ -10,18 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
 
 from torchcurv.curv.curvature import Curvature
 from torchcurv.curv.draws import arguments, check_count, holding, outputs_under
 from torchcurv.curv.gaussian import Gaussian, GaussianBlock, Number, kl_of_block, sum_of_terms
+from torchcurv.curv.likelihood import Likelihood, Watched, double
+from torchcurv.curv.linearised import Call, Network, batch_size, covariance_of_rows, is_training, samples_of
 from torchcurv.curv.losses import BinaryCrossEntropy, Loss, SquaredError, at_least_float32, loss_of
 from torchcurv.curv.operator import curvature
+from torchcurv.curv.rows import RowSpace
 
 Precision = float | Tensor | dict[str, Any]  # of the prior: one, [blocks], or by the name of a block
 _POSITIVE = "a number > 0"
@@ -104,7 +105,7 @@ def laplace(
     noise = _checked_noise(noise_variance, loss, loss_fn)
     if approx == "ekfac" and iter(data) is data:  # it is gone over twice
         data = list(data)
-    seen = _Watched(data, loss, output_fn)
+    seen = Watched(data, loss, output_fn)
     measured = curvature(
         model, loss_fn, seen, curv_type=curv_type, approx=approx, params=params, samples=samples, reduction=reduction,
         class_dim=class_dim, output_fn=seen.note, seed=seed, **options,
@@ -115,66 +116,6 @@ def laplace(
     return LaplacePosterior(
         model, names, blocks, seen.likelihood(), prior_precision, temperature, noise, loss, output_fn, seed
     )
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """What the data say at θ*.
-
-    energy: E, the sum of the weighted terms (of a squared error with σ² = 1). factor: of E to the user's own loss over
-    all of the data, which may be reduced in any way.
-    elements, log_weights: number of residuals, and sum of the logarithms of their weights, of a regression.
-    """
-
-    energy: float
-    factor: float
-    elements: int = 0
-    log_weights: float = 0.0
-
-    def log_prob(self, noise_variance: Number | None) -> Tensor:
-        """log p(D|θ*); of a regression Σ log N(y; f, σ²/w)."""
-        if noise_variance is None:
-            return -torch.tensor(self.energy, dtype=torch.float64)
-        noise = _double(noise_variance)
-        return -self.energy / noise - 0.5 * (self.elements * (2 * math.pi * noise).log() - self.log_weights)
-
-
-class _Watched:
-    """The data, and the likelihood of what the model says to it while someone else goes over them."""
-
-    def __init__(self, data: Iterable[tuple[Any, Tensor]], loss: Loss, output_fn: Callable[[Any], Tensor] | None):
-        self.data, self.loss, self.output_fn = data, loss, output_fn
-
-    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        self.energy = self.factor = self.log_weights = 0.0
-        self.elements = 0
-        self.target: Tensor | None = None
-        for x, y in self.data:
-            self.target = y
-            yield x, y
-
-    def note(self, output: Any) -> Any:
-        """The output that the loss is applied to, having counted its terms."""
-        f = output if self.output_fn is None else self.output_fn(output)
-        if isinstance(f, Tensor) and self.target is not None:
-            self._count(f.detach(), self.target)
-            self.target = None
-        return f
-
-    @torch.no_grad()
-    def _count(self, f: Tensor, target: Tensor) -> None:
-        terms = self.loss.terms(f, target, len(f))
-        values, weights = self.loss.row.value(terms.f, terms.residual()), terms.weights
-        self.energy += float((values if weights is None else values * weights).double().sum())
-        inverse = float(1 / terms.reduction)
-        self.factor = self.factor + inverse if self.loss.reduction == "mean" else inverse
-        if self.loss.row is SquaredError:
-            kept = values.new_ones(values.shape) if weights is None else weights[weights > 0]
-            self.elements += kept.numel()
-            self.log_weights += float(kept.double().log().sum())
-
-    def likelihood(self) -> Likelihood:
-        return Likelihood(self.energy, self.factor, self.elements, self.log_weights)
 
 
 class LaplacePosterior:
@@ -198,7 +139,7 @@ class LaplacePosterior:
         seed: int,
     ) -> None:
         self.model, self.likelihood = model, likelihood
-        self._names, self._blocks, self._loss, self._output_fn = params, blocks, loss, output_fn
+        self._names, self._blocks, self._loss, self._network = params, blocks, loss, Network(model, output_fn)
         self._mean = {p: p.detach().clone() for p in params.values()}
         self._values = [_eigenvalues(block) for block in blocks]
         self._norms = [_square_norm(block, self._mean) for block in blocks]
@@ -373,9 +314,9 @@ class LaplacePosterior:
         scale = self._scale(noise)
         self._check_definite(precisions, scale)
         total = self.likelihood.log_prob(noise) / self._temperature
-        for values, norm, delta in zip(self._values, self._norms, map(_double, precisions), strict=True):
+        for values, norm, delta in zip(self._values, self._norms, map(double, precisions), strict=True):
             prior = len(values) * delta.log() - delta * norm
-            total = total + 0.5 * (prior - (values * _double(scale) + delta).log().sum())
+            total = total + 0.5 * (prior - (values * double(scale) + delta).log().sum())
         return total
 
     def _noise_given(self, value: Number) -> Number:
@@ -418,7 +359,7 @@ class LaplacePosterior:
     def _log_precisions(self, per_block: bool) -> Tensor:
         """Where the search begins: 0-d, or one per block."""
         value = self._prior_precision
-        each = torch.stack([_double(x).detach() for x in self._precisions(value)]).log()
+        each = torch.stack([double(x).detach() for x in self._precisions(value)]).log()
         return each if per_block or isinstance(value, dict) or (isinstance(value, Tensor) and value.dim()) else each[0]
 
     # --------------------------------------------------------------------------- linearised predictions
@@ -430,38 +371,57 @@ class LaplacePosterior:
         Outputs of a sample are flattened to C of them: mean [N, C], covariance [N, C, C]. This is the distribution of
         f; `predict_regression` adds the noise. Parameters that are not covered count as known exactly.
 
-        inputs: as in `predict`, with the samples in dimension 0 of every tensor; samples must not interact, as they
-            do in batch norm in train mode.
+        inputs: as in `predict`, but no function, with the samples in dimension 0 of every tensor. They must not
+            interact, as in batch norm in train mode; a model in eval mode is gone through layer by layer, which is
+            faster but for approx="full".
         chunk_size: samples whose Jacobians are held at a time; None: as many as have about 2^24 elements.
 
         Source: Immer et al. (2008.08400).
         """
         if chunk_size is not None:
             check_count("chunk_size", chunk_size)
-        call = arguments(inputs)
+        if callable(inputs):
+            raise TypeError("glm differentiates the model itself: pass what it is called with, not a function")
+        mean, covariance = self._linearised(inputs, chunk_size)
+        return GLM(mean.reshape(covariance.shape[:2]), covariance)
+
+    def _linearised(self, inputs: Any, chunk_size: int | None) -> tuple[Tensor, Tensor]:
+        """(f(x; θ*) in its own shape, J Σ J^T [N, C, C])."""
+        call, blocks = arguments(inputs), self._gaussian_blocks()
         at = {name: self._mean[p] for name, p in self._names.items()}
-        mean = at_least_float32(self._outputs(at, call)).flatten(1)
-        size = mean.shape[1] * sum(x.numel() for x in at.values())
-        n, chunk = len(mean), chunk_size or max(1, _JACOBIAN_ELEMENTS // max(1, size))
-        blocks = self._gaussian_blocks()
-        chunks = [_of_samples(call, slice(k, k + chunk)) for k in range(0, n, chunk)]
-        parts = [self._covariance(blocks, self._jacobians(at, some)) for some in chunks]
-        return GLM(mean, torch.cat(parts) if parts else mean.new_zeros(0, mean.shape[1], mean.shape[1]))
+        n, f = batch_size(call), at_least_float32(self._network(at, call))
+        size = f.numel() // max(1, n) * sum(x.numel() for x in at.values())
+        chunk = chunk_size or max(1, _JACOBIAN_ELEMENTS // max(1, size))
+        parts = []
+        for k in range(0, n, chunk):
+            some = samples_of(call, slice(k, k + chunk))
+            part = self._by_layer(blocks, some)
+            parts.append(self._covariance(blocks, self._network.jacobians(at, some)) if part is None else part)
+        return f, torch.cat(parts)
 
-    def _outputs(self, at: dict[str, Tensor], call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-        """f(x; at) with a dimension behind the batch."""
-        output = functional_call(self.model, at, call[0], call[1])
-        f = output if self._output_fn is None else self._output_fn(output)
-        return f.unsqueeze(-1) if f.dim() == 1 else f
+    def _by_layer(self, blocks: list[GaussianBlock], call: Call) -> Tensor | None:
+        """J Σ J^T without a Jacobian over all parameters, None where this way is not open.
 
-    def _jacobians(self, at: dict[str, Tensor], call: Any) -> dict[str, Tensor]:
-        """df/dθ by name [n, C, *shape]."""
-
-        def of_one(at: dict[str, Tensor], call: Any) -> Tensor:
-            return self._outputs(at, _of_samples(call, None))[0].flatten()
-
-        where = _mapped(call, lambda x: 0 if _by_sample(x) else None)
-        return vmap(jacrev(of_one), in_dims=(None, where))(at, call)
+        The rows of J are those of the curvature of |f|² / 2, of which the layers' inputs and signals are kept.
+        """
+        opaque = any(site.opaque for part in blocks for layer in part.block.layers for site in layer.sites)
+        layers = all(len(part.block.layers) == 1 and part.size > 1 for part in blocks)
+        if opaque or not layers or not all(p.requires_grad for p in self._mean) or is_training(self.model):
+            return None
+        args, kwargs = call
+        nothing = next(iter(self._mean)).new_zeros(())
+        moved = {p: x for p, x in self._mean.items() if not torch.equal(p, x)}  # a write spoils graphs of the user's
+        with holding(moved):
+            rows = curvature(
+                self.model, "mse", [(kwargs or args, nothing)], approx="block", reduction="sum", rows_limit=1,
+                params=self._names.values(), output_fn=self._network.output_fn,
+            )  # fmt: skip
+        total = []
+        for part in blocks:
+            factor = rows.blocks[part.block.layers[0].name].factor
+            assert isinstance(factor, RowSpace)
+            total.append(covariance_of_rows(part, factor))
+        return torch.stack(total).sum(0) / 2
 
     def _covariance(self, blocks: list[GaussianBlock], jacobians: dict[str, Tensor]) -> Tensor:
         """J Σ J^T [n, C, C]."""
@@ -483,16 +443,19 @@ class LaplacePosterior:
         return GLM(mean, covariance + self._noise_variance * torch.eye(mean.shape[1]).to(covariance))
 
     def predict_probit(self, inputs: Any, chunk_size: int | None = None) -> Tensor:
-        """Class probabilities [N, C]: softmax(f / sqrt(1 + π/8 v)), v the linearised variances of f (see `glm`).
+        """Class probabilities in the shape of f: softmax(f / sqrt(1 + π/8 v)), v its linearised variances (see `glm`).
 
         Of "bce_with_logits" the probabilities of every element, with the logistic function in place of the softmax.
         Source: MacKay, "The evidence framework applied to classification networks" (1992); Gibbs (1997).
         """
         if self._loss.row is SquaredError:
             raise ValueError("predict_probit is of classifications, not squared errors: use predict_regression")
-        mean, covariance = self.glm(inputs, chunk_size)
-        scaled = mean / (1 + math.pi / 8 * covariance.diagonal(dim1=1, dim2=2)).sqrt()
-        return scaled.sigmoid() if self._loss.row is BinaryCrossEntropy else scaled.softmax(-1)
+        f, covariance = self._linearised(inputs, chunk_size)
+        scaled = f / (1 + math.pi / 8 * covariance.diagonal(dim1=1, dim2=2).reshape(f.shape)).sqrt()
+        if self._loss.row is BinaryCrossEntropy:
+            return scaled.sigmoid()
+        canonical, restore = self._loss.layout(scaled, len(covariance))
+        return restore(canonical.softmax(-1))
 
     def __repr__(self) -> str:
         size = sum(block.size for block in self._blocks)
@@ -513,28 +476,6 @@ def _eigenvalues(block: Curvature) -> Tensor:
 
 def _square_norm(block: Curvature, mean: dict[Tensor, Tensor]) -> Tensor:
     return sum_of_terms([piece.of(mean[piece.param]).cpu().double().square().sum() for piece in block.pieces])
-
-
-def _mapped(value: Any, f: Callable[[Any], Any]) -> Any:
-    """The same nest of tuples, lists and dicts with f of what it holds."""
-    if isinstance(value, dict):
-        return {key: _mapped(x, f) for key, x in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_mapped(x, f) for x in value)
-    return f(value)
-
-
-def _by_sample(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dim() > 0
-
-
-def _of_samples(call: Any, index: slice | None) -> Any:
-    """The arguments for some samples; None: for one, whose tensors lack the dimension of the batch."""
-    return _mapped(call, lambda x: x[index] if isinstance(x, Tensor) and (index is None or x.dim()) else x)
-
-
-def _double(value: Number) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64, device="cpu")
 
 
 def _detached(value: Number) -> float:
