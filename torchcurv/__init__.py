@@ -5,6 +5,7 @@ from torchcurv.curv.losses import register_loss
 from torchcurv.curv.operator import CurvatureSet, curvature, directions
 from torchcurv.curv.products import CurvatureOperator
 from torchcurv.curv.views import register_view
+from torchcurv.laplace import LaplacePosterior, laplace
 from torchcurv.optim.preconditioner import Preconditioner
 from torchcurv.optim.second_order import SecondOrderOptimizer
 from torchcurv.optim.vi import VIOptimizer
@@ -12,11 +13,13 @@ from torchcurv.optim.vi import VIOptimizer
 __all__ = [
     "CurvatureOperator",
     "CurvatureSet",
+    "LaplacePosterior",
     "Preconditioner",
     "SecondOrderOptimizer",
     "VIOptimizer",
     "curvature",
     "directions",
+    "laplace",
     "nn",
     "optim",
     "register_loss",

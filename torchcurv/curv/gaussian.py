@@ -71,6 +71,16 @@ class GaussianBlock:
         joined = self.block.join([at_least_float32(part) for part in x])
         return [y * self.scale for y in self._apply(lambda factor, x: factor.damped_matvec(x, self.damping), joined)]
 
+    def covariance_times(self, x: list[Tensor]) -> list[Tensor]:
+        """Σ x."""
+        joined = self.block.join([at_least_float32(part) for part in x])
+        if isinstance(self.factor, RowSpace):  # one inverse for all of them
+            rows, _ = self.factor.damped(self.damping)
+            solved = self.block.split(_each_of_batch(rows.solve, joined))
+        else:
+            solved = self._apply(lambda factor, x: factor.solve(x, self.damping), joined)
+        return [y / self.scale for y in solved]
+
     def square(self, x: list[Tensor]) -> Tensor:
         """x^T Σ^-1 x, one number per leading index."""
         pairs = zip(self.block.pieces, x, self.precision_times(x), strict=True)

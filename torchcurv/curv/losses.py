@@ -101,6 +101,12 @@ class CrossEntropy:
         return p.scatter_add(-1, drawn, -torch.ones_like(p[..., :1]))
 
     @staticmethod
+    def value(f: Tensor, residual: Tensor) -> Tensor:
+        """c [n, t] from its gradient p - q at the target: -sum q log p."""
+        q = f.softmax(-1) - residual
+        return -torch.where(q == 0, 0, q * f.log_softmax(-1)).sum(-1)
+
+    @staticmethod
     def hessian(f: Tensor, v: Tensor) -> Tensor:
         """(diag(p) - p p^T) v."""
         p = f.softmax(-1)
@@ -130,6 +136,11 @@ class SquaredError:
     @staticmethod
     def label(f: Tensor, generator: torch.Generator | None) -> Tensor:
         return torch.empty_like(f).normal_(generator=generator)
+
+    @staticmethod
+    def value(f: Tensor, residual: Tensor) -> Tensor:
+        """c [n, t, c] from its gradient f - y."""
+        return 0.5 * residual.square()
 
     @staticmethod
     def hessian(f: Tensor, v: Tensor) -> Tensor:
@@ -163,6 +174,11 @@ class BinaryCrossEntropy:
     def label(f: Tensor, generator: torch.Generator | None) -> Tensor:
         p = f.sigmoid()
         return p - torch.bernoulli(p, generator=generator)
+
+    @staticmethod
+    def value(f: Tensor, residual: Tensor) -> Tensor:
+        """c [n, t, c] from its gradient s(f) - q at the target: -log s(f) + (1 - q) f."""
+        return (1 - f.sigmoid() + residual) * f - F.logsigmoid(f)
 
     @classmethod
     def hessian(cls, f: Tensor, v: Tensor) -> Tensor:
