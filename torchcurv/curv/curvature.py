@@ -113,7 +113,8 @@ class Options:
         on each of the first `refresh_warmup`; ema_decay then counts steps, not measurements. A factor is computed anew
         when a statistic has moved by refresh_tol since the last, or the damping by a tenth.
     rows_limit: a dense block with more parameters than this goes through the Gram matrix of its rows (one row
-        per sample and signal) and never forms its matrix. Such a block has no running average.
+        per sample and signal) and never forms its matrix. Such a block has no running average. Of more rows than this
+        "lowrank" keeps the `rank` largest eigenpairs at once, and goes on with them.
     hessian_method: of curv_type="hessian": "exact" (products with unit vectors), "hutchinson" for "diag" (`samples`
         products with random signs), "price" for "diag" of a VIOptimizer (from its draws and their gradients, without
         a pass), or "propagate" for "diag" (HesScale) and "kfac" (HBP). None: "propagate" for these two, else "exact".
@@ -180,6 +181,7 @@ class Options:
         elif self.damping.dim():
             raise ValueError(f"damping is a tensor of shape {tuple(self.damping.shape)}; pass a number or a 0-d tensor")
         check_number("refresh_tol", self.refresh_tol, lambda x: 0 < x < math.inf, "a number > 0")
+        check_number("refresh_warmup", self.refresh_warmup, lambda x: x >= 0 and x == int(x), "an int of at least 0")
         for key, other in (
             ("refresh_cap", ""),
             ("rows_limit", ""),
@@ -307,11 +309,20 @@ class Curvature:
     def measure(self, stats: Stats) -> None:
         """Add one chunk of signals to what was measured since the last step."""
         if self.uses_rows or isinstance(self.approx, LargestPairs):
-            self.pending_rows.append(stats)
-            if isinstance(self.approx, LargestPairs) and row_count(self.pending_rows) > self.options.rows_limit:
-                self.pending_rows = [self.approx.merged([(1.0, self.pending_rows)])[0]]
+            self._keep_rows(stats)
             return
         self.add(self.approx.measure(stats, self.basis, self.wanted))
+
+    def _keep_rows(self, stats: Stats) -> None:
+        """Rows until the step; of too many for their Gram matrix, the largest eigenpairs."""
+        if not isinstance(self.approx, LargestPairs):
+            self.pending_rows.append(stats)
+            return
+        for part in stats.parts(self.options.rows_limit):
+            self.pending_rows.append(part)
+            if row_count(self.pending_rows) > self.options.rows_limit:
+                pairs, ok = self.approx.merged([(1.0, self.pending_rows)])
+                self.pending_rows = [replace(pairs, values=torch.where(ok, pairs.values, math.nan))]
 
     def add(self, measured: Tensors) -> None:
         """Add statistics to what was measured since the last step."""
@@ -520,6 +531,10 @@ class Curvature:
             else replace(part, values=part.values * factor)
             for part in self.pending_rows
         ]
+
+    def count_skipped(self) -> None:
+        """What was measured was not finite, and is left out."""
+        self._count(0, torch.ones((), dtype=torch.bool, device=self.params[0].device))
 
     def scale(self, factor: Tensor | float) -> None:
         """Multiply the statistics that scale with the loss."""

@@ -20,6 +20,7 @@ from torchcurv.curv.curvature import Curvature
 from torchcurv.curv.kinds import GRADIENT
 from torchcurv.curv.linalg import eigh
 from torchcurv.curv.rows import RowSpace
+from torchcurv.curv.schedule import check_number
 
 Criterion = Callable[[Tensor], Tensor]
 DirectionalDamping = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -44,7 +45,7 @@ class Directions:
     block: Curvature
 
     def vectors(self) -> list[Tensor]:
-        """The unit eigenvectors, [K, *shape] for each parameter of the block."""
+        """The unit eigenvectors, [K, *shape] for each of `block.params`, whose order need not be the model's."""
         return self.block.of_parameters(self.rows.combinations(self._combinations), self.block.params)
 
     @property
@@ -58,6 +59,15 @@ class Directions:
         delta = damping(self.evals, self.gram_evecs, self.gammas, self.lambdas)
         along = -self.gammas.mean(0) / (self.lambdas.mean(0) + delta)
         return self.rows.rows_transposed_times(self._combinations @ along)
+
+
+def check_choices(cutoff: float | None, curvature_samples: int | None, gradient_samples: int | None) -> None:
+    """Raise on choices that are not allowed, saying what is."""
+    for name, count in (("curvature_samples", curvature_samples), ("gradient_samples", gradient_samples)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ValueError(f"{name}={count!r}; pass an int of at least 1, or None for all samples")
+    if cutoff is not None:
+        check_number("cutoff", cutoff, lambda x: 0 <= x < 1, "a number from 0 to below 1, or None")
 
 
 def with_shares(blocks: list[Curvature]) -> list[Curvature]:
@@ -90,13 +100,15 @@ def directions_of(
     rows = block.factor if curvature_samples is None else block.factor.first(curvature_samples)
     own = shares.factor if gradient_samples is None else shares.factor.first(gradient_samples)
     gram = rows.gram()
+    if not torch.isfinite(gram.sum()):
+        raise FloatingPointError(f"the curvature of block {block.name!r} is not finite")
     spectrum, vectors = eigh(gram)
     known = spectrum > spectrum.amax() * (len(gram) * torch.finfo(gram.dtype).eps if cutoff is None else cutoff)
     spectrum, vectors = spectrum[known], vectors[:, known]
     chosen = torch.as_tensor(criterion(spectrum), device=gram.device)
     evals, vectors = spectrum[chosen], vectors[:, chosen]
     sample, count = rows.samples()
-    along = (gram @ vectors).square() / evals  # (row · e_k)²
+    along = evals * vectors.square()  # (row · e_k)²
     lambdas = count * gram.new_zeros(count, len(evals)).index_add_(0, sample, along)
     shared = own.roots()[:, None] * (own.gram(rows) @ vectors) * evals.rsqrt()
     gammas = own.samples()[1] * shared

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchcurv.curv.capture import edge_of
 from torchcurv.curv.curvature import Curvature, Options, partition
-from torchcurv.curv.directions import Criterion, Directions, directions_of, with_shares
+from torchcurv.curv.directions import Criterion, Directions, check_choices, directions_of, with_shares
 from torchcurv.curv.factor import Eigen, LowRank
 from torchcurv.curv.layers import Layer, find_layers
 from torchcurv.curv.losses import Loss, loss_of
@@ -213,9 +213,10 @@ def directions(
 
     Returns: block name -> torchcurv.curv.directions.Directions.
     """
+    if curv_type in ("hessian", "input"):
+        raise ValueError(f'curv_type={curv_type!r}; directions are known of "ggn", "fisher" and "empirical_fisher"')
+    check_choices(cutoff, curvature_samples, gradient_samples)
     chosen = Options(curv_type=curv_type, approx="full", partition=partition, samples=samples, damping=0.0)
-    if curv_type == "hessian":
-        raise ValueError('curv_type="hessian"; directions are known of "ggn", "fisher" and "empirical_fisher"')
     blocks, _ = _looked_at(
         model, loss_fn, data, chosen, params, with_shares,
         reduction=reduction, class_dim=class_dim, output_fn=output_fn, seed=seed,

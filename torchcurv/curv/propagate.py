@@ -70,6 +70,7 @@ class Op:
     leaves, spec: its arguments, flattened. inputs: the edges of those that have a history. part: which output it is.
     shape: of the output itself (its edge may be that of a base). after: the name of the operation before it. slope: of
     a dropout, d(out)/d(in) element by element. inside: the module that called it, known where it may be refused.
+    packed: whether hooks (of a checkpoint) hold what its node has saved, which can then be asked for once only.
     """
 
     func: Callable[..., Any]
@@ -84,6 +85,7 @@ class Op:
     part: int | None = None
     slope: Tensor | None = None
     inside: str = ""
+    packed: bool = False
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -189,10 +191,12 @@ class Tape(TorchFunctionMode):
         rule = RULES.get(name)
         doubtful = rule is None or not rule.matrix or (len(inputs) > 1 and not rule.joint)
         inside = _calling_module(self.model) if doubtful else ""
+        packed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         for part, edge in new.items():
             slope = _slope(parts[part], edge) if name in DROPOUTS else None
+            shape, after = parts[part].shape, self.last
             self.ops.append(
-                Op(func, name, self.calls, self.last, inputs, edge, parts[part].shape, kept, spec, part, slope, inside)
+                Op(func, name, self.calls, after, inputs, edge, shape, kept, spec, part, slope, inside, packed)
             )
             self._known.add(_key(edge))
         self.last = name
@@ -500,7 +504,7 @@ def _is_one_node(op: Op, slot: int, H: Tensor) -> bool:
     """Whether the node of the output is all there is between it and the argument, in the precision of H."""
     edge = op.inputs[slot]
     alike = op.output.shape == op.shape == edge.shape == H.shape and op.leaves[slot].tensor.dtype == H.dtype
-    return alike and op.output.node.next_functions == ((edge.node, edge.number),)
+    return alike and not op.packed and op.output.node.next_functions == ((edge.node, edge.number),)
 
 
 def _divided(op: Op, slot: int, H: Tensor, now: Pass) -> Tensor:

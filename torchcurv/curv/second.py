@@ -35,21 +35,22 @@ class LossHessian:
         root = terms.root_weights
         self.weights = factor * terms.reduction * (1.0 if root is None else root.square())
 
-    def _restored(self, canonical: Tensor) -> Tensor:
+    def _restored(self, canonical: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """[n, t, c] -> where the gradient of f arrives."""
-        return self.loss.layout(self.f, self.n)[1](canonical).to(self.f.dtype).reshape(self.f_edge.shape)
+        return self.loss.layout(self.f, self.n)[1](canonical).to(dtype or self.f.dtype).reshape(self.f_edge.shape)
 
     def gradient(self) -> Tensor:
         """dL/df."""
         return self._restored(self.terms.residual() * self.weights)
 
-    def times(self, v: Tensor) -> Tensor:
+    def times(self, v: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """H_L v for one v shaped like the edge of f."""
         canonical = at_least_float32(self.loss.layout(v.reshape(self.f.shape), self.n)[0])
-        return self._restored(self.loss.row.hessian(self.terms.f, canonical) * self.weights)
+        return self._restored(self.loss.row.hessian(self.terms.f, canonical) * self.weights, dtype)
 
     def diagonal(self) -> Tensor:
-        return self._restored(self.loss.row.hessian_diagonal(self.terms.f) * self.weights)
+        """That of H_L, like the edge of f, in float32 or better."""
+        return self._restored(self.loss.row.hessian_diagonal(self.terms.f) * self.weights, self.terms.f.dtype)
 
     def mean_matrix(self, max_dim: int) -> Tensor:
         """mean_n of the Hessian of a sample [d, d], over its elements in the order of the edge."""
@@ -61,9 +62,9 @@ class LossHessian:
             )
         columns = []
         for k in range(d):
-            v = torch.zeros(self.n, d, dtype=self.f.dtype, device=self.f.device)
+            v = torch.zeros(self.n, d, dtype=self.terms.f.dtype, device=self.f.device)
             v[:, k] = 1
-            columns.append(self.times(v.reshape(self.f_edge.shape)).reshape(self.n, d).mean(0))
+            columns.append(self.times(v.reshape(self.f_edge.shape), v.dtype).reshape(self.n, d).mean(0))
         return torch.stack(columns, 1)
 
     def by_sample(self, v: Tensor) -> Tensor:

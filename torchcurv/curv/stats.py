@@ -13,7 +13,7 @@ zeros.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -203,6 +203,13 @@ class Stats:
     def shape(self) -> torch.Size:
         """(v, n)."""
         return next(use for uses in self.uses for use in uses).s.shape[:2]
+
+    def parts(self, rows: int) -> Iterator[Stats]:
+        """Some signals at a time, of about so many rows."""
+        v, n = self.shape
+        size = max(1, rows // n)
+        for k in range(0, v, size):
+            yield replace(self, uses=[[Use(use.inputs, use.s[k : k + size]) for use in own] for own in self.uses])
 
     def squares(self, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
         """sum_{v,n} (sum_r left^T s a^T right)^2 [g, o, d], elementwise."""

@@ -21,10 +21,11 @@ from torchcurv.curv.curvature import OPTION_NAMES, Curvature, Options, partition
 from torchcurv.curv.kinds import GRADIENT, INPUT
 from torchcurv.curv.layers import Layer, find_layers
 from torchcurv.curv.record import Record
-from torchcurv.curv.schedule import ADAPTIVE, interval_at
+from torchcurv.curv.schedule import ADAPTIVE, Pace, check_interval, interval_at
 from torchcurv.optim.update import inner, kl_clip_factor
 
 _INTERVALS = ("update_every", "refactor_every")
+_READ_LATER = (*_INTERVALS, "damping", "ema_decay", "refresh_tol", "refresh_cap", "refresh_warmup")
 _DAMPING_TOLERANCE = 0.1  # relative change of the damping after which an inverse that holds it is computed anew
 UNSUPPORTED = ("error", "gradient")
 # What the schedulers of torch write into groups; keys of the user's own are welcome too.
@@ -216,6 +217,20 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 "update_every=1 and refactor_every=1 for it, or raise rows_limit"
             )
 
+    def _check_shared(self, blocks: list[tuple[Curvature, int]]) -> None:
+        """A block over several groups has one damping and one schedule."""
+        several = [(block, index) for block, index in blocks if len(block.layers) > 1]
+        groups = {p: group for group in self.param_groups for p in group["params"]} if several else {}
+        for block, index in several:
+            own = self.param_groups[index]
+            for other in {id(groups[p]): groups[p] for p in block.params}.values():
+                for key in _READ_LATER:
+                    if not (own[key] is other[key] or own[key] == other[key]):
+                        raise ValueError(
+                            f"block {block.name!r} lies over groups with {key}={own[key]!r} and {key}={other[key]!r}: "
+                            'give them equal ones, or build the optimizer with partition="group"'
+                        )
+
     def _check_agreement(self, layer: Layer, groups: dict[Tensor, int], options: dict[Tensor, Options]) -> None:
         own = [p for p in layer.owned if p in groups and p.requires_grad]
         for other in own[1:]:
@@ -238,7 +253,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         schedule = self._schedules.get((index, key))
         if schedule is not None:
             self.param_groups[index][key] = interval_at(key, schedule, self._steps)
-        return self.param_groups[index][key]
+        interval = check_interval(key, self.param_groups[index][key])
+        assert isinstance(interval, int)
+        return interval
 
     def _due(self) -> list[str]:
         for block, index in zip(self._blocks, self._group_index, strict=True):
@@ -297,9 +314,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             if block.captured:
                 self._update_average(block, index)
                 self._unsaved.append(block)
-        self._decide([(block, index) for block, index in reached if block.changes])
+        self._check_shared(reached)
+        moved = [(block, index) for block, index in reached if block.changes]
+        self._decide(moved)
+        read = [block for block, index in moved if self._factors and self._adaptive(index, "refactor_every")]
+        self._report(read)
         stale = [(block, index) for block, index in reached if self._factors and self._is_stale(block, index)]
-        self._report([block for block, _ in stale])
+        self._report([block for block, _ in stale if block not in read])
         for block, index in stale:
             block.refactor(self._damping(self.param_groups[index]))
             if not self._adaptive(index, "refactor_every"):
@@ -314,6 +335,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         block.update(decay, follow, self._steps if adaptive else None, watched)
         if not adaptive:
             block.next_update = self._steps + self._interval(index, "update_every")
+            if any(pace.measured >= 0 for pace in block.paces.values()):  # it was adaptive before
+                block.paces = {part: Pace() for part in block.paces}
 
     def _decide(self, blocks: list[tuple[Curvature, int]]) -> None:
         """Let blocks of adaptive intervals see how far they moved: a host sync where one was measured."""
@@ -332,7 +355,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return scheduled or not block.has_factor or _damping_moved(block, self._damping(self.param_groups[index]))
 
     def _is_stale(self, block: Curvature, index: int) -> bool:
-        moved = self._adaptive(index, "refactor_every") and block.moved
+        moved = self._adaptive(index, "refactor_every") and (block.moved or block.retry)
         return block.measured and (moved or self._is_due(block, index))
 
     def _report(self, blocks: list[Curvature]) -> None:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from torchcurv.curv.curvature import OPTION_NAMES, Curvature, Options
-from torchcurv.curv.directions import Criterion, DirectionalDamping, Directions, directions_of, with_shares
+from torchcurv.curv.directions import (
+    Criterion,
+    DirectionalDamping,
+    Directions,
+    check_choices,
+    directions_of,
+    with_shares,
+)
 from torchcurv.curv.kinds import GRADIENT
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.schedule import check_number
@@ -42,7 +49,7 @@ def from_noise(least: float = 0.0) -> DirectionalDamping:
 
     def damping(evals: Tensor, gram_evecs: Tensor, gammas: Tensor, lambdas: Tensor) -> Tensor:
         def error(x: Tensor) -> Tensor:
-            return x.std(0) / len(x) ** 0.5 if len(x) > 1 else torch.zeros_like(x[0])
+            return x.std(0) / len(x) ** 0.5 if len(x) > 1 and x.numel() else torch.zeros_like(x[0])
 
         tiny = torch.finfo(evals.dtype).tiny
         relative = error(gammas).square() / gammas.mean(0).square().clamp_min(tiny)
@@ -104,14 +111,10 @@ class DirectionalNewton(CurvatureOptimizer):
         for name, value, example in (("criterion", criterion, "top_k(10)"), ("damping", damping, "constant(1e-2)")):
             if not callable(value):
                 raise TypeError(f"{name}={value!r}; pass a function, such as torchcurv.optim.directional.{example}")
-        for name, count in (("curvature_samples", curvature_samples), ("gradient_samples", gradient_samples)):
-            if count is not None:
-                check_number(name, count, lambda x: x >= 1 and x == int(x), "an int of at least 1, or None")
-        if cutoff is not None:
-            check_number("cutoff", cutoff, lambda x: 0 <= x < 1, "a number from 0 to below 1, or None")
-        if curv_type == "hessian":
+        check_choices(cutoff, curvature_samples, gradient_samples)
+        if curv_type in ("hessian", "input"):
             raise ValueError(
-                'curv_type="hessian"; DirectionalNewton reads rows of "ggn", "fisher" or "empirical_fisher"'
+                f'curv_type={curv_type!r}; DirectionalNewton reads rows of "ggn", "fisher" or "empirical_fisher"'
             )
         self._criterion, self._damp = criterion, damping
         self._choices: dict[str, Any] = {
@@ -142,12 +145,17 @@ class DirectionalNewton(CurvatureOptimizer):
         for block, index in zip(self._blocks, self._group_index, strict=True):
             if block.kind == GRADIENT or not block.measured:
                 continue
-            newton = self.directions(block).newton(self._damp)
+            try:
+                newton = self._directions(block).newton(self._damp)
+            except FloatingPointError:  # counted, and no step
+                block.count_skipped()
+                self._report([block])
+                continue
             for piece, x in zip(block.pieces, block.split(newton), strict=True):
                 piece.of(piece.param).add_(x, alpha=self.param_groups[index]["lr"])
         self._plain()
 
-    def directions(self, block: Curvature) -> Directions:
-        """The chosen directions of a block, between backward() and the end of `step`."""
+    def _directions(self, block: Curvature) -> Directions:
+        """The chosen directions of a block, while `step` runs (torchcurv.directions looks at a batch on its own)."""
         shares = next(other for other in self._blocks if other.kind == GRADIENT and other.layers is block.layers)
         return directions_of(block, shares, self._criterion, **self._choices)
