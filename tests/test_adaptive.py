@@ -200,12 +200,78 @@ def test_resuming_changes_no_bit(approx, make):
         assert all(torch.equal(p, q) for p, q in zip(run(None), run(stop), strict=True))
 
 
+@pytest.mark.parametrize("approx", ["kfac", "ekfac"])
+@pytest.mark.parametrize("curv_type", ["ggn", "empirical_fisher"])
+def test_a_alone_is_measured_without_a_signal(curv_type, approx, monkeypatch):
+    model = make_model()
+    optimizer = SecondOrderOptimizer(model, approx=approx, curv_type=curv_type, samples=None, lr=0.0, ema_decay=0.0)
+    train(optimizer, model, 1)
+    whole = [dict(block.tensors) for block in optimizer._blocks]
+    sent, own = [], Pass._backward
+    monkeypatch.setattr(Pass, "_backward", lambda self, *args: (sent.append(1), own(self, *args))[1])
+    optimizer.zero_grad()
+    for block in optimizer._blocks:
+        block.wanted = ("A",)
+    backward(model)
+    assert not sent
+    for block, known in zip(optimizer._blocks, whole, strict=True):
+        assert set(block.pending) == {"A", "count"}
+        for key, value in block.pending.items():
+            close(value, known[key])
+
+
+def test_slow_drifts_add_up():
+    model = make_model()
+    optimizer = SecondOrderOptimizer(
+        model, samples=None, lr=0.0, momentum=0.0, refactor_every="adaptive", ema_decay=0.99
+    )
+    (block, _) = optimizer._blocks
+    train(optimizer, model, 40)
+    held, moves = block.factor, [dict(block.drifts)]
+    while block.factor is held and len(moves) < 20:
+        train(optimizer, model, 1, seed=lambda t: 9)
+        moves.append(dict(block.drifts))
+    assert 2 < len(moves) < 20 and block.factor is not held
+    assert all(0 < now["A"] - before["A"] < 0.1 for before, now in pairwise(moves[:-1]))  # each alone is too small
+
+
+def test_a_factor_that_failed_is_tried_again():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    optimizer = SecondOrderOptimizer(
+        model, samples=None, damping=1e-16, lr=0.0, momentum=0.0, refactor_every="adaptive"
+    )
+    with pytest.warns(UserWarning, match="factorisations failed"):
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(torch.ones(6, 4)), torch.arange(6) % 3).backward()
+            optimizer.step()
+
+
+def test_an_interval_may_become_a_number_and_adaptive_again():
+    averages = []
+    for switches in (False, True):
+        model = make_model()
+        optimizer = SecondOrderOptimizer(model, samples=None, lr=0.0, momentum=0.0, ema_decay=0.9, **ADAPTIVE)
+        train(optimizer, model, 3, seed=lambda t: t)
+        for group in optimizer.param_groups:
+            group["update_every"] = 1
+        train(optimizer, model, 20, seed=lambda t: t)
+        if switches:
+            for group in optimizer.param_groups:
+                group["update_every"] = "adaptive"
+        train(optimizer, model, 1, seed=lambda t: 50)
+        averages.append(optimizer._blocks[0].tensors["A"])
+    close(*averages)
+
+
 def test_options():
     model = make_model()
     with pytest.raises(ValueError, match="update_every='often'; pass an int of at least 1, \"adaptive\""):
         SecondOrderOptimizer(model, update_every="often")
     with pytest.raises(ValueError, match="refresh_tol=0; pass a number > 0"):
         SecondOrderOptimizer(model, refresh_tol=0)
+    with pytest.raises(ValueError, match="refresh_warmup=-1; pass an int of at least 0"):
+        SecondOrderOptimizer(model, refresh_warmup=-1)
     with pytest.raises(ValueError, match="refresh_cap=0; pass an int of at least 1"):
         SecondOrderOptimizer(model, refresh_cap=0)
     with pytest.raises(ValueError, match="solved through its rows"):

@@ -6,6 +6,7 @@ import oracles
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from torchcurv import SecondOrderOptimizer, curvature
 
@@ -208,3 +209,46 @@ def test_a_refusal_names_the_operation_and_the_module():
     data = [(cases.randn(2, 4), torch.tensor([0, 1]))]
     with pytest.raises(NotImplementedError, match=r"through softmax \(operation .* in module '1' \(Attends\)\): there"):
         curvature(model, nn.CrossEntropyLoss(), data, curv_type="hessian", approx="diag")
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(0.2), nn.Tanh()])
+def test_activations_inside_a_checkpoint(activation):
+    class Checkpointed(nn.Module):
+        def __init__(self, active):
+            super().__init__()
+            self.first, self.last, self.active = nn.Linear(4, 5), nn.Linear(5, 3), active
+
+        def inner(self, x):
+            return activation(self.first(x))
+
+        def forward(self, x):
+            return self.last(checkpoint(self.inner, x, use_reentrant=False) if self.active else self.inner(x))
+
+    found = []
+    for active in (False, True):
+        model = cases.seeded(lambda active=active: Checkpointed(active))
+        optimizer = SecondOrderOptimizer(model, curv_type="hessian", approx="diag", lr=0.0, momentum=0.0)
+        nn.functional.cross_entropy(model(cases.randn(6, 4)), torch.arange(6) % 3).backward()
+        optimizer.step()
+        found.append(torch.cat([block.tensors["diag"].flatten() for block in optimizer._blocks]))
+    assert torch.allclose(*found, rtol=1e-12)
+
+
+@pytest.mark.parametrize("approx", ["diag", "kfac"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_is_carried_back_in_single(dtype, approx):
+    """p (1 - p) / N times the squares of small weights underflows in half precision."""
+    found = []
+    for used in (torch.float32, dtype):
+        model = cases.seeded(lambda: nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(32, 32), nn.LeakyReLU()))))
+        model = model.to(dtype).to(used)
+        x = cases.randn(4096, 32).to(dtype).to(used)
+        optimizer = SecondOrderOptimizer(
+            model, curv_type="hessian", approx=approx, residual="zero", lr=0.0, momentum=0.0
+        )
+        nn.functional.cross_entropy(model(x), torch.arange(4096) % 32).backward()
+        optimizer.step()
+        key = "diag" if approx == "diag" else "B"
+        found.append([block.tensors[key] for block in optimizer._blocks])
+    for single, low in zip(*found, strict=True):
+        assert low.dtype == torch.float32 and (single - low).norm() < 0.03 * single.norm()

@@ -12,6 +12,7 @@ from torch import nn
 from torchcurv import SecondOrderOptimizer, curvature, directions
 from torchcurv.curv.factor import LowRank
 from torchcurv.curv.lowrank import largest_pairs
+from torchcurv.curv.rows import RowSpace
 from torchcurv.optim import DirectionalNewton
 from torchcurv.optim.directional import above, constant, from_noise, top_k
 
@@ -396,6 +397,55 @@ def test_a_batch_that_is_overwritten_before_the_step_is_found_out(options):
         optimizer.step()
 
 
+@pytest.mark.parametrize("value", [torch.nan, 1e30])
+def test_directional_newton_takes_no_step_on_a_batch_that_is_not_finite(value):
+    model, loss_fn, x, y = problem("mlp")
+    model, x = model.float(), x.float()
+    optimizer = DirectionalNewton(model, loss_fn=loss_fn, criterion=top_k(2), damping=constant(0.1))
+    before = flat(model.parameters())
+    x[0] = value
+    loss_fn(model(x), y).backward()
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.step()
+    assert torch.equal(flat(model.parameters()), before) and optimizer.metrics()["skipped_measurements"] == 1
+
+
+def test_a_batch_that_overflows_is_left_out_when_rows_are_compressed():
+    model, loss_fn, x, y = problem("mlp", 6)
+    model, x = model.float(), x.float()
+    optimizer = SecondOrderOptimizer(
+        model, loss_fn=loss_fn, approx="lowrank", rank=3, rows_limit=3, lr=0.0, momentum=0.0
+    )
+    loss_fn(model(x), y).backward()
+    optimizer.step()
+    before = optimizer._blocks[0].tensors["values"].clone()
+    optimizer.zero_grad()
+    loss_fn(model(x * 1e30), y).backward()
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.step()
+    assert torch.equal(optimizer._blocks[0].tensors["values"], before)
+
+
+def test_the_gram_matrix_stays_near_the_limit_of_its_rows(monkeypatch):
+    sizes, own = [], RowSpace.gram
+    monkeypatch.setattr(RowSpace, "gram", lambda self, *other: (sizes.append(len(g := own(self, *other))), g)[1])
+    model = cases.seeded(lambda: nn.Linear(4, 30))
+    data = [(cases.randn(16, 4), torch.arange(16))]
+    curvature(model, nn.CrossEntropyLoss(), data, approx="lowrank", rank=5, rows_limit=32)
+    assert max(sizes) <= 2 * 32
+
+
+def test_a_block_over_groups_that_differ_asks_for_a_partition():
+    model, loss_fn, x, y = problem("mlp")
+    params = list(model.parameters())
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    optimizer = SecondOrderOptimizer(model, groups, loss_fn=loss_fn, approx="lowrank", rank=3)
+    optimizer.param_groups[1]["damping"] = 100.0
+    loss_fn(model(x), y).backward()
+    with pytest.raises(ValueError, match=r'groups with damping=0\.1 and damping=100\.0.*partition="group"'):
+        optimizer.step()
+
+
 # --------------------------------------------------------------------------------------------- errors
 
 
@@ -423,5 +473,8 @@ def test_errors_of_options():
         SecondOrderOptimizer(model, loss_fn=loss_fn, approx="kfac", partition="all")
     with pytest.raises(ValueError, match="rank=0; pass an int of at least 1"):
         curvature(model, loss_fn, [(x, y)], approx="lowrank", rank=0)
+    for options in ({"curvature_samples": 0}, {"gradient_samples": -1}, {"cutoff": 3.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            directions(model, loss_fn, [(x, y)], **options)
     with pytest.raises(ValueError, match="directions are known of"):
         directions(model, loss_fn, [(x, y)], curv_type="hessian")

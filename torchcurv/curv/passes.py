@@ -348,17 +348,20 @@ class Pass:
         for block in blocks:
             wrong: list[tuple[Tensor, str]] = []
             mixed: list[Tensor] = []
+            finite: list[Tensor] = []
             for k in self.record.members[block.name]:
                 uses = self.receiver.uses(k, lambda call: [at_call.get(id(call))])
                 grads = [at_call.get(id(call)) for call in self.receiver.calls.get(k, [])]
                 eps = max((torch.finfo(grad.dtype).eps for grad in grads if grad is not None), default=0.0)
                 wrong += self._unexplained(self.record.layers[k], uses, gradients, eps)
-                mixed += [use.s[:, silent].any() for use in uses]
+                mixed += [use.s[:, silent].nan_to_num(0, 0, 0).any() for use in uses]  # 0 times inf is no signal
+                finite += [torch.isfinite(use.s.sum()) for use in uses]
             if wrong and bool(torch.stack([flag for flag, _ in wrong]).any()):
                 self.record.refuse(block, self.record.unexplained(block, [name for flag, name in wrong if flag]))
             elif mixed and bool(torch.stack(mixed).any()):
                 self.record.refuse(block, self.record.meeting(block))
-            self.record.verified[block.name] = self.receiver.n > 1
+            if all(bool(flag) for flag in finite):  # else the next pass has to show it
+                self.record.verified[block.name] = self.receiver.n > 1
 
     def _unexplained(
         self, layer: Layer, uses: list[Use], gradients: dict[Tensor, Tensor | None], eps: float
