@@ -10,9 +10,11 @@ from measured import close
 from torch import nn
 
 from torchcurv import SecondOrderOptimizer, curvature, directions
+from torchcurv.curv import rows as rows_module
 from torchcurv.curv.factor import LowRank
 from torchcurv.curv.lowrank import largest_pairs
 from torchcurv.curv.rows import RowSpace
+from torchcurv.curv.stats import Stats
 from torchcurv.optim import DirectionalNewton
 from torchcurv.optim.directional import above, constant, from_noise, top_k
 
@@ -433,6 +435,20 @@ def test_the_gram_matrix_stays_near_the_limit_of_its_rows(monkeypatch):
     data = [(cases.randn(16, 4), torch.arange(16))]
     curvature(model, nn.CrossEntropyLoss(), data, approx="lowrank", rank=5, rows_limit=32)
     assert max(sizes) <= 2 * 32
+
+
+@pytest.mark.parametrize("id", ["cnn", "cnn_groups", "shared_layer"])
+def test_rows_over_some_of_the_outputs_at_a_time(id, monkeypatch):
+    model, loss_fn, x, y = problem(id)
+    widths, own = [], Stats.layer_rows
+    monkeypatch.setattr(Stats, "layer_rows", lambda *args: (widths.append((r := own(*args)).shape[1]), r)[1])
+    (whole,) = directions(model, loss_fn, [(x, y)]).values()
+    wide = max(widths)
+    widths.clear()
+    monkeypatch.setattr(rows_module, "ROW_ELEMENTS", 1)
+    (parts,) = directions(model, loss_fn, [(x, y)]).values()
+    close(parts.spectrum, whole.spectrum, 1e-9)
+    assert max(widths) < wide
 
 
 def test_a_block_over_groups_that_differ_asks_for_a_partition():

@@ -10,7 +10,7 @@ Such a block has no running average and is not saved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 from torchcurv.curv.inputs import Inputs
 from torchcurv.curv.linalg import Damping, eigh, inverse_spd
 from torchcurv.curv.stats import Stats, Use
+
+ROW_ELEMENTS = 1 << 25  # elements of the rows of one layer that are formed at once
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,22 @@ class RowSpace:
             if len(alike) == 1 and all(len(own) == 1 and own[0].s.shape[2] == 1 for own in uses):
                 total = total + _product_gram(self.stats, spaces[1].stats, index)
             else:
-                V = torch.cat([stats.layer_rows(index) for stats in self.stats])
-                W = V if other is None else torch.cat([stats.layer_rows(index) for stats in other.stats])
-                total = total + V @ W.mT
+                for part in self._output_parts(index):
+                    V = torch.cat([stats.layer_rows(index, part) for stats in self.stats])
+                    W = V if other is None else torch.cat([stats.layer_rows(index, part) for stats in other.stats])
+                    total = total + V @ W.mT
         assert isinstance(total, Tensor)
         return total
+
+    def _output_parts(self, index: int) -> Iterator[slice]:
+        """The outputs of a layer, so many at a time that the rows over them stay small."""
+        g, o, d = self.stats[0].layers[index].shape
+        if any(use.transposed for stats in self.stats for use in stats.uses[index]):
+            yield slice(o)
+            return
+        size = max(1, ROW_ELEMENTS // (g * d * row_count(self.stats)))
+        for start in range(0, o, size):
+            yield slice(start, min(start + size, o))
 
     # ------------------------------------------------------------------------------ sample by sample
 

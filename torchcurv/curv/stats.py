@@ -64,9 +64,11 @@ class Use:
             s = F.pad(s, (0, 1))  # on this side lies the bias, which this use does not touch
         return block_gram(s.flatten(0, 1), blocks)
 
-    def row_chunks(self, signals: slice = slice(None), samples: slice = slice(None)) -> Iterator[Tensor]:
+    def row_chunks(
+        self, signals: slice = slice(None), samples: slice = slice(None), outputs: slice = slice(None)
+    ) -> Iterator[Tensor]:
         """sum_r s a^T [b, g, o, d], some of the (v, n) at a time, in their order."""
-        s, inputs = self.s[signals, samples], self.inputs
+        s, inputs = self.s[signals, samples][..., outputs], self.inputs
         start = samples.start or 0
         v, n = s.shape[:2]
         size = max(1, CHUNK // torch.Size(self.layer.shape).numel())
@@ -237,23 +239,26 @@ class Stats:
                 rows = [self._layer_rows(index, slice(k, k + 1), part) for index in range(len(self.layers))]
                 yield rows[0] if len(rows) == 1 else torch.cat(rows, -1)
 
-    def layer_rows(self, index: int) -> Tensor:
-        """All the rows [v n, P_layer] of one layer, with the square root of the scale inside."""
+    def layer_rows(self, index: int, outputs: slice = slice(None)) -> Tensor:
+        """All the rows [v n, P_layer] of one layer, or of some of its outputs, with the square root of the scale."""
         v, n = self.shape
-        rows = self._layer_rows(index, slice(0, v), slice(0, n))
+        rows = self._layer_rows(index, slice(0, v), slice(0, n), outputs)
         return rows * torch.as_tensor(self.scale, dtype=rows.dtype, device=rows.device).sqrt()
 
-    def _layer_rows(self, index: int, signals: slice, samples: slice) -> Tensor:
+    def _layer_rows(self, index: int, signals: slice, samples: slice, outputs: slice = slice(None)) -> Tensor:
         if not self.uses[index]:
             like = next(use for uses in self.uses for use in uses).s
             count = (signals.stop - signals.start) * (samples.stop - samples.start)
-            return like.new_zeros(count, torch.Size(self.layers[index].shape).numel())
-        return torch.cat([chunk.flatten(1) for chunk in _row_chunks(self.uses[index], signals, samples)])
+            g, o, d = self.layers[index].shape
+            return like.new_zeros(count, g * len(range(o)[outputs]) * d)
+        return torch.cat([chunk.flatten(1) for chunk in _row_chunks(self.uses[index], signals, samples, outputs)])
 
 
-def _row_chunks(uses: list[Use], signals: slice = slice(None), samples: slice = slice(None)) -> Iterator[Tensor]:
+def _row_chunks(
+    uses: list[Use], signals: slice = slice(None), samples: slice = slice(None), outputs: slice = slice(None)
+) -> Iterator[Tensor]:
     """The rows of all uses of a layer, added up."""
-    for parts in zip(*(use.row_chunks(signals, samples) for use in uses), strict=True):
+    for parts in zip(*(use.row_chunks(signals, samples, outputs) for use in uses), strict=True):
         yield parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
 
 
