@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from torchcurv.curv.curvature import Curvature
-from torchcurv.curv.draws import arguments, check_count, holding, outputs_under
+from torchcurv.curv.draws import arguments, holding, outputs_under
+from torchcurv.curv.estimate import check_count
 from torchcurv.curv.gaussian import Gaussian, GaussianBlock, Number, kl_of_block, sum_of_terms
 from torchcurv.curv.likelihood import Likelihood, Watched, double
 from torchcurv.curv.linearised import Call, Network, batch_size, covariance_of_rows, is_training, samples_of

@@ -659,7 +659,7 @@ class Curvature:
             return layer.uncolumns(self.factor.solve_columns(layer.columns(tensors)))
         x = self.join(tensors)
         if isinstance(self.factor, RowSpace):
-            return self.split(_each_of_batch(getattr(self.factor, name), x, *args))
+            return self.split(each_of_batch(getattr(self.factor, name), x, *args))
         return self.split(self.unflatten(getattr(self.factor, name)(self.flatten(x), *args)))
 
     def flatten(self, joined: list[Tensor]) -> Tensor:
@@ -790,6 +790,21 @@ def partition(chosen: Iterable[tuple[Layer, Options, int]]) -> Iterator[tuple[st
         yield name, layers, options
 
 
+def gathered(by_block: Iterable[tuple[Curvature, list[Tensor]]]) -> dict[Tensor, Tensor]:
+    """By parameter, from tensors shaped like the pieces of blocks (leading dimensions are a batch)."""
+    out: dict[Tensor, Tensor] = {}
+    for block, parts in by_block:
+        for piece, x in zip(block.pieces, parts, strict=True):
+            if piece.rows is None:
+                out[piece.param] = x
+                continue
+            lead = x.shape[: x.dim() - piece.param.dim()]
+            if piece.param not in out:
+                out[piece.param] = x.new_zeros(*lead, *piece.param.shape)
+            piece.of(out[piece.param]).copy_(x)
+    return out
+
+
 def read_flags(blocks: list[Curvature]) -> list[tuple[int, int]]:
     """(measurements that were not finite, factorisations that failed) of each block; one host sync."""
     flags = [block.flags for block in blocks if block.flags is not None]
@@ -808,7 +823,7 @@ def _choose(ok: Tensor, new: Factor, old: Factor) -> Factor:
     return replace(new, **chosen)  # type: ignore[arg-type]
 
 
-def _each_of_batch(f: Callable[..., list[Tensor]], x: list[Tensor], *args: Any) -> list[Tensor]:
+def each_of_batch(f: Callable[..., list[Tensor]], x: list[Tensor], *args: Any) -> list[Tensor]:
     """f over the leading dimension of [k, g, o, i], or once for [g, o, i]."""
     if x[0].dim() == 3:
         return f(x, *args)

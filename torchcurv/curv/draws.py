@@ -54,8 +54,3 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def call(model: nn.Module, inputs: Any) -> Any:
     args, kwargs = arguments(inputs)
     return model(*args, **kwargs)
-
-
-def check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}; pass an int of at least 1")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchcurv.curv.curvature import Curvature, _each_of_batch
+from torchcurv.curv.curvature import Curvature, each_of_batch, gathered
 from torchcurv.curv.factor import Eigen, InputRows, Inverse, LowRank
 from torchcurv.curv.losses import at_least_float32
 from torchcurv.curv.rows import RowSpace
@@ -76,7 +76,7 @@ class GaussianBlock:
         joined = self.block.join([at_least_float32(part) for part in x])
         if isinstance(self.factor, RowSpace):  # one inverse for all of them
             rows, _ = self.factor.damped(self.damping)
-            solved = self.block.split(_each_of_batch(rows.solve, joined))
+            solved = self.block.split(each_of_batch(rows.solve, joined))
         else:
             solved = self._apply(lambda factor, x: factor.solve(x, self.damping), joined)
         return [y / self.scale for y in solved]
@@ -105,7 +105,7 @@ class GaussianBlock:
         """f(factor, x) for x [..., g, o, i] of each layer."""
         block, factor = self.block, self.factor
         if isinstance(factor, RowSpace):
-            return block.split(_each_of_batch(lambda x: f(factor, x), joined))  # type: ignore[arg-type, return-value]
+            return block.split(each_of_batch(lambda x: f(factor, x), joined))  # type: ignore[arg-type, return-value]
         return block.split(block.unflatten(f(factor, block.flatten(joined))))
 
 
@@ -160,17 +160,7 @@ class Gaussian:
 
     def _gathered(self, f: Callable[[GaussianBlock], list[Tensor]]) -> dict[Tensor, Tensor]:
         """By parameter, what f says of its pieces in each block."""
-        out: dict[Tensor, Tensor] = {}
-        for block in self.blocks:
-            for piece, x in zip(block.block.pieces, f(block), strict=True):
-                if piece.rows is None:
-                    out[piece.param] = x
-                    continue
-                lead = x.shape[: x.dim() - piece.param.dim()]
-                if piece.param not in out:
-                    out[piece.param] = x.new_zeros(*lead, *piece.param.shape)
-                piece.of(out[piece.param]).copy_(x)
-        return out
+        return gathered((block.block, f(block)) for block in self.blocks)
 
 
 def kl_of_block(block: GaussianBlock, mean: dict[Tensor, Tensor], prior_precision: Number) -> Tensor:

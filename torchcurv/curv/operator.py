@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcurv.curv.capture import edge_of
-from torchcurv.curv.curvature import Curvature, Options, partition
+from torchcurv.curv.curvature import Curvature, Options, gathered, partition
 from torchcurv.curv.directions import Criterion, Directions, check_choices, directions_of, with_shares
 from torchcurv.curv.factor import Eigen, LowRank
 from torchcurv.curv.layers import Layer, find_layers
@@ -45,17 +45,7 @@ class CurvatureSet(Spectra):
 
     def _gathered(self, f: Callable[[Curvature], list[Tensor]]) -> dict[Tensor, Tensor]:
         """Per parameter, what f says of its pieces in each block."""
-        out: dict[Tensor, Tensor] = {}
-        for block in self.blocks.values():
-            for piece, x in zip(block.pieces, f(block), strict=True):
-                if piece.rows is None:
-                    out[piece.param] = x
-                    continue
-                lead = x.shape[: x.dim() - piece.param.dim()]
-                if piece.param not in out:
-                    out[piece.param] = x.new_zeros(*lead, *piece.param.shape)
-                piece.of(out[piece.param]).copy_(x)
-        return out
+        return gathered((block, f(block)) for block in self.blocks.values())
 
     def _flat(self, f: Callable[[Curvature], list[Tensor]]) -> Tensor:
         """One tensor per parameter, from every block, flattened in order."""

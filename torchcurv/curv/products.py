@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchcurv.curv import estimate
 from torchcurv.curv.capture import edge_of
+from torchcurv.curv.draws import call
 from torchcurv.curv.estimate import Estimate, SpectralDensity, one_of
 from torchcurv.curv.kinds import KINDS, SECOND
 from torchcurv.curv.losses import Loss, at_least_float32
@@ -165,12 +166,6 @@ def forward(model: nn.Module, x: Any, output_fn: Callable[[Any], Tensor] | None)
         )
     flattened = isinstance(output, Tensor) and f.dim() < output.dim() and f.numel() == output.numel()
     return f, (output if flattened else f).shape[:1].numel()
-
-
-def call(model: nn.Module, x: Any) -> Any:
-    if isinstance(x, dict):
-        return model(**x)
-    return model(*x) if isinstance(x, tuple | list) else model(x)
 
 
 @contextmanager

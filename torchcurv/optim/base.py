@@ -475,6 +475,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                     piece.of(solved.setdefault(p, gradients[p].to(x.dtype, copy=True))).copy_(x)
         return solved
 
+    def _buffer(self, state: dict[str, Any], p: Tensor) -> Tensor:
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        return state["momentum_buffer"]
+
     def _plain(self) -> None:
         """Parameters without a curvature follow the gradient."""
         covered = {p for block in self._blocks for p in block.params}

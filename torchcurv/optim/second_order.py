@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from torchcurv.curv.curvature import OPTION_NAMES
@@ -162,11 +161,6 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             return steps
         buffers = [self._buffer(self.state[p], p) for p in params]
         return momentum_(buffers, steps, group["momentum"], group["nesterov"])
-
-    def _buffer(self, state: dict[str, Any], p: Tensor) -> Tensor:
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        return state["momentum_buffer"]
 
     def _save_param(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
         super()._save_param(state, p, group)

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from torchcurv.curv.curvature import OPTION_NAMES, Curvature
+from torchcurv.curv.draws import outputs_under
+from torchcurv.curv.estimate import check_count
 from torchcurv.curv.gaussian import Gaussian, GaussianBlock, kl_of_block
 from torchcurv.curv.hooks import Hook
 from torchcurv.curv.kinds import SECOND
 from torchcurv.curv.losses import loss_of
-from torchcurv.curv.products import call
 from torchcurv.curv.schedule import check_number
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
 from torchcurv.optim.draws import Aside, changed, is_wide, marks_of, mean_of
@@ -152,8 +153,7 @@ class VIOptimizer(CurvatureOptimizer):
     ) -> None:
         given = locals()
         _check_positive("dataset_size", dataset_size, "the number of loss terms in the data, a number > 0")
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"num_samples={num_samples!r}; pass an int of at least 1")
+        check_count("num_samples", num_samples)
         if not isinstance(antithetic, bool):
             raise TypeError(f"antithetic={antithetic!r}; pass True or False")
         self._dataset_size, self._num_samples, self._antithetic = float(dataset_size), num_samples, antithetic
@@ -440,20 +440,10 @@ class VIOptimizer(CurvatureOptimizer):
         inputs: what the model is called with (a tensor, a tuple of positional or a dict of keyword arguments), or a
             function without arguments that returns a tensor. The mode of the model (train, eval) is left as it is.
         """
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"num_samples={num_samples!r}; pass an int of at least 1")
+        check_count("num_samples", num_samples)
         assert self.model is not None
-        outputs = []
-        for _ in range(num_samples):
-            with self._drawn(self._deviation(_LOOKING, generator)):
-                output = inputs() if callable(inputs) else call(self.model, inputs)
-            if not isinstance(output, Tensor):
-                raise TypeError(
-                    f"predict: the output is a {type(output).__name__}; pass a function without arguments that calls "
-                    "the model and returns the tensor to be stacked"
-                )
-            outputs.append(output)
-        return torch.stack(outputs)
+        draws = (self._drawn(self._deviation(_LOOKING, generator)) for _ in range(num_samples))
+        return outputs_under(draws, self.model, inputs)
 
     # ------------------------------------------------------------------------------------------ step
 
@@ -571,11 +561,6 @@ class VIOptimizer(CurvatureOptimizer):
             for p in params:
                 if not is_wide(p):
                     p.copy_(means[p])
-
-    def _buffer(self, state: dict[str, Any], p: Tensor) -> Tensor:
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        return state["momentum_buffer"]
 
     def _finish_step(self) -> None:
         self._forget_draws()
