@@ -122,6 +122,17 @@ def times_lower_transposed(x: Tensor, root: Tensor) -> Tensor:
     return torch.cat(parts, -1)
 
 
+SQUARED = 512  # columns of a matrix that are squared at once
+
+
+def times_squares(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """x @ y² for x [n, k], y [k, m], squared elementwise in parts: all of it would push other things out of a cache."""
+    out = x.new_empty(len(x), y.shape[1]) if out is None else out
+    for at in range(0, y.shape[1], SQUARED):
+        torch.mm(x, y[:, at : at + SQUARED].square(), out=out[:, at : at + SQUARED])
+    return out
+
+
 def free_to_read(flag: Tensor) -> bool:
     """Whether reading a tensor's value costs nothing; on an accelerator it waits for everything queued."""
     return flag.device.type == "cpu"

@@ -311,15 +311,16 @@ class Pass:
             seed = loss.diagonal() if form == "diag" else loss.mean_matrix(max_dim)
             targets = {self.edges[id(call)][:2] for call in calls}
             tape = self.record.tape_of(self.capture)
-            gradient_at = partial(self._gradients, loss.gradient())
+            gradient_at = partial(self._gradients, loss)
             found = propagate(tape, self.f_edge, seed, gradient_at, form, residual, max_dim, targets)
             edges = {id(call): self.edges[id(call)][:2] for call in calls}
             at_calls = {key: found[edge] for key, edge in edges.items() if edge in found}
             for block in own:
                 self.receiver.deliver_propagated(block, at_calls)
 
-    def _gradients(self, at_f: Tensor, edges: list[Edge]) -> list[Tensor]:
-        """dL/d(tensor) at each of the edges, for dL/df."""
+    def _gradients(self, loss: LossHessian, edges: list[Edge]) -> list[Tensor]:
+        """dL/d(tensor) at each of the edges."""
+        at_f = loss.gradient()
         inner = [edge for edge in edges if edge[:2] != self.f_edge[:2]]
         wanted = [edge.public for edge in inner]
         got = iter(torch.autograd.grad([self.f_edge.public], wanted, [at_f], retain_graph=True) if wanted else ())

@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from torchcurv.curv.capture import Edge, edge_of, version_of
+from torchcurv.curv.linalg import times_squares
 
 Key = tuple[Node, int]
 Spec = TreeSpec | tuple[int, tuple[str, ...]]  # how a list of arguments is put together again
@@ -429,7 +430,8 @@ def _moved(op: Op, slot: int, H: Tensor, now: Pass) -> Tensor:
 def _weighted(op: Op, slot: int, H: Tensor, now: Pass) -> Tensor:
     """A product with a weight: diag (M∘M)^T h, the transposed map with the weight squared."""
     if now.diag and op.name == "linear" and slot == 0:  # without running it again
-        return H @ op.read(op.option(1, "weight"), H.dtype).square()
+        weight = op.read(op.option(1, "weight"), H.dtype)
+        return times_squares(H.flatten(0, -2), weight).reshape(*H.shape[:-1], -1)
     return Local(op, slot, H.dtype, squared=True).pull(H) if now.diag else _congruent(op, slot, H, now)
 
 

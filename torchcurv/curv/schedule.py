@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 ADAPTIVE = "adaptive"
@@ -47,7 +47,7 @@ class Pace:
         self.measured, self.next, self.change = step, step + interval, change
 
     def state(self) -> dict[str, int | float]:
-        return asdict(self)
+        return dict(vars(self))
 
 
 def fading(decay: float, steps: int) -> tuple[float, float]:

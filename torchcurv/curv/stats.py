@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from torchcurv.curv.inputs import Inputs, block_gram
 from torchcurv.curv.layers import Layer
-from torchcurv.curv.linalg import aligned_empty
+from torchcurv.curv.linalg import aligned_empty, times_squares
 from torchcurv.curv.sides import times
 
 CHUNK = 1 << 18  # elements of per-sample gradients formed at a time: they stay in a core's cache
@@ -117,7 +117,7 @@ class Use:
         s, inputs = self.s[0] if len(self.s) == 1 else self.s.sum(0), self.inputs
         if inputs.weight_covered and inputs.bias_covered and not self.transposed:
             total = aligned_empty(self.layer.shape, s)
-            _paired(s.flatten(0, 1), inputs.a.square().flatten(0, 1), total[..., :-1])
+            _paired_squares(s.flatten(0, 1), inputs.a.flatten(0, 1), total[..., :-1])
             torch.sum(s, (0, 1), out=total[..., -1])
             return total
         weight = torch.einsum("nrgo,nrgi->goi", s, inputs.a.square()) if inputs.weight_covered else None
@@ -150,7 +150,7 @@ class Use:
         width = a.shape[-1] * explicit
         total = aligned_empty((*squared.shape[1:], width + implicit_bias), squared)
         if explicit:
-            _paired(squared, a.squeeze(1).square(), total[..., :width])
+            _paired_squares(squared, a.squeeze(1), total[..., :width])
         if implicit_bias:
             torch.sum(squared, 0, out=total[..., -1])
         return total if right is not None or implicit_bias else self.joined(total, None)
@@ -167,12 +167,12 @@ def _rotated(x: Tensor, side: Tensor) -> Tensor:
     return torch.einsum("...gd,gdp->...gp", x, side) if side.dim() == 3 else times(x.unsqueeze(-2), side).squeeze(-2)
 
 
-def _paired(x: Tensor, y: Tensor, out: Tensor) -> None:
-    """sum_n x y^T -> [g, o, i] into `out`, for x [n, g, o], y [n, g, i]."""
+def _paired_squares(x: Tensor, y: Tensor, out: Tensor) -> None:
+    """sum_n x (y²)^T -> [g, o, i] into `out`, for x [n, g, o], y [n, g, i]."""
     if x.shape[1] == 1:
-        torch.mm(x[:, 0].mT, y[:, 0], out=out[0])
+        times_squares(x[:, 0].mT, y[:, 0], out[0])
     else:
-        out.copy_(torch.einsum("ngo,ngi->goi", x, y))
+        out.copy_(torch.einsum("ngo,ngi->goi", x, y.square()))
 
 
 # ----------------------------------------------------------------------------------------------- stats
