@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from torchcurv import SecondOrderOptimizer, curvature
+from torchcurv.optim.evaluation import Evaluation
 
 KINDS = ["ggn", "empirical_fisher"]
 ATTENTION = [case for case in models.MODELS if case.id in ("vit", "encoder")]  # with nn.MultiheadAttention
@@ -238,3 +239,23 @@ def test_training_lowers_the_loss(case, dtype, training):
     assert all(p.isfinite().all() for p in model.parameters())
     summary = optimizer.summary()
     assert all(name in summary for name, _ in model.named_parameters())
+
+
+@over_models
+def test_products_along_directions_are_those_of_the_dense_ggn(case):
+    """In forward mode, through every model."""
+    model, x, y = case.make_model(), case.make_inputs(), case.make_target()
+
+    def evaluate():
+        output = models.output_of(case, model, x)
+        return case.loss(output, y), output
+
+    params = list(model.parameters())
+    wanted = [{p: cases.randn(*p.shape, seed=7 * k + j) for j, p in enumerate(params)} for k in range(2)]
+    for module in model.modules():  # the output depends on the row of the padding, which has no gradient
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            for vector in wanted:
+                vector[module.weight][module.padding_idx] = 0
+    got = Evaluation(model, evaluate).curvature(wanted, {p: p.detach() for p in params})
+    d = torch.stack([parameters_to_vector(vector.values()) for vector in wanted])
+    close(got, d @ truth_of(case, "ggn") @ d.T)

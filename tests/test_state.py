@@ -246,7 +246,8 @@ def test_a_failure_on_an_accelerator_keeps_its_count_through_a_state(monkeypatch
     assert optimizer.metrics()["skipped_measurements"] >= 1
     again = SecondOrderOptimizer(other)
     again.load_state_dict(optimizer.state_dict())
-    assert again.metrics() == optimizer.metrics()
+    counts = ("step", "measurements", "factorisations", "skipped_measurements", "failed_factorisations")
+    assert all(again.metrics()[key] == optimizer.metrics()[key] for key in counts)
 
 
 # --- copies ---------------------------------------------------------------------------------------------------

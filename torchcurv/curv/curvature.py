@@ -265,6 +265,7 @@ class Curvature:
         self.factor_damping = math.nan  # of the factor; unknown where it came as a tensor
         self.flags: Tensor | None = None  # how many measurements were not finite, how many factorisations failed
         self.reported = (0, 0)  # what was last read of them
+        self.measurements = self.factorisations = 0  # so far
         self.retry = False  # the last factorisation failed: the next is in float64 with more damping
 
     @property
@@ -399,6 +400,7 @@ class Curvature:
         A measurement with a value that is not finite is left out and counted.
         """
         self._check_rows()
+        self.measurements += 1
         if self.uses_rows:
             self.factor = RowSpace(tuple(part for part in self.pending_rows if isinstance(part, Stats)))
             self.forget_pending()
@@ -558,6 +560,7 @@ class Curvature:
     def refactor(self, damping: float | Tensor) -> None:
         """Compute the factor anew; where that fails the last good one stays, and the failure is counted."""
         old = self.factor
+        self.factorisations += 1
         if isinstance(old, RowSpace):
             self.factor, ok = old.damped(10 * damping if self.retry else damping, self.retry)
             assert self.factor.finite is not None
@@ -694,6 +697,8 @@ class Curvature:
             "next_refactor": self.next_refactor,
             "reported_skipped": self.reported[0],
             "reported_failed": self.reported[1],
+            "measurements": self.measurements,
+            "factorisations": self.factorisations,
             "factor_damping": self.factor_damping,
             "paces": {part: pace.state() for part, pace in self.paces.items()},
             "drifts": dict(self.drifts),
@@ -729,6 +734,7 @@ class Curvature:
         self.drifts = {part: saved.get("drifts", {}).get(part, math.inf) for part in self.approx.parts}
         self.flags = saved.get("flags")
         self.reported = int(saved.get("reported_skipped", 0)), int(saved.get("reported_failed", 0))
+        self.measurements, self.factorisations = (int(saved.get(k, 0)) for k in ("measurements", "factorisations"))
         known = saved.get("known", {})
         self.tensors = {key: value for key, value in saved.get("tensors", {}).items() if known[key]}
         self.weights = {key: value for key, value in saved.get("weights", {}).items() if known[key]}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class Hook:
@@ -38,6 +40,18 @@ uncompiled = torch._disable_dynamo(_plain)  # unlike torch.compiler.disable, imp
 
 
 unseen = torch._C.DisableTorchFunction  # a context in which no mode sees what a hook looks at
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Attention by functions that have a derivative of every order, and in forward mode."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def ignored() -> bool:

@@ -75,6 +75,14 @@ def interval_at(name: str, value: Callable[[int], int], step: int) -> int:
     return answer
 
 
+def value_at(name: str, value: Callable[[int], float], step: int) -> float:
+    """The number that a function of the step says."""
+    answer = value(step)
+    if isinstance(answer, bool) or not isinstance(answer, int | float) or not math.isfinite(answer) or answer < 0:
+        raise ValueError(f"{name} returned {answer!r} at step {step}; it must return a finite number >= 0")
+    return float(answer)
+
+
 def check_number(name: str, value: Any, fits: Callable[[float], bool], allowed: str) -> None:
     """Raise unless value is a number, and no bool, that fits."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchcurv.curv.curvature import OPTION_NAMES, Options
 from torchcurv.curv.schedule import Interval, check_number
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
+from torchcurv.optim.update import scale_within
 
 
 class AdaHesScale(CurvatureOptimizer):
@@ -124,8 +125,7 @@ class AdaHesScale(CurvatureOptimizer):
         own = [(diagonals[p].abs() * u.square()).sum() for p, u in steps.items() if p in diagonals]
         if self._delta is None or not own:
             return 1.0
-        total = torch.stack(own).sum()
-        return (2 * self._delta / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt().clamp_max(self._max_scale)
+        return scale_within(torch.stack(own).sum(), 2 * self._delta, self._max_scale)
 
     def _moments(self, state: dict[str, Any], p: Tensor) -> dict[str, Any]:
         if "exp_avg" not in state:

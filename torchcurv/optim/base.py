@@ -21,10 +21,11 @@ from torchcurv.curv.curvature import OPTION_NAMES, Curvature, Options, partition
 from torchcurv.curv.kinds import GRADIENT, INPUT
 from torchcurv.curv.layers import Layer, find_layers
 from torchcurv.curv.record import Record
-from torchcurv.curv.schedule import ADAPTIVE, Pace, check_interval, interval_at
-from torchcurv.optim.update import inner, kl_clip_factor
+from torchcurv.curv.schedule import ADAPTIVE, Pace, check_interval, interval_at, value_at
+from torchcurv.optim.update import inner, norm_of, scale_within
 
 _INTERVALS = ("update_every", "refactor_every")
+_VALUES = ("damping", "ema_decay")  # which may be functions of the step, too
 _READ_LATER = (*_INTERVALS, "damping", "ema_decay", "refresh_tol", "refresh_cap", "refresh_warmup")
 _DAMPING_TOLERANCE = 0.1  # relative change of the damping after which an inverse that holds it is computed anew
 UNSUPPORTED = ("error", "gradient")
@@ -47,6 +48,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     _factors: ClassVar[bool] = True  # whether steps solve with factors, or only multiply with what was measured
     _finalizer: Any = None
     _kl_clip: float | None = None  # κ, of the optimizers that clip
+    _last: dict[str, Tensor]  # what is known of the last step, 0-d
     _copied: ClassVar[tuple[str, ...]] = ("_unsupported", "_schedules", "_steps", "defaults")  # with the model
 
     def __init__(
@@ -76,7 +78,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             raise TypeError(f"grad_scaler={grad_scaler!r}; pass a torch.amp.GradScaler, or anything with get_scale()")
         self.model = model
         self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-        self._unsupported = unsupported
+        self._unsupported, self._last = unsupported, {}
         self._settings = {
             "loss_fn": loss_fn,
             "reduction": reduction,
@@ -85,9 +87,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             "grad_scaler": grad_scaler,
             "seed": seed,
         }
-        self._schedules: dict[tuple[int, str], Callable[[int], int]] = {}
+        self._schedules: dict[tuple[int, str], Callable[[int], Any]] = {}
         self._steps = 0
-        self._check_group({**step_defaults, **curvature_options})
+        self._check_group(_at_step({**step_defaults, **curvature_options}, 0))
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
             if not params:
@@ -120,12 +122,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 f"the parameters at {strangers} of group {index} are not parameters of the model: pass parameters "
                 "of the module given as the first argument"
             )
+        schedules = {key: group[key] for key in (*_INTERVALS, *_VALUES)}
+        group.update(_at_step(group, self._steps))
         self._check_group(group)
-        for key in _INTERVALS:
+        for key, value in schedules.items():
             self._schedules.pop((index, key), None)
-            if callable(group[key]):
-                self._schedules[index, key] = group[key]
-                group[key] = interval_at(key, group[key], self._steps)
+            if callable(value):
+                self._schedules[index, key] = value
 
     def _check_group(self, group: dict[str, Any]) -> None:
         options = Options(**{key: group[key] for key in OPTION_NAMES})
@@ -285,6 +288,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._last = {"loss": loss.detach()} if isinstance(loss, Tensor) and not loss.dim() else {}
         if self._refresh():
             self._update()
             self._finish_step()
@@ -302,6 +306,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._outdated = self._built_for != self._trainable()
         if self._outdated:
             self._check_unfrozen()
+        for (index, key), schedule in self._schedules.items():
+            if key in _VALUES:
+                self.param_groups[index][key] = value_at(key, schedule, self._steps)
         reached = [
             (block, index)
             for block, index in zip(self._blocks, self._group_index, strict=True)
@@ -498,7 +505,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             own = [inner(solved[p], gradients[p]) for p in clipped if p in solved]
             if own:
                 products.append(torch.stack(own).sum() * group["lr"] ** 2)
-        return kl_clip_factor(products, self._kl_clip) if products else None
+        if not products:
+            return None
+        size = torch.stack(products).sum()
+        self._last |= {"size": size, "clip": scale_within(size, self._kl_clip)}
+        return self._last["clip"]
 
     # -------------------------------------------------------------------------------------- public
 
@@ -531,12 +542,41 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if self._finalizer is not None:
             self._finalizer()
 
+    @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """Steps taken, measurements left out as not finite, factorisations failed so far (one device sync)."""
+        """What is known of the last step, as plain numbers, for one device sync.
+
+        step: steps taken. measurements, factorisations: of all blocks, so far; skipped_measurements: those that were
+        not finite and left out; failed_factorisations. parameter_norm, and gradient_norm of what lies in `.grad`.
+        loss: what the closure returned, if `step` was given one. kl: ½ lr² <V, g> of the step after the KL clip, and
+        clip: the factor ν of that. damping: that of the first group.
+        """
         self._require_record()
-        counts = read_flags(list(self._blocks))
-        skipped, failed = (sum(count[k] for count in counts) for k in (0, 1))
-        return {"step": self._steps, "skipped_measurements": skipped, "failed_factorisations": failed}
+        blocks = list(self._blocks)
+        counts = {
+            "step": self._steps,
+            "measurements": sum(block.measurements for block in blocks),
+            "factorisations": sum(block.factorisations for block in blocks),
+        }
+        flags = [block.flags for block in blocks if block.flags is not None]
+        device = next(iter(self._params())).device
+        bad = torch.stack([flag.to(device) for flag in flags]).sum(0) if flags else torch.zeros(2, device=device)
+        tensors = {"skipped_measurements": bad[0], "failed_factorisations": bad[1], **self._known()}
+        values = torch.stack([value.to(device, torch.float64) for value in tensors.values()]).tolist()
+        return {**counts, **dict(zip(tensors, values, strict=True))}
+
+    def _known(self) -> dict[str, Tensor]:
+        """What `metrics` reports, as 0-d tensors."""
+        params = list(self._params())
+        known = {"parameter_norm": norm_of(params)}
+        gradients = [p.grad for p in params if p.grad is not None]
+        if gradients:
+            known["gradient_norm"] = norm_of(gradients)
+        known["damping"] = torch.as_tensor(self.param_groups[0]["damping"], dtype=torch.float64)
+        last = dict(self._last)
+        if "size" in last:
+            last["kl"] = 0.5 * last.pop("size").abs() * last["clip"].square()
+        return {**known, **last}
 
     def summary(self) -> str:
         """A table of what every parameter got: layer, curvature, approximation, block sizes, memory in bytes."""
@@ -594,11 +634,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _restore(self) -> None:
         """Blocks and counters from `state`."""
+        self._last = {}
         self._steps = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
         for index, group in enumerate(self.param_groups):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-            schedules = {key: self._schedules.get((index, key)) for key in _INTERVALS}
+            schedules = {key: self._schedules.get((index, key)) for key in (*_INTERVALS, *_VALUES)}
             group.update({key: schedule for key, schedule in schedules.items() if schedule is not None})
             self._take_group(index)
         self._build()
@@ -637,6 +678,15 @@ def _damping_moved(block: Curvature, damping: float | Tensor) -> bool:
     if not block.bakes_damping() or isinstance(damping, Tensor):
         return False
     return abs(damping - held) > _DAMPING_TOLERANCE * abs(held)
+
+
+def _at_step(options: dict[str, Any], step: int) -> dict[str, Any]:
+    """The options with what functions of the step say there."""
+    found = dict(options)
+    for key in (*_INTERVALS, *_VALUES):
+        if callable(options[key]):
+            found[key] = (interval_at if key in _INTERVALS else value_at)(key, options[key], step)
+    return found
 
 
 def _is_zero(value: Any) -> bool:

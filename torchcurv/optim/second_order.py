@@ -6,16 +6,36 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from torchcurv.curv.curvature import OPTION_NAMES
+from torchcurv.curv.curvature import OPTION_NAMES, Curvature
+from torchcurv.curv.estimate import check_count
 from torchcurv.curv.kinds import INPUT
 from torchcurv.curv.schedule import check_number
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
-from torchcurv.optim.update import descend_, momentum_
+from torchcurv.optim.evaluation import Evaluation, Vector, minimiser
+from torchcurv.optim.update import (
+    descend_,
+    dot,
+    levenberg_marquardt,
+    momentum_,
+    norm_of,
+    normalise_,
+    scale_within,
+    trust_ratio,
+)
 
-STEP_OPTIONS = ("lr", "momentum", "nesterov", "momentum_type", "weight_decay", "l2", "maximize")
+STEP_OPTIONS = (
+    *("lr", "momentum", "nesterov", "momentum_type", "weight_decay", "l2", "maximize"),
+    *("trust_ratio", "normalize_weights"),
+)
 MOMENTUM_TYPES = ("preconditioned", "raw")
+STEP_RULES, DAMPING_RULES = ("fixed", "quadratic"), ("fixed", "lm")
+_CONTROL = (
+    *("step_rule", "model_share", "damping_rule", "damping_interval", "damping_decay", "damping_bounds"),
+    "curvature_warmup",
+)
 
 
 class SecondOrderOptimizer(CurvatureOptimizer):
@@ -30,6 +50,23 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     For curv_type="input", whose C is not in units of the loss, V = damping (C + damping I)^-1 g and ν = 1: such a
     group tends to the plain gradient as its damping grows.
 
+    With step_rule="quadratic" the step is m <- α V + β m, p <- p - lr m, with the α and β for which the quadratic model
+    of the loss of the batch is least at d = -m,
+
+        q(d) = g·d + ½ d^T (G + damping + l2) d,    G its Gauss-Newton matrix: exact, by products with its Jacobian
+
+    and a coefficient of its own for the gradients of what has no curvature. With damping_rule="lm" (Levenberg and
+    Marquardt) the damping of every group is divided by ω = damping_decay^T if, on the batch of every T-th step,
+
+        ρ = (L(θ + d) - L(θ)) / (g·d + ½ d^T (G + l2) d)
+
+    is below ¼, and multiplied with ω if it is above ¾; a step that makes the loss of its own batch rise is taken back.
+    Both need `step(closure)`, with a closure that returns the loss, or (loss, output), without calling backward():
+
+        optimizer = SecondOrderOptimizer(model, step_rule="quadratic", damping_rule="lm")
+        for x, y in loader:
+            optimizer.step(lambda: F.cross_entropy(model(x), y))
+
     Args:
         model: the module to train. It gets removable forward hooks and nothing else.
         params: what torch.optim takes (parameters, named parameters, groups); None means every trainable parameter.
@@ -40,16 +77,27 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         curv_type: "ggn" (Gauss-Newton), "fisher", "empirical_fisher", "hessian", or "input" (ISAAC).
         approx: "kfac", "ekfac", "diag", "unit" (one block per output unit), "block" (per layer), "full", "lowrank" (the
             `rank` largest eigenpairs), or None.
-        lr: step size, a number or a 0-d tensor.
-        momentum: 0 <= momentum < 1. nesterov: look ahead.
+        lr: step size, a number or a 0-d tensor. None: 0.1, or 1 for step_rule="quadratic", where it multiplies what
+            the model has chosen.
+        momentum: 0 <= momentum < 1; for step_rule="quadratic" any number > 0 lets the model choose. nesterov: look
+            ahead.
         momentum_type: "preconditioned" averages V, "raw" averages g before preconditioning.
-        damping: λ > 0 in units of the loss's curvature. damping_type: "factored" or "exact" (through eigenvectors).
-        kl_clip: bound κ on lr² <V, g>; None: no clipping.
+        damping: λ > 0 in units of the loss's curvature, a number, a 0-d tensor, or a function of the step; for
+            damping_rule="lm" the first value. damping_type: "factored" or "exact" (through eigenvectors).
+        kl_clip: bound κ on lr² <V, g>, or for step_rule="quadratic" on d^T G d, its trust region; None: no clipping.
+            "auto" is 1, and None for step_rule="quadratic".
         weight_decay: decoupled decay. l2: coefficient of l2/2 norm(p)² in the loss, in g and in the damping.
         maximize: ascend.
+        trust_ratio: V of every tensor is scaled to the norm of the tensor, where that is above 1e-2 (LARS). After the
+            KL clip, which then has no effect on it.
+        normalize_weights: after each step every tensor of two or more dimensions has norm sqrt(2 o), for o = p.shape[0]
+            outputs: for weights in front of a normalisation, whose scale means nothing.
+        step_rule: "fixed", or "quadratic". model_share: the fraction of a batch that products with G are made of.
+        damping_rule: "fixed", or "lm", with damping_interval = T, damping_decay, and damping_bounds of λ.
+        curvature_warmup: the first so many steps measure curvature and leave the parameters alone.
         samples: signals drawn per step; None: the exact curvature (one backward pass per output element).
-        sharing, ema_decay, update_every, refactor_every ("adaptive" too), refresh_tol, refresh_cap, refresh_warmup,
-            rows_limit, factor_blocks, max_factor_dim, partition, rank: see
+        sharing, ema_decay (or a function of the step), update_every, refactor_every ("adaptive" too), refresh_tol,
+            refresh_cap, refresh_warmup, rows_limit, factor_blocks, max_factor_dim, partition, rank: see
             `torchcurv.curv.curvature.Options`.
         reduction, class_dim: of a loss given by name. output_fn: from the model's output to the loss's input.
         grad_scaler: the torch.amp.GradScaler that scales the loss, if any.
@@ -61,10 +109,11 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         RuntimeError: from `step` if there are gradients whose curvature was not captured.
 
     Sources: Martens & Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015);
-    Martens, "New insights and perspectives on the natural gradient method" (2020).
+    Martens, "New insights and perspectives on the natural gradient method" (2020); You et al., "Large batch training
+    of convolutional networks" (2017).
     """
 
-    _copied: ClassVar[tuple[str, ...]] = (*CurvatureOptimizer._copied, "_kl_clip")
+    _copied: ClassVar[tuple[str, ...]] = (*CurvatureOptimizer._copied, "_kl_clip", "_control")
 
     def __init__(
         self,
@@ -74,19 +123,28 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         loss_fn: nn.Module | str | None = "cross_entropy",
         curv_type: str = "ggn",
         approx: str | None = "kfac",
-        lr: float | Tensor = 0.1,
+        lr: float | Tensor | None = None,
         momentum: float = 0.7,
-        damping: float | Tensor = 0.1,
+        damping: float | Tensor | Callable[[int], float] = 0.1,
         nesterov: bool = False,
         momentum_type: str = "preconditioned",
         weight_decay: float = 0.0,
         l2: float = 0.0,
         maximize: bool = False,
-        kl_clip: float | None = 1.0,
+        trust_ratio: bool = False,
+        normalize_weights: bool = False,
+        kl_clip: float | str | None = "auto",
+        step_rule: str = "fixed",
+        model_share: float = 1.0,
+        damping_rule: str = "fixed",
+        damping_interval: int = 10,
+        damping_decay: float = 0.95,
+        damping_bounds: tuple[float, float] = (1e-8, 1e8),
+        curvature_warmup: int = 0,
         samples: int | None = 1,
         sharing: str = "expand",
         damping_type: str = "factored",
-        ema_decay: float = 0.95,
+        ema_decay: float | Callable[[int], float] = 0.95,
         update_every: int | str | Callable[[int], int] = 1,
         refactor_every: int | str | Callable[[int], int] = 1,
         refresh_tol: float = 0.1,
@@ -108,8 +166,13 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         unsupported: str = "error",
         seed: int = 0,
     ) -> None:
-        self._kl_clip = checked_kl_clip(kl_clip)
+        quadratic = step_rule == "quadratic"
+        lr = (1.0 if quadratic else 0.1) if lr is None else lr
+        self._kl_clip = checked_kl_clip(kl_clip, None if quadratic else 1.0)
         given = locals()
+        self._control = {name: given[name] for name in _CONTROL}
+        self._moved: list[tuple[float | Tensor, list[Tensor]]] = []  # (lr, steps or their norms) of the last step
+        _check_control(self._control, grad_scaler)
         super().__init__(
             model,
             params,
@@ -121,28 +184,120 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_step_options(group)
+        for key in ("trust_ratio", "normalize_weights"):
+            if not isinstance(group[key], bool):
+                raise TypeError(f"{key}={group[key]!r}; pass True or False")
+        plain = {"nesterov": False, "maximize": False, "trust_ratio": False, "momentum_type": "preconditioned"}
+        for key, value in plain.items():
+            if group[key] != value and self._control["step_rule"] == "quadratic":
+                raise ValueError(f'{key}={group[key]!r} with step_rule="quadratic", which makes the step its own way')
+        if self._control["damping_rule"] == "lm":
+            if group["maximize"]:
+                raise ValueError('maximize=True with damping_rule="lm": it trusts a model of a loss that falls')
+            if isinstance(group["damping"], Tensor):
+                raise TypeError('damping is a tensor; damping_rule="lm" changes a number')
+
+    def _take_group(self, index: int) -> None:
+        super()._take_group(index)
+        if self._control["damping_rule"] == "lm" and (index, "damping") in self._schedules:
+            raise ValueError('damping is a function of the step; with damping_rule="lm" pass the number to start from')
+
+    def _restore(self) -> None:
+        self._moved = []
+        super()._restore()
+
+    @property
+    def _warming_up(self) -> bool:
+        """Whether this step measures curvature only."""
+        return self._steps < self._control["curvature_warmup"]
+
+    def _due(self) -> list[str]:
+        due = super()._due()
+        if not self._warming_up:
+            return due
+        for block in self._blocks:
+            block.want(None)
+        return [block.name for block in self._blocks]
+
+    def _is_stale(self, block: Curvature, index: int) -> bool:
+        return not self._warming_up and super()._is_stale(block, index)
+
+    @property
+    def _controlled(self) -> bool:
+        """Whether a step needs more than gradients."""
+        return self._control["step_rule"] != "fixed" or self._control["damping_rule"] != "fixed"
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update from the gradients in `.grad`.
+
+        closure: recomputes the loss and its gradients, as in torch.optim. With step_rule="quadratic" or
+            damping_rule="lm" it is needed, and returns the loss, or (loss, output), without calling backward().
+        """
+        self._require_record()
+        if not self._controlled:
+            return super().step(closure)
+        if closure is None:
+            raise ValueError(
+                'step_rule="quadratic" and damping_rule="lm" need the loss at other points: call step(closure) with a '
+                "closure that returns the loss, or (loss, output), without calling backward()"
+            )
+        assert self.model is not None
+        evaluation = Evaluation(self.model, closure, self._control["model_share"])
+        self.zero_grad()
+        evaluation.backward()
+        self._last = {"loss": evaluation.loss.detach()}
+        with torch.no_grad():
+            if self._refresh():
+                if not self._warming_up:
+                    self._controlled_update(evaluation)
+                self._finish_step()
+        return evaluation.loss.detach()
 
     def _update(self) -> None:
-        gradients: dict[Tensor, Tensor] = {}
-        for group in self.param_groups:
-            gradients.update(self._gradients(group))
-        solved = self._solve(gradients)
+        if self._warming_up:
+            return
+        gradients, solved = self._preconditioned()
         common = self._clip(gradients, solved)
         for group in self.param_groups:
             clip = None if group["curv_type"] == INPUT else common
             params = [p for p in group["params"] if p in gradients]
-            averaged = group["momentum"] and group["momentum_type"] == "preconditioned" and not group["nesterov"]
-            if averaged and clip is not None and all(p in solved for p in params):  # one pass over the steps less
+            buffered = group["momentum"] and group["momentum_type"] == "preconditioned"
+            # one pass over the steps less
+            alone = buffered and not group["nesterov"] and not group["trust_ratio"]
+            if alone and clip is not None and all(p in solved for p in params):
                 for p in params:
                     self._buffer(self.state[p], p).mul_(group["momentum"]).addcmul_(solved[p], clip)
-                descend_(params, [self.state[p]["momentum_buffer"] for p in params], group["lr"], group["weight_decay"])
+                self._descend(group, params, [self.state[p]["momentum_buffer"] for p in params])
                 continue
             steps = [solved[p] if p in solved else gradients[p] for p in params]
             if clip is not None:
                 steps = [x * clip if p in solved else x for p, x in zip(params, steps, strict=True)]
-            if group["momentum_type"] == "preconditioned":
+            if group["trust_ratio"]:
+                steps = [x * trust_ratio(p, x) for p, x in zip(params, steps, strict=True)]
+            if buffered:
                 steps = self._momentum(group, params, steps)
-            descend_(params, steps, group["lr"], group["weight_decay"])
+            self._descend(group, params, steps)
+
+    def _preconditioned(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
+        """(g, V) by parameter, for a new step; V where there is a curvature."""
+        self._moved = []
+        gradients: dict[Tensor, Tensor] = {}
+        for group in self.param_groups:
+            gradients.update(self._gradients(group))
+        return gradients, self._solve(gradients)
+
+    def _descend(self, group: dict[str, Any], params: list[Tensor], steps: list[Tensor]) -> None:
+        descend_(params, steps, group["lr"], group["weight_decay"])
+        if group["normalize_weights"]:
+            normalise_(params)
+        self._note_step(group["lr"], params, steps)
+
+    def _note_step(self, lr: float | Tensor, params: list[Tensor], steps: list[Tensor]) -> None:
+        """For `metrics`: momentum buffers are there to be looked at later, what is not kept is measured now."""
+        kept = all(x is self.state[p].get("momentum_buffer") for p, x in zip(params, steps, strict=True))
+        if params:
+            norms = steps if kept else list(torch._foreach_norm(steps))
+            self._moved.append((lr, norms))
 
     def _gradients(self, group: dict[str, Any]) -> dict[Tensor, Tensor]:
         """What is preconditioned: the gradient with L2, its sign, and raw momentum."""
@@ -162,15 +317,122 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         buffers = [self._buffer(self.state[p], p) for p in params]
         return momentum_(buffers, steps, group["momentum"], group["nesterov"])
 
+    # ------------------------------------------------------------------------------- step control
+
+    def _controlled_update(self, evaluation: Evaluation) -> None:
+        control = self._control
+        due = control["damping_rule"] == "lm" and (self._steps + 1) % control["damping_interval"] == 0
+        before = {p: p.detach().clone() for p in self._params()} if due else {}
+        if control["step_rule"] == "quadratic":
+            self._quadratic_update(evaluation)
+        else:
+            self._update()
+        if due:
+            self._adapt_damping(evaluation, before)
+
+    def _quadratic_update(self, evaluation: Evaluation) -> None:
+        """p <- p - lr m with the m of the span of V, the plain gradients of what has no curvature, and the last m for
+        which the quadratic model of the loss at p - m is least."""
+        gradients, solved = self._preconditioned()
+        averaged = [p for group in self.param_groups if group["momentum"] for p in group["params"] if p in gradients]
+        plain = {p: g for p, g in gradients.items() if p not in solved}
+        last = {p: self._buffer(self.state[p], p) for p in averaged}
+        directions: list[Vector] = [d for d in (solved, plain, last) if d]
+        damping = {p: group["damping"] + group["l2"] for group in self.param_groups for p in group["params"]}
+        slope = torch.stack([dot(d, gradients) for d in directions])
+        gram = evaluation.curvature(directions, {p: p.detach() for p in self._params()})
+        damped = gram + torch.stack([torch.stack([dot(x, y, damping) for y in directions]) for x in directions])
+        chosen = minimiser(-slope, damped)
+        size = chosen @ gram.double() @ chosen
+        if self._kl_clip is not None:
+            scale = scale_within(size, self._kl_clip)
+            chosen, size = chosen * scale, size * scale.square()
+        self._last |= {"kl": size / 2, "coefficients": chosen}
+        chosen = chosen.to(slope.dtype)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p in gradients]
+            steps = [solved[p] * chosen[0] if p in solved else plain[p] * chosen[min(1, len(solved))] for p in params]
+            if group["momentum"]:
+                steps = [last[p].mul_(chosen[-1]).add_(x) for p, x in zip(params, steps, strict=True)]
+            self._descend(group, params, steps)
+
+    def _adapt_damping(self, evaluation: Evaluation, before: Vector) -> None:
+        """Levenberg and Marquardt's rule, for the step that was made; the only host sync."""
+        moved = {p: (p.detach() - x).to(torch.promote_types(x.dtype, torch.float32)) for p, x in before.items()}
+        l2 = {p: group["l2"] for group in self.param_groups for p in group["params"]}
+        gradients = {p: p.grad for p in before if p.grad is not None}
+        linear, square = dot(moved, gradients) + dot(moved, before, l2), dot(moved, moved, l2)
+        predicted = linear + 0.5 * (evaluation.curvature([moved], before)[0, 0] + square)
+        actual = evaluation.loss_now() - evaluation.loss.detach() + dot(moved, before, l2) + 0.5 * square
+        self._last |= {"predicted": predicted, "actual": actual}
+        change = float(actual), float(predicted)
+        control = self._control
+        factor = levenberg_marquardt(*change, control["damping_decay"] ** control["damping_interval"])
+        low, high = control["damping_bounds"]
+        for group in self.param_groups:
+            group["damping"] = min(high, max(low, group["damping"] * factor))
+        if not change[0] <= 0:
+            first = self.state[next(iter(self._params()))]
+            first["rejected_steps"] = first.get("rejected_steps", 0) + 1
+            for p, x in before.items():
+                p.copy_(x)
+                if "momentum_buffer" in self.state[p]:
+                    self.state[p]["momentum_buffer"].zero_()
+
     def _save_param(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
         super()._save_param(state, p, group)
         if group["momentum"]:
             self._buffer(state, p)
+        if self._control["damping_rule"] == "lm":
+            state.setdefault("rejected_steps", 0)
+
+    def metrics(self) -> dict[str, float]:
+        """Those of every optimizer here, and
+
+        step_norm: of the last change of the parameters but for their decay. With step_rule="quadratic": kl = ½ d^T G d,
+        step_along_0, step_along_1, ...: the coefficients of V, of plain gradients if there are any, and of the last
+        step if there is momentum. With damping_rule="lm", at the steps where it acts: predicted and actual change of
+        the loss and their ratio; rejected_steps: so far.
+        """
+        found = super().metrics()
+        if self._control["damping_rule"] == "lm":
+            found["rejected_steps"] = self.state[next(iter(self._params()))].get("rejected_steps", 0)
+        if "predicted" in found:
+            found["ratio"] = found["actual"] / found["predicted"] if found["predicted"] else math.nan
+        return found
+
+    def _known(self) -> dict[str, Tensor]:
+        known = super()._known()
+        chosen = known.pop("coefficients", None)
+        if chosen is not None:
+            known |= {f"step_along_{k}": c for k, c in enumerate(chosen)}
+        if self._moved:
+            known["step_norm"] = torch.stack([norm_of(steps) * lr for lr, steps in self._moved]).norm()
+        return known
 
 
-def checked_kl_clip(kl_clip: float | None) -> float | None:
+def _check_control(control: dict[str, Any], grad_scaler: Any) -> None:
+    for key, allowed in (("step_rule", STEP_RULES), ("damping_rule", DAMPING_RULES)):
+        if control[key] not in allowed:
+            raise ValueError(f"{key}={control[key]!r}; allowed are {', '.join(map(repr, allowed))}")
+        if control[key] != "fixed" and grad_scaler is not None:
+            raise ValueError(f"{key}={control[key]!r} with a grad_scaler: it reads the loss as it is; scale nothing")
+    check_number("model_share", control["model_share"], lambda x: 0 < x <= 1, "a number from above 0 to 1")
+    check_number("damping_decay", control["damping_decay"], lambda x: 0 < x < 1, "a number between 0 and 1")
+    check_count("damping_interval", control["damping_interval"])
+    if control["curvature_warmup"] != 0:
+        check_count("curvature_warmup", control["curvature_warmup"])
+    bounds = control["damping_bounds"]
+    if not (isinstance(bounds, tuple | list) and len(bounds) == 2 and 0 < bounds[0] <= bounds[1] < math.inf):
+        raise ValueError(f"damping_bounds={bounds!r}; pass two numbers with 0 < low <= high")
+
+
+def checked_kl_clip(kl_clip: Any, auto: float | None = 1.0) -> float | None:
+    """κ; auto: what "auto" stands for."""
+    if kl_clip == "auto":
+        return auto
     if kl_clip is not None:
-        check_number("kl_clip", kl_clip, lambda x: x > 0, "a number > 0, or None for no clipping")
+        check_number("kl_clip", kl_clip, lambda x: x > 0, 'a number > 0, or None for no clipping, or "auto"')
     return kl_clip
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 Number = float | Tensor
 
 
-def kl_clip_factor(products: list[Tensor], kl_clip: float) -> Tensor:
-    """ν = min(1, sqrt(κ / |Σ lr² <V, G>|)), V the preconditioned and G the raw gradient; a 0-d tensor, no sync.
+def scale_within(size: Tensor, bound: float, largest: float = 1.0) -> Tensor:
+    """min(largest, sqrt(bound / |size|)): what a step u is multiplied by, so that u^T M u <= bound, given size =
+    u^T M u. A 0-d tensor, no sync.
 
-    products: lr² <V, G> of each group. <V, G> = V^T (C + λ) V for Tikhonov damping, twice the KL divergence that
-    a step V would cause.
+    The KL clip has M = C + λ, where lr² <V, G> = u^T (C + λ) u for the step u = lr V of Tikhonov damping is twice the
+    KL divergence that it would cause. A trust region δ of the second-order change ½ u^T C u is the bound 2 δ.
     """
-    total = torch.stack(products).sum().abs()
-    return (kl_clip / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt().clamp_max(1)
+    return (bound / size.abs().clamp_min(torch.finfo(size.dtype).tiny)).sqrt().clamp_max(largest)
 
 
 def inner(x: Tensor, y: Tensor) -> Tensor:
@@ -44,3 +46,38 @@ def descend_(params: list[Tensor], steps: list[Tensor], lr: Number, weight_decay
         torch._foreach_sub_(params, torch._foreach_mul(steps, lr))
     else:
         torch._foreach_add_(params, steps, alpha=-lr)
+
+
+def dot(x: dict[Tensor, Tensor], y: dict[Tensor, Tensor], weights: dict[Tensor, Number] | None = None) -> Tensor:
+    """Σ_p w_p <x_p, y_p> over the parameters that both have."""
+    terms = [inner(x[p], y[p]) * (1.0 if weights is None else weights[p]) for p in x if p in y]
+    return torch.stack(terms).sum() if terms else next(iter(x.values())).new_zeros(())
+
+
+def norm_of(tensors: list[Tensor]) -> Tensor:
+    """The norm of all together, in float32 or better."""
+    return torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)).norm() for x in tensors]).norm()
+
+
+def levenberg_marquardt(actual: float, predicted: float, omega: float) -> float:
+    """What the damping is multiplied by, given how a step has changed the loss and how a quadratic model said it would:
+    1/ω for ρ = actual / predicted < ¼, NaN, or where the model itself rises; ω for ρ > ¾; else 1.
+    """
+    if not predicted < 0 or not actual / predicted >= 0.25:
+        return 1 / omega
+    return omega if actual / predicted > 0.75 else 1.0
+
+
+def trust_ratio(p: Tensor, step: Tensor) -> Tensor:
+    """norm(p) / norm(step) where norm(p) > 1e-2, else 1."""
+    size, length = p.norm(), step.norm()
+    tiny = torch.finfo(length.dtype).tiny
+    return torch.where((size > 1e-2) & (length > 0), size.to(length.dtype) / length.clamp_min(tiny), 1.0)
+
+
+def normalise_(params: list[Tensor]) -> None:
+    """p <- sqrt(2 o) p / norm(p) for p [o, ...] of two or more dimensions, in place; zero stays zero."""
+    for p in params:
+        if p.dim() > 1:
+            norm = p.norm()
+            p.mul_(torch.where(norm > 0, math.sqrt(2 * p.shape[0]) / norm, 1.0))

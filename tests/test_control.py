@@ -1,0 +1,612 @@
+"""Step control: lengths and damping from the quadratic model, schedules, norms, warm-up and metrics."""
+
+import copy
+import math
+
+import cases
+import measured
+import oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import torchcurv.optim.evaluation as evaluation_module
+from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer
+from torchcurv.optim.evaluation import Evaluation, minimiser
+from torchcurv.optim.update import levenberg_marquardt, scale_within
+
+DATA = [(cases.randn(6, 4, seed=t), torch.arange(6) % 3) for t in range(5)]
+EXACT = {"approx": "full", "samples": None, "damping_type": "exact", "ema_decay": 0.0, "model_share": 1.0}
+
+
+def make_model(dropout=0.0, norm=False):
+    def build():
+        between = nn.BatchNorm1d(5) if norm else nn.Tanh()
+        return nn.Sequential(nn.Linear(4, 5), between, nn.Dropout(dropout), nn.Linear(5, 3)).double()
+
+    return cases.seeded(build)
+
+
+def flat(tensors):
+    return torch.cat([t.detach().flatten() for t in tensors]).clone()
+
+
+def closure(model, x, y, loss=F.cross_entropy):
+    def evaluate():
+        output = model(x)
+        return loss(output, y), output
+
+    return evaluate
+
+
+def gradient(model, x, y):
+    return flat(torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters())))
+
+
+def ggn(model, x, y):
+    return oracles.ggn(model, nn.CrossEntropyLoss(), x, y, list(model.named_parameters()))
+
+
+def directions(model, count):
+    vectors = [[cases.randn(*p.shape, seed=10 * k + j) for j, p in enumerate(model.parameters())] for k in range(count)]
+    return [dict(zip(model.parameters(), vector, strict=True)) for vector in vectors]
+
+
+# ------------------------------------------------------------------------------------------- the model
+
+
+@pytest.mark.parametrize(("share", "least"), [(0.5, 1), (0.34, 1), (0.1, 4), (0.1, 64)])
+def test_a_share_of_the_batch_is_its_first_samples(share, least, monkeypatch):
+    monkeypatch.setattr(evaluation_module, "LEAST", least)
+    model, (x, y) = make_model(), DATA[0]
+    got = Evaluation(model, closure(model, x, y), share).curvature(
+        directions(model, 2), {p: p.detach() for p in model.parameters()}
+    )
+    count = min(len(x), max(least, round(share * len(x))))
+    d = torch.stack([flat(vector.values()) for vector in directions(model, 2)])
+    measured.close(got, d @ ggn(model, x[:count], y[:count]) @ d.T)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "batch norm", "called twice", "its own output"])
+def test_the_whole_batch_counts_where_a_part_would_be_another_function(kind, monkeypatch):
+    monkeypatch.setattr(evaluation_module, "LEAST", 1)
+    model, (x, y) = make_model(0.5 if kind == "dropout" else 0.0, norm=kind == "batch norm"), DATA[0]
+    model.train(kind == "dropout")
+
+    def evaluate():
+        output = model(x)
+        if kind == "called twice":
+            output = output + model(x)
+        elif kind == "its own output":
+            output = 2 * output
+        return F.cross_entropy(output, y), output
+
+    at, d = {p: p.detach() for p in model.parameters()}, directions(model, 1)
+    torch.manual_seed(3)
+    whole = Evaluation(model, evaluate, 1.0).curvature(d, at)
+    torch.manual_seed(3)
+    part = Evaluation(model, evaluate, 0.5).curvature(d, at)
+    assert torch.equal(whole, part) == (kind != "batch norm")
+
+
+def test_what_runs_again_has_the_same_draws_and_leaves_generators_and_buffers_alone():
+    model, (x, y) = make_model(dropout=0.5, norm=True), DATA[0]
+    model.train()
+    torch.manual_seed(5)
+    evaluation = Evaluation(model, closure(model, x, y), 1.0)
+    buffers, state = [b.clone() for b in model.buffers()], torch.get_rng_state()
+    assert torch.equal(evaluation.loss_now(), evaluation.loss.detach())
+    evaluation.curvature(directions(model, 1), {p: p.detach() for p in model.parameters()})
+    assert all(torch.equal(b, before) for b, before in zip(model.buffers(), buffers, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.no_grad():
+        model[0].weight += 1
+    assert not torch.equal(evaluation.loss_now(), evaluation.loss.detach())
+
+
+def test_fused_attention_has_a_forward_mode():
+    model = cases.seeded(lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True).double())
+    head, x, y = nn.Linear(4, 3).double(), cases.randn(2, 5, 4), torch.arange(10) % 3
+    whole = nn.Sequential(model, head)
+
+    def evaluate():
+        output = whole(x)
+        return F.cross_entropy(output.flatten(0, 1), y), output
+
+    d = [{p: torch.ones_like(p) for p in whole.parameters()}]
+    assert Evaluation(whole, evaluate).curvature(d, {p: p.detach() for p in whole.parameters()}) > 0
+
+
+def test_a_loss_that_is_linear_in_the_output_has_no_curvature():
+    model, (x, _) = make_model(), DATA[0]
+    evaluation = Evaluation(model, lambda: model(x).sum())
+    assert not evaluation.curvature(directions(model, 2), {p: p.detach() for p in model.parameters()}).any()
+
+
+@settings(max_examples=50, deadline=None)
+@given(size=st.integers(1, 4), zeros=st.integers(0, 2), seed=st.integers(0, 100))
+def test_the_minimiser_of_a_quadratic(size, zeros, seed):
+    V, b = cases.randn(size, size + 2, seed=seed), cases.randn(size, seed=seed + 1)
+    V[: min(zeros, size)] = 0
+    b = torch.where(V.any(1), b, 0)
+    A = V @ V.T
+    c = minimiser(b, A)
+    torch.testing.assert_close(c, -torch.linalg.pinv(A) @ b, rtol=1e-2, atol=1e-4)
+    assert not c[: min(zeros, size)].any()
+
+
+def test_the_minimiser_of_what_is_not_finite_stays_where_it_is():
+    assert not minimiser(torch.tensor([1.0, math.nan]), torch.eye(2)).any()
+    assert not minimiser(torch.ones(2), torch.full((2, 2), math.inf)).any()
+
+
+def test_parallel_directions_share_the_step():
+    A = torch.ones(2, 2, dtype=torch.float64)
+    c = minimiser(-torch.ones(2, dtype=torch.float64), A)
+    torch.testing.assert_close(c.sum(), torch.tensor(1.0, dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+# -------------------------------------------------------------------------------------- quadratic steps
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    momentum=st.sampled_from([0.0, 0.5]),
+    l2=st.sampled_from([0.0, 0.2]),
+    weight_decay=st.sampled_from([0.0, 0.1]),
+    kl_clip=st.sampled_from(["auto", 1e-3, 10.0]),
+    lr=st.sampled_from([None, 0.5]),
+    plain=st.booleans(),
+)
+def test_quadratic_steps_are_those_of_the_formula(momentum, l2, weight_decay, kl_clip, lr, plain):
+    damping, model, twin = 0.05, make_model(), make_model()
+    groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "approx": None if plain else "full"}]
+    optimizer = SecondOrderOptimizer(
+        model, groups, step_rule="quadratic", damping=damping, momentum=momentum, l2=l2, weight_decay=weight_decay,
+        kl_clip=kl_clip, lr=lr, **EXACT,
+    )  # fmt: skip
+    theta, m = flat(twin.parameters()), torch.zeros_like(flat(twin.parameters()))
+    split, size = 25, len(theta)  # of the first layer
+    for x, y in DATA:
+        nn.utils.vector_to_parameters(theta, twin.parameters())
+        C, g = ggn(twin, x, y), gradient(twin, x, y) + l2 * theta
+        damped = C + (damping + l2) * torch.eye(size, dtype=theta.dtype)
+        if plain:
+            V, other = torch.zeros_like(g), torch.zeros_like(g)
+            V[:split] = torch.linalg.solve(damped[:split, :split], g[:split])
+            other[split:] = g[split:]
+            D = torch.stack([V, other])
+        else:
+            D = torch.linalg.solve(damped, g)[None]
+        if momentum:
+            D = torch.cat([D, m[None]])
+        c = torch.linalg.pinv(D @ damped @ D.T) @ (D @ g)
+        if kl_clip != "auto":
+            c = c * min(1, math.sqrt(kl_clip / (c @ D @ C @ D.T @ c)))
+        m = c @ D
+        theta = (1 - (lr or 1) * weight_decay) * theta - (lr or 1) * m
+        optimizer.step(closure(model, x, y))
+        torch.testing.assert_close(flat(model.parameters()), theta, rtol=1e-4, atol=1e-6)
+        with torch.no_grad():  # errors do not add up
+            nn.utils.vector_to_parameters(theta, model.parameters())
+
+
+def test_one_quadratic_step_solves_least_squares():
+    model, x, y = cases.seeded(lambda: nn.Linear(4, 2).double()), cases.randn(20, 4), cases.randn(20, 2, seed=1)
+    optimizer = SecondOrderOptimizer(model, loss_fn="mse", step_rule="quadratic", damping=1e-9, momentum=0.0, **EXACT)
+    optimizer.step(closure(model, x, y, F.mse_loss))
+    design = torch.cat([x, torch.ones(20, 1, dtype=x.dtype)], 1)
+    best = torch.linalg.lstsq(design, y).solution
+    torch.testing.assert_close(torch.cat([model.weight, model.bias[:, None]], 1).T, best, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bad_scale_of_the_preconditioner_is_made_good():
+    """The step does not change when the kept curvature is wrong by a factor, as K-FAC's is, but for the damping."""
+    steps = []
+    for factor in (1.0, 100.0):
+        model, (x, y) = make_model(), DATA[0]
+        optimizer = SecondOrderOptimizer(model, step_rule="quadratic", damping=1e-6, momentum=0.0, **EXACT)
+        before, solve = flat(model.parameters()), optimizer._solve
+        optimizer._solve = lambda g, f=factor, s=solve: {p: v * f for p, v in s(g).items()}
+        optimizer.step(closure(model, x, y))
+        steps.append(flat(model.parameters()) - before)
+    torch.testing.assert_close(*steps, rtol=1e-5, atol=1e-8)
+
+
+def test_schedulers_scale_what_the_model_chooses():
+    moves = []
+    for factor in (1.0, 0.25):
+        model, (x, y) = make_model(), DATA[0]
+        optimizer = SecondOrderOptimizer(model, step_rule="quadratic", **EXACT)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t, f=factor: f)
+        before = flat(model.parameters())
+        optimizer.step(closure(model, x, y))
+        scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == factor
+        moves.append(flat(model.parameters()) - before)
+    torch.testing.assert_close(moves[1], 0.25 * moves[0])
+
+
+def test_a_loss_alone_and_calls_by_keyword_will_do():
+    results = []
+    for form in range(3):
+        model, (x, y) = make_model(), DATA[0]
+        optimizer = SecondOrderOptimizer(model, step_rule="quadratic", damping_rule="lm", damping_interval=1, **EXACT)
+        forms = (
+            closure(model, x, y),
+            lambda m=model, x=x, y=y: F.cross_entropy(m(x), y),
+            lambda m=model, x=x, y=y: F.cross_entropy(m(input=x), y),
+        )
+        loss = optimizer.step(forms[form])
+        assert not loss.requires_grad and torch.equal(loss, F.cross_entropy(make_model()(x), y).detach())
+        results.append(flat(model.parameters()))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("rule", [{"step_rule": "quadratic"}, {"damping_rule": "lm", "damping_interval": 1}])
+def test_a_step_without_the_loss_is_refused(rule):
+    model, (x, y) = make_model(), DATA[0]
+    optimizer = SecondOrderOptimizer(model, **rule)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(ValueError, match="closure that returns the loss"):
+        optimizer.step()
+
+
+def bad_closures(model, x, y):
+    def called_backward():
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    def without_gradients():
+        with torch.no_grad():
+            return F.cross_entropy(model(x), y)
+
+    return {
+        "without calling backward": called_backward,
+        "with gradients enabled": without_gradients,
+        "0-d tensor": lambda: F.cross_entropy(model(x), y, reduction="none"),
+        "a float": lambda: F.cross_entropy(model(x), y).item(),
+        "no tensor": lambda: (model(x).sum(), None),
+        "does not depend": lambda: (model(x).sum(), model(x)),
+    }
+
+
+@pytest.mark.parametrize("match", list(bad_closures(None, None, None)))
+def test_closures_that_do_not_fit_are_refused_and_change_nothing(match):
+    model = make_model()
+    optimizer = SecondOrderOptimizer(model, step_rule="quadratic", **EXACT)
+    before = flat(model.parameters())
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=match):
+        optimizer.step(bad_closures(model, *DATA[0])[match])
+    assert torch.equal(flat(model.parameters()), before) and optimizer.metrics()["step"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"step_rule": "newton"}, "'fixed', 'quadratic'"),
+        ({"damping_rule": True}, "'fixed', 'lm'"),
+        ({"damping_rule": "lm", "damping_decay": 1.0}, "damping_decay"),
+        ({"damping_rule": "lm", "damping_interval": 0}, "damping_interval"),
+        ({"damping_rule": "lm", "damping_bounds": (1.0, 0.1)}, "damping_bounds"),
+        ({"damping_rule": "lm", "damping": lambda step: 0.1}, "function of the step"),
+        ({"damping_rule": "lm", "damping": torch.tensor(0.1)}, "is a tensor"),
+        ({"damping_rule": "lm", "maximize": True}, "maximize"),
+        ({"step_rule": "quadratic", "maximize": True}, "maximize"),
+        ({"step_rule": "quadratic", "nesterov": True}, "nesterov"),
+        ({"step_rule": "quadratic", "momentum_type": "raw"}, "momentum_type"),
+        ({"step_rule": "quadratic", "trust_ratio": True}, "trust_ratio"),
+        ({"model_share": 0.0}, "model_share"),
+        ({"curvature_warmup": -1}, "curvature_warmup"),
+        ({"kl_clip": "none"}, "kl_clip"),
+        ({"trust_ratio": 1}, "trust_ratio"),
+        ({"ema_decay": lambda step: 2.0}, "ema_decay"),
+        ({"damping": lambda step: -1.0}, "damping"),
+    ],
+)
+def test_options_that_are_not_allowed(options, match):
+    with pytest.raises((ValueError, TypeError), match=match):
+        SecondOrderOptimizer(make_model(), **options)
+
+
+# ------------------------------------------------------------------------------------ Levenberg-Marquardt
+
+
+@pytest.mark.parametrize(
+    ("actual", "predicted", "factor"),
+    [
+        (-1.0, -1.0, 0.5), (-0.8, -1.0, 0.5), (-0.75, -1.0, 1.0), (-0.5, -1.0, 1.0), (-0.25, -1.0, 1.0),
+        (-0.2, -1.0, 2.0), (0.3, -1.0, 2.0), (math.nan, -1.0, 2.0), (math.inf, -1.0, 2.0), (-1.0, 0.0, 2.0),
+        (-1.0, 0.5, 2.0), (-1.0, math.nan, 2.0),
+    ],
+)  # fmt: skip
+def test_the_rule_of_levenberg_and_marquardt(actual, predicted, factor):
+    assert levenberg_marquardt(actual, predicted, 0.5) == factor
+
+
+@pytest.mark.parametrize("step_rule", ["fixed", "quadratic"])
+@pytest.mark.parametrize("l2", [0.0, 0.3])
+def test_the_predicted_change_is_that_of_the_dense_model(step_rule, l2):
+    model, twin, (x, y) = make_model(), make_model(), DATA[0]
+    options = {"kl_clip": None} if step_rule == "fixed" else {}
+    optimizer = SecondOrderOptimizer(
+        model, step_rule=step_rule, damping_rule="lm", damping_interval=1, damping=0.5, l2=l2, **options, **EXACT
+    )
+    optimizer.step(closure(model, x, y))
+    theta, g, C = flat(twin.parameters()), gradient(twin, x, y), ggn(twin, x, y)
+    d = flat(model.parameters()) - theta
+    eye = torch.eye(len(d), dtype=d.dtype)
+    predicted = (g + l2 * theta) @ d + 0.5 * d @ (C + l2 * eye) @ d
+    new = theta + d
+    with torch.no_grad():
+        change = F.cross_entropy(model(x), y) - F.cross_entropy(twin(x), y) + l2 / 2 * (new @ new - theta @ theta)
+    found = optimizer.metrics()
+    assert found["predicted"] == pytest.approx(float(predicted), rel=1e-9)
+    assert found["actual"] == pytest.approx(float(change), rel=1e-9)
+    assert found["ratio"] == pytest.approx(float(change / predicted), rel=1e-9)
+    omega = 0.95 if found["ratio"] > 0.75 else 1 / 0.95 if found["ratio"] < 0.25 else 1
+    assert optimizer.param_groups[0]["damping"] == pytest.approx(0.5 * omega)
+
+
+def test_damping_changes_every_t_steps_and_stays_within_bounds():
+    model = make_model()
+    groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "damping": 1.0}]
+    optimizer = SecondOrderOptimizer(
+        model, groups, step_rule="quadratic", damping_rule="lm", damping_interval=2, damping_decay=0.5, damping=0.1,
+        damping_bounds=(0.02, 10.0),
+    )  # fmt: skip
+    seen = []
+    for x, y in DATA[:1] * 14:
+        optimizer.step(closure(model, x, y))
+        seen.append([group["damping"] for group in optimizer.param_groups])
+    assert seen[0] == [0.1, 1.0] and seen[1] in ([0.025, 0.25], [0.1, 1.0], [0.4, 4.0]) and seen[2] == seen[1]
+    assert all(0.02 <= low <= 10 and 0.02 <= high <= 10 for low, high in seen)
+    assert seen[-1] == [0.02, 0.02]  # the model is good: it is trusted
+
+
+@pytest.mark.parametrize("step_rule", ["fixed", "quadratic"])
+def test_a_step_that_makes_its_loss_rise_is_taken_back(step_rule):
+    model, (x, y) = make_model(), DATA[0]
+    lr = 300.0 if step_rule == "quadratic" else 1e5
+    optimizer = SecondOrderOptimizer(
+        model, lr=lr, damping=0.1, kl_clip=None, step_rule=step_rule, damping_rule="lm", damping_interval=1
+    )
+    before = flat(model.parameters())
+    optimizer.step(closure(model, x, y))
+    assert torch.equal(flat(model.parameters()), before)
+    assert optimizer.param_groups[0]["damping"] > 0.1 and optimizer.metrics()["rejected_steps"] == 1
+    assert not any(optimizer.state[p]["momentum_buffer"].any() for p in model.parameters())
+    optimizer.param_groups[0]["lr"] = 0.1
+    loss = optimizer.step(closure(model, x, y))
+    assert F.cross_entropy(model(x), y) < loss
+
+
+def test_a_loss_that_is_not_finite_after_the_step_is_taken_back():
+    model, (x, y) = make_model(), DATA[0]
+    optimizer = SecondOrderOptimizer(model, lr=1e300, kl_clip=None, damping_rule="lm", damping_interval=1)
+    before = flat(model.parameters())
+    optimizer.step(closure(model, x, y))
+    assert torch.equal(flat(model.parameters()), before) and optimizer.metrics()["rejected_steps"] == 1
+
+
+@pytest.mark.parametrize("approx", ["kfac", "ekfac", "diag", "unit", "block", None])
+@pytest.mark.parametrize("curv_type", ["ggn", "empirical_fisher"])
+def test_control_trains_with_every_shape(approx, curv_type):
+    model = make_model()
+    optimizer = SecondOrderOptimizer(
+        model, approx=approx, curv_type=curv_type, step_rule="quadratic", damping_rule="lm", damping_interval=2
+    )
+    losses = [float(optimizer.step(closure(model, *DATA[0]))) for _ in range(12)]
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_half_precision_parameters_train():
+    model = make_model().to(torch.bfloat16)
+    optimizer = SecondOrderOptimizer(model, step_rule="quadratic", damping_rule="lm", damping_interval=2)
+    losses = [float(optimizer.step(closure(model, x.bfloat16(), y))) for x, y in DATA[:1] * 10]
+    assert losses[-1] < losses[0]
+
+
+def test_frozen_and_unused_parameters_stay():
+    model = make_model()
+    model.append(nn.Identity()).register_module("unused", nn.Linear(2, 2).double())
+    model[0].bias.requires_grad_(False)
+    optimizer = SecondOrderOptimizer(
+        model, params=list(model.parameters()), step_rule="quadratic", damping_rule="lm", damping_interval=1
+    )
+    model.forward = lambda x: model[3](model[1](model[0](x)))
+    before = model[0].bias.clone(), model.unused.weight.clone(), model[0].weight.clone()
+    optimizer.step(closure(model, *DATA[0]))
+    assert torch.equal(model[0].bias, before[0]) and torch.equal(model.unused.weight, before[1])
+    assert not torch.equal(model[0].weight, before[2])
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit():
+    options = {"step_rule": "quadratic", "damping_rule": "lm", "damping_interval": 2, "update_every": 2}
+    model = make_model()
+    optimizer = SecondOrderOptimizer(model, **options)
+    for x, y in DATA[:3]:
+        optimizer.step(closure(model, x, y))
+    other = copy.deepcopy(model)
+    again = SecondOrderOptimizer(other, **options)
+    again.load_state_dict(optimizer.state_dict())
+    for x, y in DATA[3:] * 2:
+        optimizer.step(closure(model, x, y))
+        again.step(closure(other, x, y))
+    assert torch.equal(flat(model.parameters()), flat(other.parameters()))
+    assert optimizer.metrics() == again.metrics()
+    pair, copied = copy.deepcopy((model, optimizer))
+    assert copied.metrics()["step"] == optimizer.metrics()["step"]
+    optimizer.step(closure(model, *DATA[0]))
+    copied.step(closure(pair, *DATA[0]))
+    assert torch.equal(flat(model.parameters()), flat(pair.parameters()))
+
+
+# ------------------------------------------------------------------------------------- clips and norms
+
+
+@given(size=st.floats(-1e6, 1e6), bound=st.floats(1e-6, 1e6), largest=st.floats(0.1, 10))
+def test_one_scale_for_clips_and_trust_regions(size, bound, largest):
+    scale = float(scale_within(torch.tensor(size, dtype=torch.float64), bound, largest))
+    assert 0 < scale <= largest and scale**2 * abs(size) <= bound * (1 + 1e-9)
+    assert scale == largest or scale**2 * abs(size) == pytest.approx(bound)
+
+
+def test_the_trust_ratio_makes_steps_as_long_as_the_weights():
+    model, (x, y) = make_model(), DATA[0]
+    with torch.no_grad():
+        model[3].bias.zero_()  # too short to say anything
+    before = [p.detach().clone() for p in model.parameters()]
+    plain, twin = SecondOrderOptimizer(copy.deepcopy(model), kl_clip=None, momentum=0.0, lr=0.01), None
+    optimizer = SecondOrderOptimizer(model, trust_ratio=True, lr=0.01, momentum=0.0)
+    for o in (plain, optimizer):
+        o.zero_grad()
+        F.cross_entropy(o.model(x), y).backward()
+        o.step()
+    for p, twin, old in zip(model.parameters(), plain.model.parameters(), before, strict=True):
+        moved = p.detach() - old
+        length = 0.01 * old.norm() if old.norm() > 1e-2 else (twin.detach() - old).norm()
+        torch.testing.assert_close(moved.norm(), length, rtol=1e-6, atol=0)
+        torch.testing.assert_close(moved / moved.norm(), (twin.detach() - old) / (twin.detach() - old).norm())
+
+
+def test_normalised_weights_have_one_norm_after_each_step():
+    model = make_model()
+    groups = [{"params": model[0].parameters(), "normalize_weights": True}, {"params": model[3].parameters()}]
+    optimizer = SecondOrderOptimizer(model, groups)
+    bias, other = model[0].bias.norm(), model[3].weight.norm()
+    for x, y in DATA[:2]:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert model[0].weight.norm().item() == pytest.approx(math.sqrt(2 * 5))
+    assert 0 < (model[0].bias.norm() - bias).abs() < 1 and 0 < (model[3].weight.norm() - other).abs() < 1
+
+
+# ------------------------------------------------------------------------- schedules, warm-up and metrics
+
+
+@pytest.mark.parametrize("make", [SecondOrderOptimizer, Preconditioner, lambda m, **o: VIOptimizer(m, 100, **o)])
+def test_damping_and_memory_may_be_functions_of_the_step(make):
+    model = make_model()
+    optimizer = make(model, damping=lambda step: 0.1 / (1 + step), ema_decay=lambda step: min(0.9, 0.3 * step))
+    for t, (x, y) in enumerate(DATA[:4]):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        group = optimizer.param_groups[0]
+        assert group["damping"] == 0.1 / (1 + t) and group["ema_decay"] == min(0.9, 0.3 * t)
+
+
+def test_a_scheduled_step_is_that_of_the_number():
+    results = []
+    for scheduled in (True, False):
+        model = make_model()
+        optimizer = SecondOrderOptimizer(
+            model, damping=(lambda step: 0.5**step) if scheduled else 1.0, ema_decay=lambda step: 0.1 * step
+        )
+        for t, (x, y) in enumerate(DATA):
+            if not scheduled:
+                optimizer.param_groups[0]["damping"] = 0.5**t
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        results.append(flat(model.parameters()))
+    assert torch.equal(*results)
+
+
+def test_schedules_are_not_saved_and_are_given_again():
+    schedule = {"damping": lambda step: 0.1 / (1 + step)}
+    model = make_model()
+    optimizer = SecondOrderOptimizer(model, **schedule)
+    for x, y in DATA[:2]:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["damping"] == 0.05
+    other = copy.deepcopy(model)
+    again = SecondOrderOptimizer(other, **schedule)
+    again.load_state_dict(saved)
+    for m, o in ((model, optimizer), (other, again)):
+        o.zero_grad()
+        F.cross_entropy(m(DATA[2][0]), DATA[2][1]).backward()
+        o.step()
+    assert again.param_groups[0]["damping"] == pytest.approx(0.1 / 3)
+    assert torch.equal(flat(model.parameters()), flat(other.parameters()))
+
+
+def test_a_schedule_in_a_group_is_that_of_the_group():
+    model = make_model()
+    groups = [{"params": model[0].parameters(), "damping": lambda step: 2.0 + step}, {"params": model[3].parameters()}]
+    optimizer = SecondOrderOptimizer(model, groups, damping=0.5)
+    assert [group["damping"] for group in optimizer.param_groups] == [2.0, 0.5]
+
+
+@pytest.mark.parametrize("rule", [{}, {"step_rule": "quadratic"}])
+def test_warm_up_measures_and_does_not_move(rule):
+    model = make_model()
+    optimizer = SecondOrderOptimizer(
+        model, curvature_warmup=3, update_every=10, approx="full", samples=None, ema_decay=1.0, **rule
+    )
+    before, truths = flat(model.parameters()), []
+    for x, y in DATA[:3]:
+        truths.append(ggn(model, x, y))
+        if rule:
+            optimizer.step(closure(model, x, y))
+        else:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        assert torch.equal(flat(model.parameters()), before)
+    measured.close(measured.dense(optimizer, "tensors"), torch.stack(truths).mean(0))
+    found = optimizer.metrics()
+    assert (found["measurements"], found["factorisations"]) == (3, 0)
+    if rule:
+        optimizer.step(closure(model, *DATA[3]))
+    else:
+        optimizer.zero_grad()
+        F.cross_entropy(model(DATA[3][0]), DATA[3][1]).backward()
+        optimizer.step()
+    assert not torch.equal(flat(model.parameters()), before)
+    assert optimizer.metrics()["factorisations"] == 1
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.7, False), (0.7, True)])
+def test_metrics_are_those_of_the_last_step(momentum, nesterov):
+    model = make_model()
+    optimizer = SecondOrderOptimizer(model, lr=0.2, momentum=momentum, nesterov=nesterov, damping=0.3, kl_clip=1e-3)
+    assert optimizer.metrics()["step"] == 0
+    for x, y in DATA[:3]:
+        before = flat(model.parameters())
+
+        def evaluate(x=x, y=y):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(evaluate)
+    found = optimizer.metrics()
+    assert all(type(value) in (int, float) for value in found.values())
+    assert found["step"] == 3 and found["measurements"] == 6 and found["factorisations"] == 6
+    assert found["loss"] == pytest.approx(loss.item()) and found["damping"] == 0.3
+    assert found["gradient_norm"] == pytest.approx(float(flat(p.grad for p in model.parameters()).norm()))
+    assert found["parameter_norm"] == pytest.approx(float(flat(model.parameters()).norm()))
+    assert found["step_norm"] == pytest.approx(float((flat(model.parameters()) - before).norm()))
+    assert 0 < found["clip"] < 1 and found["kl"] == pytest.approx(0.5e-3)
+
+
+def test_metrics_of_a_quadratic_step():
+    model, twin, (x, y) = make_model(), make_model(), DATA[0]
+    optimizer = SecondOrderOptimizer(model, step_rule="quadratic", **EXACT)
+    loss = optimizer.step(closure(model, x, y))
+    found, d = optimizer.metrics(), flat(model.parameters()) - flat(twin.parameters())
+    assert found["loss"] == pytest.approx(float(loss))
+    assert found["kl"] == pytest.approx(float(0.5 * d @ ggn(twin, x, y) @ d))
+    assert found["step_norm"] == pytest.approx(float(d.norm()))
+    assert found["step_along_0"] == pytest.approx(1.0, rel=1e-4) and found["step_along_1"] == 0

@@ -1,0 +1,193 @@
+"""Evaluation: the loss of one batch, what it is elsewhere, and its curvature along directions.
+
+The quadratic model of a loss L(f(θ)) around θ, with J = df/dθ and H_L the Hessian of L with respect to f,
+
+    L(θ + d) ≈ L(θ) + g·d + ½ d^T C d,    C = J^T H_L J,    d_i^T C d_j = (J d_i)^T H_L (J d_j)
+
+needs one product J d per direction, by differentiating a forward pass in forward mode, and none with J^T. What runs
+again runs as it did the first time: with the same random draws, and without an effect on the buffers of the model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+from torchcurv.curv.hooks import unfused
+from torchcurv.curv.losses import at_least_float32
+from torchcurv.optim.update import inner
+
+Vector = dict[Tensor, Tensor]  # by parameter
+LEAST = 64  # samples that a share is made of
+RIDGE = 1e-6  # relative; the rounding of J d in float32
+
+
+class Evaluation:
+    """The loss of one batch as a closure computes it.
+
+    closure: returns the loss, a 0-d tensor, or (loss, output), without calling backward(). output: f, of which the
+        loss is a function; by default what the model returned last.
+    share: the fraction of the samples that products with J are made of, the first of the batch, but no fewer than
+        LEAST. All of them are taken where the closure calls the model more than once or returns an output that is not
+        the model's, and where the pass draws random numbers, which would be others for fewer samples.
+    """
+
+    def __init__(self, model: nn.Module, closure: Callable[[], Any], share: float = 1.0) -> None:
+        self.model, self._closure = model, _Closure(model, closure)
+        self._devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+        self._draws = self._generators()
+        with torch.enable_grad():
+            self.loss, self.output, calls = self._closure()
+        self._part: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        same_draws = all(torch.equal(x, y) for x, y in zip(self._draws, self._generators(), strict=True))
+        if len(calls) == 1 and calls[0][2] is self.output and same_draws:
+            self._part = _first(calls[0][0], calls[0][1], len(self.output), share)
+        self._slope = self._at_output()
+
+    def _at_output(self) -> Tensor:
+        """dL/df, which can be differentiated."""
+        try:
+            slope = torch.autograd.grad(self.loss, self.output, create_graph=True, allow_unused=True)[0]
+        except RuntimeError as error:
+            if "second time" not in str(error) and "does not require grad" not in str(error):
+                raise
+            raise RuntimeError(
+                "the closure must return the loss as it was computed, with gradients enabled and without calling "
+                "backward() on it"
+            ) from error
+        if slope is None:
+            raise ValueError(
+                "the loss does not depend on what the model returned last: return (loss, output) from the closure, "
+                "with the tensor that the loss is computed from"
+            )
+        return slope
+
+    def backward(self) -> None:
+        """Gradients into `.grad`; the graph stays for `curvature`."""
+        self.loss.backward(retain_graph=True)
+
+    @torch.no_grad()
+    def loss_now(self) -> Tensor:
+        """The loss of this batch at what the parameters hold now."""
+        with self._again():
+            return self._closure()[0]
+
+    def curvature(self, directions: list[Vector], at: Vector) -> Tensor:
+        """[k, k] of d_i^T C d_j; at: all parameters, as they were when the loss was computed."""
+        tangents = [at_least_float32(self._along(d, at)) for d in directions]
+        products = [self._hessian_times(t) for t in tangents]
+        rows = [torch.stack([inner(t, x) for x in products]) for t in tangents]
+        return torch.stack(rows) * (len(self.output) / len(tangents[0]))
+
+    @torch.no_grad()
+    def _along(self, direction: Vector, at: Vector) -> Tensor:
+        """J d, for the first of the samples."""
+        _load_forward_mode()
+        with self._again(), forward_ad.dual_level(), unfused():
+            values = {
+                p: forward_ad.make_dual(x, direction[p].to(x.dtype)) if p in direction else x for p, x in at.items()
+            }
+            names = self._closure.names
+            if self._part is None:
+                output = functional_call(self._closure, {f"model.{names[p]}": x for p, x in values.items()}, ())[1]
+            else:
+                output = functional_call(self.model, {names[p]: x for p, x in values.items()}, *self._part)
+            tangent = forward_ad.unpack_dual(output).tangent
+        return torch.zeros_like(output) if tangent is None else tangent
+
+    def _hessian_times(self, v: Tensor) -> Tensor:
+        """H_L v, of the samples that v is about."""
+        if not self._slope.requires_grad:  # the loss is linear in f
+            return torch.zeros_like(v)
+        whole = torch.zeros_like(self._slope)
+        whole[: len(v)] = v
+        with torch.enable_grad():
+            product = torch.autograd.grad(self._slope, self.output, whole, retain_graph=True, materialize_grads=True)[0]
+        return product[: len(v)].to(v.dtype)
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """With the draws of the first time; afterwards generators and buffers are as before."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with torch.random.fork_rng(self._devices):
+            torch.set_rng_state(self._draws[0])
+            for device, state in zip(self._devices, self._draws[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            try:
+                yield
+            finally:
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+    def _generators(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]
+
+
+class _Closure(nn.Module):
+    """A closure as a function of the parameters of the model that it calls: (loss, output, calls of the model)."""
+
+    def __init__(self, model: nn.Module, closure: Callable[[], Any]) -> None:
+        super().__init__()
+        self.model, self.closure = model, closure
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+
+    def forward(self) -> tuple[Tensor, Tensor, list[tuple[Any, ...]]]:
+        calls: list[tuple[Any, ...]] = []  # (args, kwargs, what it returned)
+        hook = self.model.register_forward_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+        try:
+            result = self.closure()
+        finally:
+            hook.remove()
+        loss, output = result if isinstance(result, tuple) else (result, calls[-1][2] if calls else None)
+        if not isinstance(loss, Tensor) or loss.dim():
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise TypeError(f"the closure returned {what} as the loss; return a 0-d tensor, or (loss, output)")
+        if not isinstance(output, Tensor) or not output.dim():
+            raise TypeError(
+                "the model returned no tensor [batch, ...] in the closure: return (loss, output) from it, with the "
+                "tensor that the loss is computed from"
+            )
+        return loss, output, calls
+
+
+def _first(args: Any, kwargs: Any, n: int, share: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of the model with n samples, for the first of them."""
+    count = max(min(n, LEAST), round(share * n))
+
+    def cut(x: Any) -> Any:
+        return x[:count] if isinstance(x, Tensor) and x.dim() and len(x) == n else x
+
+    return tree_map(cut, args), tree_map(cut, kwargs)
+
+
+@cache
+def _load_forward_mode() -> None:
+    """What torch imports at the first dual number, with a warning about its own use of torch.jit.script."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
+def minimiser(slope: Tensor, curvature: Tensor) -> Tensor:
+    """argmin_c slope·c + ½ c^T curvature c, [k] in float64; 0 for directions that are zero, and for all where something
+    is not finite. No host sync.
+    """
+    slope, curvature = slope.double(), curvature.double()
+    diagonal = curvature.diagonal()
+    known = diagonal > 0
+    scale = torch.where(known, diagonal, 1.0).rsqrt() * known
+    # With a unit diagonal, how parallel two directions may be to count as two.
+    ridge = torch.where(known, RIDGE, 1.0)
+    scaled = torch.linalg.solve_ex(scale[:, None] * curvature * scale + ridge.diag(), scale * slope)[0]
+    found = -scale * scaled
+    return torch.where(torch.isfinite(found).all(), found, 0.0)
