@@ -20,7 +20,7 @@ from those as they are. Means and standard errors over the seeds, which see the 
 
 Options come from a grid of 6 for every method (`GRIDS`), by the NLL of 200 of the 1,000 training images when trained
 on the other 800: the mean over two splits with seeds of their own (100, 101). The ranges of the grids were found by
-trial on the same splits, 6 to 20 trials for SGD, AdamW, Laplace and IVON, more for VIOptimizer (about 20 of VOGN, 90
+trial on the same splits, 6 to 20 trials for SGD, AdamW, Laplace and IVON, more for VIOptimizer (about 20 of VOGN, 100
 of K-FAC, in about equal shares with the GGN and the empirical Fisher), and some of the best options lie at an edge. 200
 images choose coarsely: other draws change a score by about 0.03, as much as most options do. Nothing is chosen on test
 digits or on the reported seeds.
