@@ -339,7 +339,7 @@ def kfac_reference(optimizer, model, x, y, damping, exact):
     A, B = (m[0] for m in oracles.kron_factors(a, s))
     grad = torch.cat([model[0].weight.grad, model[0].bias.grad[:, None]], 1)
     if exact:
-        damped = torch.kron(B, A) + damping * torch.eye(grad.numel())
+        damped = torch.kron(B.contiguous(), A.contiguous()) + damping * torch.eye(grad.numel())
         return torch.linalg.solve(damped, grad.flatten()).reshape(grad.shape)
     A, B = damped_factors(A, B, damping)
     return torch.linalg.solve(B, grad) @ torch.linalg.inv(A)

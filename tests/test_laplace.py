@@ -1,7 +1,9 @@
 """Laplace posteriors against closed forms and dense matrices, in float64."""
 
 import copy
+import io
 import math
+import pickle
 
 import cases
 import models
@@ -492,6 +494,28 @@ def test_a_copy_is_a_posterior_of_its_own():
         assert torch.equal(model[0].weight, before) and not torch.equal(copied.model[0].weight, before)
     close(copied.glm(data[0][0]), posterior.glm(data[0][0]))
     close(copied.log_marginal_likelihood(), posterior.log_marginal_likelihood())
+
+
+@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
+def test_a_posterior_goes_through_a_file_with_its_model(options):
+    model, data = classification()
+    posterior = laplace(model, nn.CrossEntropyLoss(), data, prior_precision=DELTA, **options)
+    posterior.sample()  # the draws go on where they were
+    file = io.BytesIO()
+    torch.save(posterior, file)
+    file.seek(0)
+    for back in (torch.load(file, weights_only=False), pickle.loads(pickle.dumps(posterior))):
+        assert back.model is not model and torch.equal(back.model[0].weight, model[0].weight)
+        x = data[1][0]
+        assert torch.equal(back.glm(x).covariance, posterior.glm(x).covariance)
+        assert torch.equal(back.log_marginal_likelihood(), posterior.log_marginal_likelihood())
+        with back.sampled_params():
+            outside, drawn = model[0].weight.detach().clone(), back.model[0].weight.detach().clone()
+        assert torch.equal(outside, model[0].weight) and not torch.equal(drawn, back.model[0].weight)
+        assert torch.equal(back.log_prob(), posterior.log_prob())
+    draws = posterior.sample(), pickle.loads(pickle.dumps(posterior)).sample(), posterior.sample()
+    assert torch.equal(draws[1]["3.weight"], draws[2]["3.weight"])
+    assert not torch.equal(draws[0]["3.weight"], draws[1]["3.weight"])
 
 
 # ------------------------------------------------------------------------------------------ what is refused

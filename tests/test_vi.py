@@ -530,6 +530,101 @@ def test_antithetic_pairs_are_mirror_images():
     assert not torch.allclose(seen[2].abs(), seen[3].abs())
 
 
+def deviations(model, optimizer, steps, draws=1):
+    """θ - μ of every draw of a training run."""
+    seen = []
+    for t in steps:
+        optimizer.zero_grad()
+        for _ in range(draws):
+            mean = weights(model)
+            with optimizer.sampled_params():
+                seen.append(weights(model) - mean)
+                F.cross_entropy(model(batch(t)[0]), batch(t)[1]).backward()
+        optimizer.step()
+    return seen
+
+
+def mirrored(seen):
+    """Which draws are the mirror image of the one before."""
+    return [k for k in range(1, len(seen)) if torch.allclose(seen[k], -seen[k - 1], rtol=1e-9, atol=1e-12)]
+
+
+EVERY_FOUR = {"antithetic": True, "update_every": 4, "refactor_every": 4, "ema_decay": 0.9}
+
+
+@pytest.mark.parametrize("options", SHAPES[:-1], ids=names(SHAPES[:-1]))
+def test_antithetic_pairs_reach_over_steps_that_leave_the_covariance_alone(options):
+    model = make_model()
+    seen = deviations(model, VIOptimizer(model, N, **options, **EVERY_FOUR), range(10))
+    assert mirrored(seen) == [2, 4, 6, 8]  # measured in the steps 0, 4 and 8
+    model = make_model()
+    seen = deviations(model, VIOptimizer(model, N, **options, **EVERY_FOUR), range(6), draws=3)
+    assert mirrored(seen) == [1, 4, 6, 8, 10, 12, 14, 16]  # 12 draws have the factor of step 0
+
+
+def test_antithetic_pairs_end_where_the_covariance_changes():
+    price = {**PRICE, "ema_decay": 0.99, "lr": 1e-3}
+    for changing in ({"update_every": 1}, {"kl_warmup": 20}, {"refactor_every": 1, "update_every": 1}, price):
+        model = make_model()
+        seen = deviations(model, VIOptimizer(model, N, **{**EVERY_FOUR, "approx": "diag", **changing}), range(6))
+        assert all(x.any() for x in seen) and not mirrored(seen)
+
+
+def test_the_second_of_a_pair_is_drawn_from_what_the_posterior_is_by_then():
+    model = make_model()
+    optimizer = VIOptimizer(model, N, samples=None, **EVERY_FOUR)
+    seen = deviations(model, optimizer, range(2))
+    optimizer.param_groups[0]["temperature"] = 4.0
+    same_noise = optimizer.posterior.deviation(optimizer._generator("training_draws", 2, torch.device("cpu")))
+    seen += deviations(model, optimizer, [2])
+    assert not torch.allclose(seen[2], -seen[1])
+    torch.testing.assert_close(seen[2], -flat(same_noise[p] for p in model.parameters()))
+
+
+@pytest.mark.parametrize("damping_type", ["exact", "factored"])
+def test_each_of_an_antithetic_pair_is_a_draw_from_the_posterior(damping_type):
+    moments, pairs = [0.0, 0.0], 600
+    for seed in range(pairs):
+        model = cases.seeded(lambda: nn.Linear(2, 2))
+        x, y = cases.randn(6, 2), torch.arange(6) % 2
+        optimizer = VIOptimizer(
+            model, N, samples=None, damping_type=damping_type, seed=seed, lr=0.0, **{**EVERY_FOUR, "update_every": 99}
+        )
+        step_at_mean(model, optimizer, x=x, y=y)
+        for k in range(2):
+            optimizer.zero_grad()
+            with optimizer.sampled_params():
+                drawn = weights(model)
+                F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            moments[k] = moments[k] + torch.outer(drawn - weights(model), drawn - weights(model)) / pairs
+    variances = optimizer.posterior.variances()
+    truth = flat(variances[p] for p in model.parameters())
+    for moment in moments:
+        torch.testing.assert_close(moment.diagonal() / truth, torch.ones(6).double(), rtol=0, atol=0.25)
+    torch.testing.assert_close(*moments)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", SHAPES, ids=names(SHAPES))
+def test_a_run_resumed_within_a_pair_repeats_the_draw(options, dtype, draws):
+    options = {**options, **EVERY_FOUR, "momentum": 0.5, "lr": 0.05}
+    for stop in (2, 3, 4, 5):
+        model, other = make_model(dtype), make_model(dtype)
+        optimizer = VIOptimizer(model, N, **options)
+        train(model, optimizer, range(stop), draws)
+        saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        copied, paired = copy.deepcopy((model, optimizer))
+        train(model, optimizer, range(stop, 9), draws)
+        other.load_state_dict(saved["model"])
+        again = VIOptimizer(other, N, **options)
+        again.load_state_dict(saved["optimizer"])
+        train(other, again, range(stop, 9), draws)
+        train(copied, paired, range(stop, 9), draws)
+        assert torch.equal(weights(model), weights(other)) and torch.equal(weights(model), weights(copied))
+
+
 def test_predictions_are_stacked_raw_outputs_and_the_mode_stays():
     model = nn.Sequential(make_model(), nn.Dropout(0.5))
     optimizer = VIOptimizer(model, N)

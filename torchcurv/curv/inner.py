@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -100,11 +101,19 @@ def _recurrent_parts(module: nn.Module) -> list[Part]:
 
 def _bare_view(size: int) -> View:
     """A bare parameter has one group per element; its s is the gradient of a sample, its a is 1."""
-    return View(
-        inputs=lambda module, x: x.new_ones(1).expand(len(x), 1, size, 1),
-        signal=lambda module, dz: dz.reshape(len(dz), 1, size, 1),
-        groups=lambda module: size,
-    )
+    return View(partial(_ones, size), partial(_by_element, size), partial(_count, size))
+
+
+def _ones(size: int, module: nn.Module, x: Tensor) -> Tensor:
+    return x.new_ones(1).expand(len(x), 1, size, 1)
+
+
+def _by_element(size: int, module: nn.Module, dz: Tensor) -> Tensor:
+    return dz.reshape(len(dz), 1, size, 1)
+
+
+def _count(size: int, module: nn.Module) -> int:
+    return size
 
 
 # ------------------------------------------------------------------------------------------ bare parameters

@@ -29,6 +29,10 @@ def _one_group(module: nn.Module) -> int:
     return 1
 
 
+def _refuses_nothing(module: nn.Module) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class View:
     """How one module type is read; x stands for the arguments named in `arguments`, the first of them [n, ...].
@@ -59,7 +63,7 @@ class View:
     tokens: bool = False
     whole: bool = False
     mode: Callable[[Any], Any] | None = None
-    refuses: Callable[[Any], str | None] = lambda module: None
+    refuses: Callable[[Any], str | None] = _refuses_nothing
 
 
 # ---------------------------------------------------------------------------------------------- linear

@@ -1,15 +1,18 @@
-"""Draws: how a backward is told from none, and what is put aside between the draws of one step."""
+"""Draws: how a backward is told from none, and what is kept between the draws of a step and of a pair."""
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchcurv.curv.curvature import Curvature
+from torchcurv.curv.factor import Factor
+from torchcurv.curv.gaussian import GaussianBlock
 
 if TYPE_CHECKING:
     from torchcurv.optim.vi import VIOptimizer
@@ -58,6 +61,34 @@ class Aside:
             if p.grad is not None:
                 self.grads[p] = self.grads[p].add_(p.grad) if p in self.grads else p.grad
                 p.grad = None
+
+
+class Spread:
+    """What the covariance of a posterior is made of, to be told from what it is made of later."""
+
+    def __init__(self, blocks: list[GaussianBlock]) -> None:
+        self.numbers = [(part.scale, part.damping, part.start) for part in blocks]
+        self.tensors = [t for part in blocks for t in _tensors_of(part)]
+        self.versions = [t._version for t in self.tensors]
+
+    def is_of(self, blocks: list[GaussianBlock]) -> bool:
+        """Whether the posterior of these blocks has this covariance still."""
+        now = Spread(blocks)
+        same = len(now.tensors) == len(self.tensors) and all(map(operator.is_, now.tensors, self.tensors))
+        return same and now.versions == self.versions and now.numbers == self.numbers
+
+
+def _tensors_of(part: GaussianBlock) -> list[Tensor]:
+    factor = part.block.factor
+    return list(factor.state().values()) if isinstance(factor, Factor) else []
+
+
+class Kept(NamedTuple):
+    """The first draw of a pair: which noise it has, θ - μ, and the covariance it is of."""
+
+    noise: int
+    deviation: dict[Tensor, Tensor]
+    spread: Spread
 
 
 Marks = dict[Tensor, tuple[Any, int]]

@@ -26,7 +26,7 @@ from torchcurv.curv.kinds import SECOND
 from torchcurv.curv.losses import loss_of
 from torchcurv.curv.schedule import check_number
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
-from torchcurv.optim.draws import Aside, changed, is_wide, marks_of, mean_of
+from torchcurv.optim.draws import Aside, Kept, Spread, changed, is_wide, marks_of, mean_of
 from torchcurv.optim.second_order import check_step_options, checked_kl_clip
 from torchcurv.optim.update import descend_, momentum_
 
@@ -75,8 +75,10 @@ class VIOptimizer(CurvatureOptimizer):
         temperature: τ, per group; 1 is the Bayesian posterior, smaller is colder.
         kl_warmup: what τ is multiplied by, a function of the step to a number > 0; or a number of steps over which
             it grows linearly to 1.
-        num_samples: draws that `step(closure)` makes. antithetic: every second of the optimizer's own draws in a step
-            is the mirror image of the one before.
+        num_samples: draws that `step(closure)` makes. antithetic: every second of the optimizer's own draws is the
+            mirror image μ - (θ - μ) of the one before, in the next step too if that has not changed Σ, so that with
+            update_every=10 one draw per step makes pairs. Each alone is a draw from the posterior. The second of a
+            pair costs next to nothing, and θ - μ is kept for it: as much memory as the drawn parameters.
         init_precision: Σ^-1 of the first draws, per group; None: that of the prior.
         noise_variance: σ² of a Gaussian likelihood, for losses that are the mean or the sum of squared errors.
         lr, momentum: of the mean. kl_clip: bounds the step by ν <= 1 as in SecondOrderOptimizer.
@@ -104,6 +106,7 @@ class VIOptimizer(CurvatureOptimizer):
     _held: dict[Tensor, Tensor] | None = None  # the means, while the parameters hold a draw
     _made: int  # draws since the last step whose gradients are in `.grad`
     _curved: dict[Tensor, Tensor]  # their sum of (θ - μ) g, for hessian_method="price"
+    _kept: Kept | None = None  # with antithetic=True, the last draw, until its mirror image is drawn
     _watch: Any = None
 
     def __init__(
@@ -237,6 +240,7 @@ class VIOptimizer(CurvatureOptimizer):
 
     def _restore(self) -> None:
         self._forget_draws()
+        self._kept = None
         super()._restore()
 
     def remove(self) -> None:
@@ -269,6 +273,9 @@ class VIOptimizer(CurvatureOptimizer):
                 pairs.append((GaussianBlock(block, scale, damping, start), group))
         return pairs
 
+    def _drawn_blocks(self) -> list[GaussianBlock]:
+        return [block for block, _ in self._gaussian_blocks()]
+
     def _mean(self, p: Tensor) -> Tensor:
         """μ of a parameter, in float32 or better: itself, or its master copy."""
         if self._held is not None and p in self._held:
@@ -287,7 +294,7 @@ class VIOptimizer(CurvatureOptimizer):
     def posterior(self) -> Gaussian:
         """q over the parameters that are drawn, as it is now; its mean holds all parameters."""
         self._require_record()
-        return Gaussian({p: self._mean(p) for p in self._params()}, [block for block, _ in self._gaussian_blocks()])
+        return Gaussian({p: self._mean(p) for p in self._params()}, self._drawn_blocks())
 
     @property
     def mean(self) -> dict[str, Tensor]:
@@ -297,7 +304,7 @@ class VIOptimizer(CurvatureOptimizer):
     @torch.no_grad()
     def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """One draw by name, of all parameters given to the optimizer; those without a posterior are at their mean."""
-        drawn = self._deviation(_LOOKING, generator)
+        drawn, _ = self._deviation(_LOOKING, generator)
         return {
             name: mean + drawn[p] if (p := self._param(name)) in drawn else mean for name, mean in self.mean.items()
         }
@@ -347,41 +354,59 @@ class VIOptimizer(CurvatureOptimizer):
 
     # ----------------------------------------------------------------------------------------- draws
 
-    def _generator(self, stream: str, device: torch.device) -> tuple[torch.Generator, float]:
-        """(the generator of the next draw of a stream, the sign of its noise); the state counts the draws."""
+    def _next_draw(self, stream: str) -> tuple[int, float]:
+        """(which noise the next draw of a stream has, its sign); the state counts the draws."""
         state = self.state[next(iter(self._params()))]
-        index = state[stream] = int(state.get(stream, 0)) + 1
-        sign = 1.0
+        count = state[stream] = int(state.get(stream, 0)) + 1
         if self._antithetic and stream == _TRAINING:
-            index, sign = (index + 1) // 2, 1.0 if index % 2 else -1.0
+            return (count + 1) // 2, 1.0 if count % 2 else -1.0
+        return count, 1.0
+
+    def _generator(self, stream: str, index: int, device: torch.device) -> torch.Generator:
         # Price's estimate multiplies a draw with its own gradient, which is an average over the ranks
         alike = self._priced() or not torch.distributed.is_initialized()
         rank = 0 if alike else torch.distributed.get_rank()
         seed = hash((self._settings["seed"], stream == _TRAINING, index, rank, 0x5EED)) & (2**63 - 1)
-        return torch.Generator(device).manual_seed(seed), sign
+        return torch.Generator(device).manual_seed(seed)
 
     @torch.no_grad()
-    def _deviation(self, stream: str, generator: torch.Generator | None) -> dict[Tensor, Tensor]:
-        """θ - μ of a draw, by parameter."""
+    def _deviation(self, stream: str, generator: torch.Generator | None) -> tuple[dict[Tensor, Tensor], float]:
+        """(x, sign) with θ - μ = sign x of a draw, by parameter.
+
+        The second of a pair has the noise of the first, and is made from it unless the optimizer was loaded, or Σ
+        edited, in between.
+        """
         self._require_record()
         if self._held is not None:
             raise RuntimeError("the weights are drawn already: leave the `with` of sampled_params() first")
-        blocks, sign = [block for block, _ in self._gaussian_blocks()], 1.0
-        if generator is None and blocks:
-            generator, sign = self._generator(stream, blocks[0].block.params[0].device)
-        drawn = Gaussian({}, blocks).deviation(generator)
-        return drawn if sign > 0 else {p: -x for p, x in drawn.items()}
+        blocks = self._drawn_blocks()
+        posterior = Gaussian({}, blocks)
+        if generator is not None or not blocks:
+            return posterior.deviation(generator), 1.0
+        index, sign = self._next_draw(stream)
+        if stream == _TRAINING:
+            kept, self._kept = self._kept, None
+            if sign < 0 and kept is not None and kept.noise == index and kept.spread.is_of(blocks):
+                return kept.deviation, sign
+        deviation = posterior.deviation(self._generator(stream, index, blocks[0].block.params[0].device))
+        if stream == _TRAINING and self._antithetic and sign > 0:
+            self._kept = Kept(index, deviation, Spread(blocks))
+        return deviation, sign
 
     @contextmanager
-    def _drawn(self, deviation: dict[Tensor, Tensor]) -> Iterator[None]:
-        """The parameters at μ + deviation; the bits they had come back."""
+    def _drawn(self, deviation: dict[Tensor, Tensor], sign: float) -> Iterator[None]:
+        """The parameters at μ + sign * deviation; the bits they had come back."""
         params = list(deviation)
         with torch.no_grad():
             before = [p.detach().clone() for p in params]
             means = [x if is_wide(p) else self._mean(p) for p, x in zip(params, before, strict=True)]
         try:
             with torch.no_grad():
-                _copy(params, [mean + deviation[p] for p, mean in zip(params, means, strict=True)])
+                for p, mean in zip(params, means, strict=True):
+                    if is_wide(p):  # which holds its mean
+                        p.add_(deviation[p], alpha=sign)
+                    else:
+                        p.copy_(mean.add(deviation[p], alpha=sign))
             self._held = dict(zip(params, means, strict=True))
             yield
         finally:
@@ -397,7 +422,7 @@ class VIOptimizer(CurvatureOptimizer):
         generator: of the draw, on the device of the parameters; None: the optimizer's own, seeded by `seed`, whose
             draws a resumed run repeats.
         """
-        with self._drawn(self._deviation(_TRAINING, generator)):
+        with self._drawn(*self._deviation(_TRAINING, generator)):
             marks = marks_of(self._params())
             if not marks:
                 self._forget_draws()
@@ -442,7 +467,7 @@ class VIOptimizer(CurvatureOptimizer):
         """
         check_count("num_samples", num_samples)
         assert self.model is not None
-        draws = (self._drawn(self._deviation(_LOOKING, generator)) for _ in range(num_samples))
+        draws = (self._drawn(*self._deviation(_LOOKING, generator)) for _ in range(num_samples))
         return outputs_under(draws, self.model, inputs)
 
     # ------------------------------------------------------------------------------------------ step
@@ -457,11 +482,14 @@ class VIOptimizer(CurvatureOptimizer):
             raise RuntimeError("step() inside of sampled_params(): leave the `with` first, which restores the mean")
         loss = None if closure is None else self._run(closure)
         with torch.no_grad():
+            spread = Spread(self._drawn_blocks()) if self._antithetic else None
             factor = self._gradient_factor()
             self._scale_measured(factor)
             if self._refresh():
                 self._descend(factor)
                 self._finish_step()
+                if spread is not None and not spread.is_of(self._drawn_blocks()):
+                    self._end_pair()
         return loss
 
     def _run(self, closure: Callable[[], Any]) -> Any:
@@ -562,11 +590,14 @@ class VIOptimizer(CurvatureOptimizer):
                 if not is_wide(p):
                     p.copy_(means[p])
 
+    def _end_pair(self) -> None:
+        """The next draw is no mirror image: Σ has changed."""
+        self._kept = None
+        first = self.state[next(iter(self._params()))]
+        first[_TRAINING] = first.get(_TRAINING, 0) + first.get(_TRAINING, 0) % 2
+
     def _finish_step(self) -> None:
         self._forget_draws()
-        first = self.state[next(iter(self._params()))]
-        if self._antithetic:  # pairs do not reach into the next step
-            first[_TRAINING] = first.get(_TRAINING, 0) + first.get(_TRAINING, 0) % 2
         super()._finish_step()
 
     def _save_param(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
