@@ -43,7 +43,7 @@ CONTENDERS = ("K-FAC", "K-FAC, own steps")
 KFAC: dict[str, Any] = {}  # what differs from SecondOrderOptimizer's own defaults
 PATIENCE = 1.5
 OWN_STEPS: dict[str, Any] = {"damping_rule": "lm", "step_rule": "quadratic"}
-LADDER = tuple(digit * 10.0**power for power in range(-6, 2) for digit in (1, 3))
+LADDER = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3))
 START: dict[str, dict[str, float]] = {
     "mlp": {"SGD": 0.1, "AdamW": 1e-2, "Muon": 1e-2, "SOAP": 1e-2},
     "cnn": {"SGD": 0.1, "AdamW": 1e-2, "Muon": 1e-2, "SOAP": 1e-2},
