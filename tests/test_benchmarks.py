@@ -393,7 +393,8 @@ def test_the_comparison_runs_from_end_to_end(tiny, monkeypatch, tmp_path, capsys
     monkeypatch.setattr(defaults, "first_order", lambda problem, names, *_: [] if not names else pytest.fail("anew"))
     monkeypatch.setattr(sys, "argv", ["defaults", *options, "--keep", "--kfac", "lr=0.2"])
     defaults.main()
-    assert json.loads(path.read_text())["problems"]["mlp"]["summary"][-1]["options"] == {"lr": 0.2}
+    rows = json.loads(path.read_text())["problems"]["mlp"]["summary"]
+    assert rows[-1]["options"] == {**defaults.KFAC, "lr": 0.2}
 
 
 def test_options_on_the_command_line():
