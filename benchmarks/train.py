@@ -10,6 +10,7 @@ AdamW is torch's fused one, the fastest on a CPU, without weight decay: it is th
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import statistics
@@ -24,6 +25,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from benchmarks.plot import draw
@@ -46,7 +48,6 @@ KFAC_OPTIONS: dict[str, dict[str, Any]] = {
     "autoencoder": KFAC,
     "mlp": {**KFAC, "lr": 0.1, "damping": 0.02, "momentum": 0.75, "ema_decay": 0.95},  # chosen on seeds 10 and 11
 }
-EVALUATE_EVERY = {"AdamW": 25, "K-FAC": 5}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -75,17 +76,84 @@ class Run:
         return None
 
 
-def adamw(model: nn.Module, loss_fn: nn.Module, options: dict[str, Any]) -> torch.optim.Optimizer:
+def adamw(model: nn.Module, loss_fn: nn.Module, options: dict[str, Any]) -> Optimizer:
     return torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True, **options)
 
 
-def kfac(model: nn.Module, loss_fn: nn.Module, options: dict[str, Any]) -> torch.optim.Optimizer:
+def sgd(model: nn.Module, loss_fn: nn.Module, options: dict[str, Any]) -> Optimizer:
+    return torch.optim.SGD(model.parameters(), **{"momentum": 0.9, "fused": True, **options})
+
+
+class Muon:
+    """torch's Muon on the weights of hidden layers, convolutions flattened to matrices, and AdamW on the rest.
+
+    The rest: biases, norms, embeddings, and the first layer (unless it is an embedding) and the last. Muon's updates
+    are scaled to the size of AdamW's ("match_rms_adamw"), so that both have one learning rate.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: nn.Module, options: dict[str, Any]) -> None:
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Embedding)]
+        hidden = [m.weight for m in layers[1:-1] if not isinstance(m, nn.Embedding)]
+        # Matrices that share the memory of the weights.
+        self.matrices = [(p, nn.Parameter(p.detach().flatten(1))) for p in hidden]
+        taken = set(hidden)
+        rest = [p for p in model.parameters() if p not in taken]
+        self.parts: list[Optimizer] = [torch.optim.AdamW(rest, weight_decay=0.0, fused=True, **options)]
+        if hidden:
+            matrices = [matrix for _, matrix in self.matrices]
+            self.parts.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", **options))
+
+    def zero_grad(self) -> None:
+        self.parts[0].zero_grad()
+        for p, _ in self.matrices:
+            p.grad = None
+
+    def step(self) -> None:
+        for p, matrix in self.matrices:
+            matrix.grad = None if p.grad is None else p.grad.flatten(1)
+        for part in self.parts:
+            part.step()
+
+
+def soap(model: nn.Module, loss_fn: nn.Module, options: dict[str, Any]) -> Optimizer:
+    from pytorch_optimizer import SOAP
+
+    return SOAP(model.parameters(), weight_decay=0.0, **options)
+
+
+def kfac(model: nn.Module, loss_fn: nn.Module, options: dict[str, Any]) -> Optimizer:
     from torchcurv import SecondOrderOptimizer
 
     return SecondOrderOptimizer(model, loss_fn=loss_fn, **options)
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"AdamW": adamw, "K-FAC": kfac}
+@dataclass(frozen=True)
+class Entry:
+    """How an optimizer is made of (model, loss module, options), and what it needs.
+
+    by_closure: its step is optimizer.step(closure) with a closure that returns (loss, output) and leaves
+        backward() to the optimizer.
+    package: the module that has to be installed, and what pip calls it.
+    """
+
+    make: Callable[[nn.Module, nn.Module, dict[str, Any]], Any]
+    evaluate_every: int = 25
+    by_closure: bool = False
+    package: tuple[str, str] | None = None
+
+    @property
+    def installed(self) -> bool:
+        return self.package is None or importlib.util.find_spec(self.package[0]) is not None
+
+
+OPTIMIZERS: dict[str, Entry] = {
+    "SGD": Entry(sgd),
+    "AdamW": Entry(adamw),
+    "Muon": Entry(Muon),
+    "SOAP": Entry(soap, package=("pytorch_optimizer", "pytorch-optimizer")),
+    "K-FAC": Entry(kfac, 5),
+    "K-FAC, own steps": Entry(kfac, 5, by_closure=True),
+}
 
 
 def minibatches(problem: Problem, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -101,39 +169,53 @@ def minibatches(problem: Problem, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 def train(
     problem: Problem, name: str, options: dict[str, Any], seed: int, steps: int,
     target: float | None = None, evaluate_every: int | None = None,
-    watch: Callable[[int, torch.optim.Optimizer], None] | None = None,
+    watch: Callable[[int, Optimizer], None] | None = None, clock: Callable[[], float] = time.perf_counter,
+    limit: float = math.inf,
 ) -> Run:  # fmt: skip
     """Train for `steps` steps, or until the training loss is at most `target` or no longer finite.
 
+    limit: seconds after which it ends, too.
+
     watch: called after every step with its number and the optimizer, off the clock.
     """
-    model = problem.model(seed)
-    optimizer = OPTIMIZERS[name](model, problem.loss_fn, options)
+    model, entry = problem.model(seed), OPTIMIZERS[name]
+    optimizer = entry.make(model, problem.loss_fn, options)
     run, seconds = Run(name, options, seed), 0.0
     run.note(0, 0.0, problem.training_loss(model))
-    every = evaluate_every or EVALUATE_EVERY[name]
+    every = evaluate_every or entry.evaluate_every
     batches = minibatches(problem, seed)
     with tqdm(total=steps, desc=_caption(problem, run), leave=False) as bar:
         for step in range(1, steps + 1):
-            start = time.perf_counter()
+            start = clock()
             x, y = next(batches)
             optimizer.zero_grad()
-            problem.loss(model(x), y).backward()
-            optimizer.step()
-            seconds += time.perf_counter() - start
+            if entry.by_closure:
+                optimizer.step(_closure(problem, model, x, y))
+            else:
+                problem.loss(model(x), y).backward()
+                optimizer.step()
+            seconds += clock() - start
             if watch is not None:
                 watch(step, optimizer)
             bar.update()
-            if step % every == 0 or step == steps:
+            if step % every == 0 or step == steps or seconds >= limit:
                 loss = problem.training_loss(model)
                 run.note(step, seconds, loss)
                 bar.set_postfix(loss=f"{loss:.4g}")
-                if not math.isfinite(loss) or (target is not None and loss <= target):
+                if not math.isfinite(loss) or (target is not None and loss <= target) or seconds >= limit:
                     break
     run.accuracy = problem.accuracy(model)
     if hasattr(optimizer, "remove"):
         optimizer.remove()  # the loss module outlives this run
     return run
+
+
+def _closure(problem: Problem, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    def closure() -> tuple[Tensor, Tensor]:
+        output = model(x)
+        return problem.loss(output, y), output
+
+    return closure
 
 
 def train_grid(problem: Problem, rates: Sequence[float], seeds: list[int], steps: int) -> list[Run]:
@@ -208,7 +290,7 @@ def _ratio(value: float) -> str:
 
 
 def _label(run: Run) -> str:
-    return f"{run.optimizer} lr {run.options['lr']:g}"
+    return f"{run.optimizer} lr {run.options['lr']:g}" if "lr" in run.options else run.optimizer
 
 
 def _caption(problem: Problem, run: Run) -> str:
@@ -249,7 +331,7 @@ def options_from(pairs: list[str]) -> dict[str, Any]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="K-FAC against AdamW at the best learning rate of a grid.")
-    parser.add_argument("--problem", choices=sorted(PROBLEMS), default="autoencoder")
+    parser.add_argument("--problem", choices=sorted(KFAC_OPTIONS), default="autoencoder")
     parser.add_argument("--data-dir", help="folder with MNIST, FashionMNIST (IDX) or CIFAR-10 (python)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="of AdamW; K-FAC gets as many (default: the problem's)")

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks import data, demo, others, plot, problems, spectrum, step_time, train
+from benchmarks import data, defaults, demo, others, plot, problems, spectrum, step_time, train
 from torchcurv import curvature
 
 
@@ -180,7 +180,38 @@ def test_the_autoencoder_has_a_linear_code_and_output():
     assert kinds == "LtLtLtLLtLtLtL"
 
 
-@pytest.mark.parametrize("make", [problems.autoencoder, problems.mlp, problems.wide_mlp, problems.cnn])
+def test_the_text_is_made_of_the_alphabet():
+    tokens = data.text(2000)
+    assert len(data.ALPHABET) == 96 and tokens.shape == (2000,) and tokens.min() >= 0 and tokens.max() < 96
+    assert " statement" in "".join(data.ALPHABET[k] for k in tokens)
+    with pytest.raises(ValueError, match="characters, 100000000 were asked for"):
+        data.text(100_000_000)
+
+
+def test_the_gpt_looks_back_only():
+    problem = problems.gpt_problem(context=8)
+    assert torch.equal(problem.inputs[:, 1:], problem.targets[:, :-1])
+    model, x = problem.model(0), problem.inputs[:2].clone()
+    before = model(x)
+    x[:, 5] += 1
+    assert before.shape == (2, 96, 8)
+    torch.testing.assert_close(model(x)[..., :5], before[..., :5])
+    assert not torch.allclose(model(x)[..., 5:], before[..., 5:])
+
+
+@pytest.mark.parametrize("name, count", [("cnn", 14_378), ("resnet", 38_202), ("gpt", 116_576)])
+def test_every_parameter_of_the_new_problems_has_a_curvature(name, count):
+    problem = problems.PROBLEMS[name]()
+    small = replace(problem, batch_size=4, measured=20)
+    assert sum(p.numel() for p in small.model(0).parameters()) == count
+    run = train.train(small, "K-FAC", {}, seed=0, steps=2)
+    assert run.steps == [0, 2] and math.isfinite(run.losses[1])  # an uncovered parameter would raise
+
+
+MAKERS = [problems.autoencoder, problems.mlp, problems.wide_mlp, problems.cnn, problems.digits_cnn, problems.resnet]
+
+
+@pytest.mark.parametrize("make", [*MAKERS, problems.gpt])
 def test_initialisation_depends_on_the_seed_alone(make):
     torch.manual_seed(1)
     first, again, other = make(3), make(3), make(4)
@@ -280,6 +311,90 @@ def test_tables_and_figure(tiny, runs, tmp_path):
     assert (tmp_path / "new" / "figure.png").read_bytes()[:4] == b"\x89PNG"
     train.save(tmp_path / "runs.json", tiny, kfac, None)
     assert json.loads((tmp_path / "runs.json").read_text())["runs"][0]["losses"] == [9.0, 5.0, 0.5]
+
+
+@pytest.mark.parametrize("name, rate", [("SGD", 0.1), ("AdamW", 1e-2), ("Muon", 1e-2), ("SOAP", 1e-2)])
+def test_first_order_optimizers_train(name, rate, tiny):
+    if not train.OPTIMIZERS[name].installed:
+        pytest.skip(f"{name} is not installed")
+    run = train.train(tiny, name, {"lr": rate}, seed=0, steps=30)
+    assert run.losses[-1] < run.losses[0]
+
+
+def test_muon_moves_every_weight_and_has_the_hidden_ones():
+    model, x = problems.resnet(), torch.rand(3, 784)
+    muon = train.Muon(model, nn.CrossEntropyLoss(), {"lr": 1e-2})
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert [id(p) for p, _ in muon.matrices] == [id(m.weight) for m in convolutions[1:]]
+    before = [p.detach().clone() for p in model.parameters()]
+    muon.zero_grad()
+    nn.functional.cross_entropy(model(x), torch.arange(3)).backward()
+    muon.step()
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    muon.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    gpt = train.Muon(problems.gpt(), nn.CrossEntropyLoss(), {"lr": 1e-2})
+    assert len(gpt.matrices) == 12  # six in each block
+
+
+def test_an_optimizer_may_take_the_closure(tiny, monkeypatch):
+    class ByClosure(torch.optim.SGD):
+        def step(self, closure):
+            loss, output = closure()
+            assert output.shape == (10, 10)
+            loss.backward()
+            super().step()
+
+    make = lambda model, loss_fn, options: ByClosure(model.parameters(), **options)  # noqa: E731
+    monkeypatch.setitem(train.OPTIMIZERS, "closure", train.Entry(make, 10, by_closure=True))
+    monkeypatch.setitem(train.OPTIMIZERS, "plain", train.Entry(train.sgd, 10))
+    runs = [train.train(tiny, name, {"lr": 0.1, "momentum": 0.0}, 0, 30) for name in ("closure", "plain")]
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-5)
+
+
+def test_the_best_rate_is_bracketed():
+    def trial(lr):
+        return made_run("SGD", lr, 0, [10], [1.0], [math.inf if lr > 0.5 else abs(math.log(lr / 0.1))])
+
+    for start in (1e-3, 0.1, 10.0):
+        rates = [run.options["lr"] for run in defaults.bracketed(trial, start)]
+        assert rates == sorted(rates) and {0.03, 0.1, 0.3} <= {round(rate, 9) for rate in rates}
+    assert len(defaults.bracketed(trial, 0.1)) == 3
+
+
+def test_rows_of_the_comparison(tiny):
+    first = [made_run("SGD", lr, seed, [10], [2.0], [loss + seed])
+             for seed in (0, 1, 2) for lr, loss in ((0.1, 3.0), (0.3, 2.0)) if seed == 0 or lr == 0.3]  # fmt: skip
+    first += [made_run("AdamW", 1e-3, seed, [5, 10], [2.0, 4.0], [3.0, 1.0 + seed]) for seed in (0, 1, 2)]
+    kfac = [train.Run("K-FAC", {}, seed, [5], [3.0], [1.0]) for seed in (0, 1, 2)]
+    assert defaults.goals(first) == {0: 1.0, 1: 2.0, 2: 3.0}
+    races = [run for run in first if run.options["lr"] != 0.1] + kfac
+    rows = {row["optimizer"]: row for row in defaults.summary(first, races)}
+    assert rows["SGD"]["options"] == {"lr": 0.3} and rows["SGD"]["time_ratio"] == math.inf
+    assert rows["AdamW"]["time_ratio"] == 1 and rows["K-FAC"]["time_ratio"] == 0.75
+    text = printed(defaults.table(tiny, first, races, all_rates=True))
+    assert "missed" in text and "0.75" in text and "0.1: 3, 0.3: 2" in text
+
+
+def test_the_comparison_runs_from_end_to_end(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(defaults.PROBLEMS, "mlp", lambda folder: tiny)
+    monkeypatch.setitem(
+        train.OPTIMIZERS, "SOAP", replace(train.OPTIMIZERS["SOAP"], package=("no_such_module", "some-package"))
+    )
+    path = tmp_path / "new" / "defaults.json"
+    options = ["--problems", "mlp", "--seeds", "0", "1", "--steps", "5", "--results", str(path), "--processor-time"]
+    monkeypatch.setattr(sys, "argv", ["defaults", *options])
+    defaults.main()
+    printed = capsys.readouterr().out
+    assert "SOAP is not installed. To compare: pip install some-package" in printed and "K-FAC" in printed
+    assert path.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    rows = json.loads(path.read_text())["problems"]["mlp"]["summary"]
+    assert [row["optimizer"] for row in rows] == ["SGD", "AdamW", "Muon", "K-FAC"]
+    monkeypatch.setattr(defaults, "first_order", lambda problem, names, *_: [] if not names else pytest.fail("anew"))
+    monkeypatch.setattr(sys, "argv", ["defaults", *options, "--keep", "--kfac", "lr=0.2"])
+    defaults.main()
+    rows = json.loads(path.read_text())["problems"]["mlp"]["summary"]
+    assert rows[-1]["options"] == {**defaults.KFAC, "lr": 0.2}
 
 
 def test_options_on_the_command_line():
