@@ -3,7 +3,7 @@
     python -m benchmarks.refresh --threads 2                    # seconds to a loss of 62 nats per image, seeds 0 1 2
     python -m benchmarks.refresh --seeds 0 --target 80          # shorter
 
-Everything but the intervals, and the memory of the running averages that fits them, is the setting of benchmarks.train.
+Everything but the intervals is the setting of benchmarks.train.
 The settings take turns, seed by seed; seconds are those of the training steps. Writes a table and a PNG: the loss
 against seconds, and for the adaptive setting the intervals that the A and the B of each layer chose.
 """
@@ -25,9 +25,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "every step": {"update_every": 1, "refactor_every": 1, "ema_decay": 0.95},
+    "every step": {"update_every": 1, "refactor_every": 1},
     "10 / 20": {},
-    "adaptive": {"update_every": "adaptive", "refactor_every": "adaptive", "ema_decay": 0.95, "refresh_tol": 0.3},
+    "adaptive": {"update_every": "adaptive", "refactor_every": "adaptive", "refresh_tol": 0.3},
 }
 Intervals = list[dict[str, list[int]]]  # per step: part -> the interval of each layer
 

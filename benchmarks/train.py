@@ -42,11 +42,11 @@ KFAC: dict[str, Any] = {  # chosen on seed 10
     "kl_clip": 1.0,
     "update_every": 10,
     "refactor_every": 20,
-    "ema_decay": 0.6,
+    "ema_decay": 0.95,
 }
 KFAC_OPTIONS: dict[str, dict[str, Any]] = {
     "autoencoder": KFAC,
-    "mlp": {**KFAC, "lr": 0.1, "damping": 0.02, "momentum": 0.75, "ema_decay": 0.95},  # chosen on seeds 10 and 11
+    "mlp": {**KFAC, "lr": 0.1, "damping": 0.02, "momentum": 0.75, "ema_decay": 0.995},  # chosen on seeds 10 and 11
 }
 RESULTS = Path(__file__).parent / "results"
 

@@ -165,7 +165,7 @@ MAKERS: dict[str, Callable[..., Training]] = {
 }
 MEASURED: Options = {  # where the curvature is measured; the damping is that of the step, not of the posterior
     "momentum": 0.9, "damping": 0.1, "init_precision": 1e4, "update_every": EVERY, "refactor_every": EVERY,
-    "ema_decay": 0.9,
+    "ema_decay": 0.99,
 }  # fmt: skip
 KFAC: Options = {"approx": "kfac", **MEASURED, "damping": 1.0}
 FIXED: dict[str, Options] = {

@@ -53,7 +53,7 @@ def test_the_rule(changes, cap, warmup):
             expected = last if change + before >= 0.1 else min(cap, last + intervals[-2])
         intervals.append(expected)
         before = change
-        assert (pace.interval, pace.next, pace.measured) == (expected, step + expected, step)
+        assert (pace.interval, pace.next) == (expected, step + expected)
         step = pace.next
     pace.decide(step, math.nan, 0.1, cap, warmup)
     assert pace.next == step + 1
@@ -105,30 +105,39 @@ def test_what_is_not_due_is_not_computed(monkeypatch, curv_type):
     assert computed["sent"] == (len(due["B"]) if curv_type == "ggn" else 0)
 
 
-def test_averages_fade_with_steps_not_measurements():
-    model, rho = make_model(), 0.8
+@pytest.mark.parametrize("rho", [0.8, 1.0])
+@pytest.mark.parametrize("intervals", [ADAPTIVE, {"update_every": 3}, {"update_every": lambda t: 1 + t // 4}])
+def test_averages_fade_with_steps_not_measurements(intervals, rho):
+    model = make_model()
     optimizer = SecondOrderOptimizer(
         model, approx="diag", samples=None, lr=0.0, momentum=0.0, ema_decay=rho, refresh_tol=0.3, refresh_warmup=0,
-        **ADAPTIVE,
+        **intervals,
     )  # fmt: skip
-    (times,) = train(optimizer, model, 25, seed=lambda t: t).values()
+    times = []
+    for t in range(25):
+        before = optimizer._blocks[0].measurements
+        optimizer.zero_grad()
+        backward(model, t)
+        optimizer.step()
+        times += [t] * (optimizer._blocks[0].measurements - before)
     assert len(times) < 25 and max(later - earlier for earlier, later in pairwise(times)) > 1
-    every = SecondOrderOptimizer(model, approx="diag", samples=None, lr=0.0, momentum=0.0, ema_decay=0.0)
+    every = SecondOrderOptimizer(
+        model, approx="diag", samples=None, lr=0.0, momentum=0.0, ema_decay=0.0, update_every=1
+    )
     total = weight = 0.0
     for t, last in zip(times, [times[0] - 1, *times], strict=False):
         every.zero_grad()
         backward(model, t)
         every.step()
-        gain = sum(rho**k for k in range(t - last))
-        total = rho ** (t - last) * total + gain * every._blocks[0].tensors["diag"]
-        weight = rho ** (t - last) * weight + gain
+        total = rho ** (t - last) * total + every._blocks[0].tensors["diag"]
+        weight = rho ** (t - last) * weight + 1
     close(optimizer._blocks[0].tensors["diag"], total / weight)
 
 
 @pytest.mark.parametrize("approx", cases.APPROXIMATIONS)
 def test_every_approximation_rests_and_its_factor_too(approx, monkeypatch):
     model = make_model()
-    options = {"approx": approx, "samples": None, "lr": 0.0, "momentum": 0.0, "rank": 4}
+    options = {"approx": approx, "samples": None, "lr": 0.0, "momentum": 0.0, "rank": 4, "damping": 0.1}
     optimizer = SecondOrderOptimizer(model, **options, **ADAPTIVE)
     (block, *_), factored = optimizer._blocks, []
     own = block.refactor
@@ -136,7 +145,7 @@ def test_every_approximation_rests_and_its_factor_too(approx, monkeypatch):
     measured = train(optimizer, model, 60)
     assert all(len(times) < 20 for times in measured.values())
     assert factored[0] == 0 and len(factored) <= 3
-    still = SecondOrderOptimizer(model, **options)
+    still = SecondOrderOptimizer(model, update_every=1, refactor_every=1, **options)
     train(still, model, 2)
     v = [cases.randn(*p.shape, seed=k) for k, p in enumerate(block.params)]
     damping = None if block.bakes_damping() else 0.1
@@ -147,7 +156,14 @@ def test_every_approximation_rests_and_its_factor_too(approx, monkeypatch):
 def test_a_factor_is_computed_anew_when_the_average_or_the_damping_has_moved():
     model = make_model()
     optimizer = SecondOrderOptimizer(
-        model, approx="kfac", samples=None, lr=0.0, momentum=0.0, refactor_every="adaptive", ema_decay=0.0
+        model,
+        approx="kfac",
+        samples=None,
+        lr=0.0,
+        momentum=0.0,
+        update_every=1,
+        refactor_every="adaptive",
+        ema_decay=0.0,
     )
     (block, _) = optimizer._blocks
     train(optimizer, model, 2)
@@ -204,7 +220,9 @@ def test_resuming_changes_no_bit(approx, make):
 @pytest.mark.parametrize("curv_type", ["ggn", "empirical_fisher"])
 def test_a_alone_is_measured_without_a_signal(curv_type, approx, monkeypatch):
     model = make_model()
-    optimizer = SecondOrderOptimizer(model, approx=approx, curv_type=curv_type, samples=None, lr=0.0, ema_decay=0.0)
+    optimizer = SecondOrderOptimizer(
+        model, approx=approx, curv_type=curv_type, samples=None, lr=0.0, ema_decay=0.0, update_every=1
+    )
     train(optimizer, model, 1)
     whole = [dict(block.tensors) for block in optimizer._blocks]
     sent, own = [], Pass._backward
@@ -223,7 +241,7 @@ def test_a_alone_is_measured_without_a_signal(curv_type, approx, monkeypatch):
 def test_slow_drifts_add_up():
     model = make_model()
     optimizer = SecondOrderOptimizer(
-        model, samples=None, lr=0.0, momentum=0.0, refactor_every="adaptive", ema_decay=0.99
+        model, samples=None, lr=0.0, momentum=0.0, update_every=1, refactor_every="adaptive", ema_decay=0.99
     )
     (block, _) = optimizer._blocks
     train(optimizer, model, 40)
@@ -238,7 +256,7 @@ def test_slow_drifts_add_up():
 def test_a_factor_that_failed_is_tried_again():
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
     optimizer = SecondOrderOptimizer(
-        model, samples=None, damping=1e-16, lr=0.0, momentum=0.0, refactor_every="adaptive"
+        model, samples=None, damping=1e-16, lr=0.0, momentum=0.0, update_every=1, refactor_every="adaptive"
     )
     with pytest.warns(UserWarning, match="factorisations failed"):
         for _ in range(3):

@@ -19,6 +19,7 @@ from torchcurv.optim.evaluation import Evaluation, minimiser
 from torchcurv.optim.update import levenberg_marquardt, scale_within
 
 DATA = [(cases.randn(6, 4, seed=t), torch.arange(6) % 3) for t in range(5)]
+EACH = {"update_every": 1, "refactor_every": 1}
 EXACT = {"approx": "full", "samples": None, "damping_type": "exact", "ema_decay": 0.0, "model_share": 1.0}
 
 
@@ -579,7 +580,9 @@ def test_warm_up_measures_and_does_not_move(rule):
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.7, False), (0.7, True)])
 def test_metrics_are_those_of_the_last_step(momentum, nesterov):
     model = make_model()
-    optimizer = SecondOrderOptimizer(model, lr=0.2, momentum=momentum, nesterov=nesterov, damping=0.3, kl_clip=1e-3)
+    optimizer = SecondOrderOptimizer(
+        model, lr=0.2, momentum=momentum, nesterov=nesterov, damping=0.3, kl_clip=1e-3, **EACH
+    )
     assert optimizer.metrics()["step"] == 0
     for x, y in DATA[:3]:
         before = flat(model.parameters())

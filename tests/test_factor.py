@@ -220,8 +220,9 @@ def test_nothing_measured_leaves_the_damping_alone(approx, damping_type):
     """The first measurement is not finite: the step is, and along the gradient for exact damping."""
     model = cases.model_case("mlp").make_model()
     optimizer = SecondOrderOptimizer(
-        model, loss_fn=nn.MSELoss(), approx=approx, damping_type=damping_type, lr=1.0, momentum=0.0, kl_clip=None
-    )
+        model, loss_fn=nn.MSELoss(), approx=approx, damping_type=damping_type, lr=1.0, momentum=0.0, kl_clip=None,
+        damping=0.1, update_every=1, refactor_every=1,
+    )  # fmt: skip
     x, y = cases.randn(3, 4), cases.randn(3, 3)
     optimizer._record.loss_fn(model(x), y).backward()
     before = [p.detach().clone() for p in model.parameters()]
@@ -241,7 +242,15 @@ def test_nothing_measured_leaves_the_damping_alone(approx, damping_type):
 def stepper(approx="kfac", **options):
     model, loss = nn.Linear(4, 3).double(), nn.MSELoss()
     model.load_state_dict(cases.model_case("softmax_regression").make_model().state_dict())
-    options = {"damping": LAMBDA, "lr": 1.0, "momentum": 0.0, "kl_clip": None, "update_every": 100, **options}
+    options = {
+        "damping": LAMBDA,
+        "lr": 1.0,
+        "momentum": 0.0,
+        "kl_clip": None,
+        "update_every": 100,
+        "refactor_every": 1,
+        **options,
+    }
     optimizer = SecondOrderOptimizer(nn.Sequential(model), loss_fn=loss, approx=approx, **options)
     x, y = cases.randn(6, 4, seed=1), cases.randn(6, 3, seed=2)
 

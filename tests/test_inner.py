@@ -340,7 +340,7 @@ def test_what_was_right_once_is_checked_again_when_it_changes(change, approx):
     use, shapes, first, then = CHANGES[change]
     model, (x, y) = using(use, **shapes), data(3)
     options = {"approx": approx, "samples": None, "lr": 1.0, "momentum": 0.0, "kl_clip": None, "ema_decay": 0.0}
-    optimizer = SecondOrderOptimizer(model, loss_fn=CE, damping=0.1, **options)
+    optimizer = SecondOrderOptimizer(model, loss_fn=CE, damping=0.1, update_every=1, refactor_every=1, **options)
     named = dict(model.named_parameters())
     try:
         for values in (first, then):

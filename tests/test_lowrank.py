@@ -253,6 +253,7 @@ def test_the_running_average_is_the_best_of_the_weighted_sum():
         model,
         loss_fn=loss_fn,
         approx="lowrank",
+        update_every=1,
         rank=100,
         samples=None,
         ema_decay=0.5,
@@ -280,7 +281,9 @@ def test_the_running_average_is_the_best_of_the_weighted_sum():
 @pytest.mark.parametrize("approx", ["lowrank"])
 def test_a_measurement_that_is_not_finite_is_left_out(approx):
     model, loss_fn, x, y = problem("mlp")
-    optimizer = SecondOrderOptimizer(model, loss_fn=loss_fn, approx=approx, rank=5, lr=0.0, momentum=0.0)
+    optimizer = SecondOrderOptimizer(
+        model, loss_fn=loss_fn, approx=approx, rank=5, lr=0.0, momentum=0.0, update_every=1, refactor_every=1
+    )
     loss_fn(model(x), y).backward()
     optimizer.step()
     before = {key: value.clone() for key, value in optimizer._blocks[0].tensors.items()}
@@ -416,7 +419,15 @@ def test_a_batch_that_overflows_is_left_out_when_rows_are_compressed():
     model, loss_fn, x, y = problem("mlp", 6)
     model, x = model.float(), x.float()
     optimizer = SecondOrderOptimizer(
-        model, loss_fn=loss_fn, approx="lowrank", rank=3, rows_limit=3, lr=0.0, momentum=0.0
+        model,
+        loss_fn=loss_fn,
+        approx="lowrank",
+        rank=3,
+        rows_limit=3,
+        lr=0.0,
+        momentum=0.0,
+        update_every=1,
+        refactor_every=1,
     )
     loss_fn(model(x), y).backward()
     optimizer.step()
@@ -455,7 +466,7 @@ def test_a_block_over_groups_that_differ_asks_for_a_partition():
     model, loss_fn, x, y = problem("mlp")
     params = list(model.parameters())
     groups = [{"params": params[:2]}, {"params": params[2:]}]
-    optimizer = SecondOrderOptimizer(model, groups, loss_fn=loss_fn, approx="lowrank", rank=3)
+    optimizer = SecondOrderOptimizer(model, groups, loss_fn=loss_fn, approx="lowrank", rank=3, damping=0.1)
     optimizer.param_groups[1]["damping"] = 100.0
     loss_fn(model(x), y).backward()
     with pytest.raises(ValueError, match=r'groups with damping=0\.1 and damping=100\.0.*partition="group"'):

@@ -26,6 +26,9 @@ SIZES = [6, 5, 8, 6, 7, 5]  # no input covariance has a null space of two dimens
 BATCHES = [(cases.randn(n, 4, seed=t), torch.arange(n) % 3) for t, n in enumerate(SIZES)]
 
 
+EACH = {"update_every": 1, "refactor_every": 1}
+
+
 def make_model():
     return cases.seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
 
@@ -152,7 +155,7 @@ def test_steps_of_every_approximation_are_those_of_slow_code(
         for name, (weight, bias) in zip(slow, (grads[:2], grads[2:]), strict=True):
             layer = slow[name]
             if t % update_every == 0:
-                layer.measure(*oracles.layer_arrays(twin, LOSS, x, y, name, kind), ema_decay)
+                layer.measure(*oracles.layer_arrays(twin, LOSS, x, y, name, kind), ema_decay**update_every)
             if t % refactor_every == 0:
                 layer.refactor(damping)
             v = layer.solve(joined(layer.module, weight, bias)).reshape(len(bias), -1)
@@ -291,7 +294,7 @@ def test_step_hooks_fire_once(make):
 def test_an_unused_layer_is_no_error(set_to_none):
     model = nn.ModuleDict({"used": make_model(), "unused": nn.Linear(4, 3)}).double()
     model.forward = model["used"].forward
-    optimizer = SecondOrderOptimizer(model)
+    optimizer = SecondOrderOptimizer(model, **EACH)
     before = flat(model["unused"].parameters())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -306,7 +309,7 @@ def test_an_unused_layer_is_no_error(set_to_none):
 def test_parameters_may_be_frozen_and_unfrozen_between_steps(approx):
     """From the next step on it is the optimizer that a fresh one would be, apart from what was averaged so far."""
     model, fresh = make_model(), make_model()
-    optimizer = SecondOrderOptimizer(model, model.parameters(), approx=approx, ema_decay=0.0, **PLAIN)
+    optimizer = SecondOrderOptimizer(model, model.parameters(), approx=approx, ema_decay=0.0, **EACH, **PLAIN)
     for names in (["0.weight", "0.bias"], ["0.bias"], ["2.weight"], []):
         for name, p in model.named_parameters():
             p.requires_grad_(name not in names)
@@ -317,7 +320,9 @@ def test_parameters_may_be_frozen_and_unfrozen_between_steps(approx):
         train(model, optimizer, [1])
         firsts = {block.params[0] for block in optimizer._blocks}
         assert {p for p, state in optimizer.state.items() if "curvature" in state} == firsts
-        train(fresh, SecondOrderOptimizer(fresh, fresh.parameters(), approx=approx, ema_decay=0.0, **PLAIN), [1])
+        train(
+            fresh, SecondOrderOptimizer(fresh, fresh.parameters(), approx=approx, ema_decay=0.0, **EACH, **PLAIN), [1]
+        )
         if approx != "ekfac":  # whose moments are measured in the basis of the step before
             close(flat(model.parameters()), flat(fresh.parameters()))
 
@@ -335,7 +340,7 @@ def test_a_parameter_unfrozen_between_forward_and_step_raises_by_name():
 
 def test_after_remove_a_step_says_why_it_cannot_go_on():
     model = make_model()
-    optimizer = SecondOrderOptimizer(model)
+    optimizer = SecondOrderOptimizer(model, **EACH)
     train(model, optimizer, [0])
     optimizer.remove()
     with pytest.raises(RuntimeError, match=r"optimizer\.remove\(\) has taken its hooks away"):
@@ -480,7 +485,7 @@ def test_a_preconditioner_takes_no_closure():
 @pytest.mark.parametrize("approx", APPROXIMATIONS)
 def test_the_summary_counts_the_bytes_that_are_held(approx, damping_type):
     model = make_model()
-    optimizer = SecondOrderOptimizer(model, approx=approx, damping_type=damping_type)
+    optimizer = SecondOrderOptimizer(model, approx=approx, damping_type=damping_type, **EACH)
     train(model, optimizer, range(3))
     lines = optimizer.summary().splitlines()
     assert [line.split()[0] for line in lines[1:]] == [name for name, _ in model.named_parameters()]
@@ -562,7 +567,7 @@ def test_a_refresh_reads_all_its_flags_at_once(approx, monkeypatch):
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (reads.append(self.shape), tolist(self))[1])
     model = cases.seeded(lambda: nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)), nn.Linear(4, 3)))
-    optimizer = SecondOrderOptimizer(model, approx=approx)
+    optimizer = SecondOrderOptimizer(model, approx=approx, **EACH)
     train(model, optimizer, [0, 1])
     reads.clear()
     optimizer.zero_grad()

@@ -214,7 +214,7 @@ def test_a_state_of_other_blocks_raises():
 @pytest.mark.parametrize("approx", ["kfac", "block"])
 def test_a_failure_before_saving_is_retried_and_counted_after_resuming(approx):
     model, other = make_model(), make_model()
-    options = {"approx": approx, "update_every": 100, "damping": 0.5}
+    options = {"approx": approx, "update_every": 100, "refactor_every": 1, "damping": 0.5}
     optimizer = SecondOrderOptimizer(model, **options)
     train(model, optimizer, [0])
     name = "B" if approx == "kfac" else "matrix"
@@ -237,7 +237,7 @@ def test_a_failure_before_saving_is_retried_and_counted_after_resuming(approx):
 def test_a_failure_on_an_accelerator_keeps_its_count_through_a_state(monkeypatch):
     monkeypatch.setattr(curvature_module, "free_to_read", lambda flag: False)
     model, other = make_model(), make_model()
-    optimizer = SecondOrderOptimizer(model, refactor_every=100)
+    optimizer = SecondOrderOptimizer(model, update_every=1, refactor_every=100)
     train(model, optimizer, [0])
     x = torch.full((6, 4), 1e30)
     optimizer.zero_grad()

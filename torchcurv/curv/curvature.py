@@ -35,7 +35,7 @@ from torchcurv.curv.linalg import free_to_read, sum_of
 from torchcurv.curv.losses import at_least_float32, random_signs
 from torchcurv.curv.propagate import RESIDUALS
 from torchcurv.curv.rows import RowSpace, row_count
-from torchcurv.curv.schedule import Interval, Pace, check_interval, check_number, fading
+from torchcurv.curv.schedule import Interval, Pace, check_interval, check_number
 from torchcurv.curv.second import Products
 from torchcurv.curv.stats import Stats
 
@@ -106,11 +106,12 @@ class Options:
     sharing: "expand" or "reduce", how K-FAC treats positions that share a weight.
     damping: λ of (C + λ I)^-1, in units of the loss per squared parameter; > 0 for a step.
     damping_type: "exact" Tikhonov through eigenvectors, or "factored" over the Kronecker factors by Cholesky.
-    ema_decay: the fraction ρ of the old that a running average keeps, 0 <= ρ <= 1; 1 is the plain mean.
+    ema_decay: the fraction ρ of the old that a running average keeps per step (ρ^k over the k steps between two
+        measurements), 0 <= ρ <= 1; 1 is the plain mean.
     update_every, refactor_every: steps between two measurements, and between two factorisations: an int, a callable
         of the step, or "adaptive". Then each statistic (A and B of K-FAC on their own) is measured ever more rarely
         while its running average moves by less than `refresh_tol` (schedule.py), at most `refresh_cap` steps apart and
-        on each of the first `refresh_warmup`; ema_decay then counts steps, not measurements. A factor is computed anew
+        on each of the first `refresh_warmup`. A factor is computed anew
         when a statistic has moved by refresh_tol since the last, or the damping by a tenth.
     rows_limit: a dense block with more parameters than this goes through the Gram matrix of its rows (one row
         per sample and signal) and never forms its matrix. Such a block has no running average. Of more rows than this
@@ -266,6 +267,7 @@ class Curvature:
         self.flags: Tensor | None = None  # how many measurements were not finite, how many factorisations failed
         self.reported = (0, 0)  # what was last read of them
         self.measurements = self.factorisations = 0  # so far
+        self.measured_at: dict[str, int] = {}  # by part, the step of the last measurement
         self.retry = False  # the last factorisation failed: the next is in float64 with more damping
 
     @property
@@ -392,11 +394,11 @@ class Curvature:
 
     @torch.no_grad()
     def update(self, ema_decay: float, follow: bool = True, step: int | None = None, watched: bool = False) -> None:
-        """Merge what is pending into the running average: w <- ρ w + 1, X <- X + (X_new - X) / w.
+        """Merge what is pending into the running average: w <- ρ^k w + 1, X <- X + (X_new - X) / w.
 
         follow: whether the factor takes over what it can; a factorisation that comes next does that anyway.
-        step: of an adaptive interval. A measurement then stands for the k steps since the last, and the old fades with
-        ρ^k. watched: let `changes` say how far the averages move.
+        step: of the optimizer, k = 1 without; k are the steps since the last measurement, so that the memory in steps
+        does not depend on how often one measures. watched: let `changes` say how far the averages move.
         A measurement with a value that is not finite is left out and counted.
         """
         self._check_rows()
@@ -406,7 +408,9 @@ class Curvature:
             self.forget_pending()
             return
         if isinstance(self.approx, LargestPairs):
-            self._merge(self.approx, *fading(ema_decay, self._since("values", step)), watched)
+            self._merge(self.approx, ema_decay ** self._since("values", step), watched)
+            if step is not None:
+                self.measured_at[""] = step
             if follow:
                 self._follow()
             return
@@ -426,26 +430,25 @@ class Curvature:
             if key not in self.weights:
                 self.weights[key], self.tensors[key] = value.new_zeros(()), torch.zeros_like(value)
             old, weight = self.tensors[key], self.weights[key]
-            rho, gain = fading(ema_decay, self._since(key, step))
-            grown = weight * rho + gain
+            grown = weight * ema_decay ** self._since(key, step) + 1
             if watched and value.dim():
-                moved = gain / grown * torch.dist(value, old) / old.norm()
+                moved = 1 / grown * torch.dist(value, old) / old.norm()
                 self._note_change(key, torch.where(old.any(), moved, math.inf))
             if not free_to_read(ok):
                 self.weights[key] = torch.where(ok, grown, weight)
-                self.tensors[key] = torch.where(ok, old.lerp(value, gain / grown), old)
+                self.tensors[key] = torch.where(ok, old.lerp(value, 1 / grown), old)
             elif ok:
                 self.weights[key] = grown
-                old.lerp_(value, gain / grown)
+                old.lerp_(value, 1 / grown)
+        if step is not None:
+            self.measured_at |= {part_of(key, self.approx.parts): step for key in new}
         if follow:
             self._follow()
 
     def _since(self, key: str, step: int | None) -> int:
-        """Steps that a measurement stands for."""
-        if step is None:
-            return 1
-        measured = self.paces[part_of(key, self.approx.parts)].measured
-        return 1 if measured < 0 else step - measured
+        """Steps since the last measurement of a statistic."""
+        last = self.measured_at.get(part_of(key, self.approx.parts))
+        return 1 if step is None or last is None else step - last
 
     def _note_change(self, key: str, change: Tensor) -> None:
         """The largest relative move of the statistics of a part; infinite for the first measurement."""
@@ -487,16 +490,19 @@ class Curvature:
                     "curvature is found from them in step(). Give every batch a tensor of its own"
                 )
 
-    def _merge(self, pairs: LargestPairs, rho: float, gain: float, watched: bool) -> None:
-        """The running average of a block that keeps its largest eigenpairs: those of the weighted sum."""
+    def _merge(self, pairs: LargestPairs, faded: float, watched: bool) -> None:
+        """The running average of a block that keeps its largest eigenpairs: those of the weighted sum.
+
+        faded: what is left of the old weight.
+        """
         new = self.pending_rows
         self.forget_pending()
         p = self.params[0]
         zero = p.new_zeros((), dtype=torch.promote_types(p.dtype, torch.float32))
         before = self.weights.get("values", zero)
         old = self.tensors or pairs.empty(self.layers, zero)
-        weight = before * rho + gain
-        merged, ok = pairs.merged([(gain / weight, new), (1 - gain / weight, [LowRank(**old)])])
+        weight = before * faded + 1
+        merged, ok = pairs.merged([(1 / weight, new), (1 - 1 / weight, [LowRank(**old)])])
         self._count(0, ~ok)
         if watched:
             known = old["values"].any()
@@ -697,6 +703,7 @@ class Curvature:
             "next_refactor": self.next_refactor,
             "reported_skipped": self.reported[0],
             "reported_failed": self.reported[1],
+            "measured_at": {part: self.measured_at.get(part, -1) for part in self.approx.parts},
             "measurements": self.measurements,
             "factorisations": self.factorisations,
             "factor_damping": self.factor_damping,
@@ -734,6 +741,7 @@ class Curvature:
         self.drifts = {part: saved.get("drifts", {}).get(part, math.inf) for part in self.approx.parts}
         self.flags = saved.get("flags")
         self.reported = int(saved.get("reported_skipped", 0)), int(saved.get("reported_failed", 0))
+        self.measured_at = {part: int(t) for part, t in saved.get("measured_at", {}).items() if t >= 0}
         self.measurements, self.factorisations = (int(saved.get(k, 0)) for k in ("measurements", "factorisations"))
         known = saved.get("known", {})
         self.tensors = {key: value for key, value in saved.get("tensors", {}).items() if known[key]}

@@ -25,11 +25,10 @@ class Pace:
     gradient for large-scale deep learning" (2020), of single measurements; with running averages, noise that the
     average takes out does not count as a change.
 
-    next: the step at which it is due. measured: the step of the last measurement, -1 before the first.
+    next: the step at which it is due.
     """
 
     next: int = 0
-    measured: int = -1
     interval: int = 1
     before: int = 1
     change: float = math.inf
@@ -44,17 +43,10 @@ class Pace:
         elif change + self.change < tol:
             interval = min(cap, interval + self.before)
         self.before, self.interval = self.interval, interval
-        self.measured, self.next, self.change = step, step + interval, change
+        self.next, self.change = step + interval, change
 
     def state(self) -> dict[str, int | float]:
         return dict(vars(self))
-
-
-def fading(decay: float, steps: int) -> tuple[float, float]:
-    """(ρ^k, 1 + ρ + ... + ρ^(k-1)): what is left after k steps of an old weight, and the weight of what stands for all
-    of them."""
-    left = decay**steps
-    return left, float(steps) if decay == 1 else (1 - left) / (1 - decay)
 
 
 def check_interval(name: str, value: Interval) -> Interval:

@@ -89,7 +89,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         }
         self._schedules: dict[tuple[int, str], Callable[[int], Any]] = {}
         self._steps = 0
-        self._check_group(_at_step({**step_defaults, **curvature_options}, 0))
+        self._check_group(self._at_step({**step_defaults, **curvature_options}))
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
             if not params:
@@ -123,12 +123,20 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 "of the module given as the first argument"
             )
         schedules = {key: group[key] for key in (*_INTERVALS, *_VALUES)}
-        group.update(_at_step(group, self._steps))
+        group.update(self._at_step(group))
         self._check_group(group)
         for key, value in schedules.items():
             self._schedules.pop((index, key), None)
             if callable(value):
                 self._schedules[index, key] = value
+
+    def _at_step(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a group with what functions of the step say now."""
+        found = dict(options)
+        for key in (*_INTERVALS, *_VALUES):
+            if callable(options[key]):
+                found[key] = (interval_at if key in _INTERVALS else value_at)(key, options[key], self._steps)
+        return found
 
     def _check_group(self, group: dict[str, Any]) -> None:
         options = Options(**{key: group[key] for key in OPTION_NAMES})
@@ -339,10 +347,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         decay, follow = self._memory(block, self.param_groups[index]), not self._is_due(block, index)
         adaptive = self._adaptive(index, "update_every")
         watched = adaptive or self._adaptive(index, "refactor_every")
-        block.update(decay, follow, self._steps if adaptive else None, watched)
+        block.update(decay, follow, self._steps, watched)
         if not adaptive:
             block.next_update = self._steps + self._interval(index, "update_every")
-            if any(pace.measured >= 0 for pace in block.paces.values()):  # it was adaptive before
+            if any(pace.next for pace in block.paces.values()):  # it was adaptive before
                 block.paces = {part: Pace() for part in block.paces}
 
     def _decide(self, blocks: list[tuple[Curvature, int]]) -> None:
@@ -678,15 +686,6 @@ def _damping_moved(block: Curvature, damping: float | Tensor) -> bool:
     if not block.bakes_damping() or isinstance(damping, Tensor):
         return False
     return abs(damping - held) > _DAMPING_TOLERANCE * abs(held)
-
-
-def _at_step(options: dict[str, Any], step: int) -> dict[str, Any]:
-    """The options with what functions of the step say there."""
-    found = dict(options)
-    for key in (*_INTERVALS, *_VALUES):
-        if callable(options[key]):
-            found[key] = (interval_at if key in _INTERVALS else value_at)(key, options[key], step)
-    return found
 
 
 def _is_zero(value: Any) -> bool:

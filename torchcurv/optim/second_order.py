@@ -31,6 +31,8 @@ STEP_OPTIONS = (
     *("trust_ratio", "normalize_weights"),
 )
 MOMENTUM_TYPES = ("preconditioned", "raw")
+INTERVAL = 10  # steps between measurements, and factorisations, unless one says otherwise
+OF_THE_BATCH = ("full", "block")  # which are made of the rows of one batch where these are few
 STEP_RULES, DAMPING_RULES = ("fixed", "quadratic"), ("fixed", "lm")
 _CONTROL = (
     *("step_rule", "model_share", "damping_rule", "damping_interval", "damping_decay", "damping_bounds"),
@@ -85,7 +87,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         damping: λ > 0 in units of the loss's curvature, a number, a 0-d tensor, or a function of the step; for
             damping_rule="lm" the first value. damping_type: "factored" or "exact" (through eigenvectors).
         kl_clip: bound κ on lr² <V, g>, or for step_rule="quadratic" on d^T G d, its trust region; None: no clipping.
-            "auto" is 1, and None for step_rule="quadratic".
+            "auto" is 0.01, and None for step_rule="quadratic".
         weight_decay: decoupled decay. l2: coefficient of l2/2 norm(p)² in the loss, in g and in the damping.
         maximize: ascend.
         trust_ratio: V of every tensor is scaled to the norm of the tensor, where that is above 1e-2 (LARS). After the
@@ -96,9 +98,10 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         damping_rule: "fixed", or "lm", with damping_interval = T, damping_decay, and damping_bounds of λ.
         curvature_warmup: the first so many steps measure curvature and leave the parameters alone.
         samples: signals drawn per step; None: the exact curvature (one backward pass per output element).
-        sharing, ema_decay (or a function of the step), update_every, refactor_every ("adaptive" too), refresh_tol,
-            refresh_cap, refresh_warmup, rows_limit, factor_blocks, max_factor_dim, partition, rank: see
-            `torchcurv.curv.curvature.Options`.
+        update_every, refactor_every: an int, a function of the step, "adaptive", or "auto": 10, but 1 for
+            curv_type="input" and for approx="full" and "block", which may be made of the rows of one batch.
+        sharing, ema_decay (or a function of the step), refresh_tol, refresh_cap, refresh_warmup, rows_limit,
+            factor_blocks, max_factor_dim, partition, rank: see `torchcurv.curv.curvature.Options`.
         reduction, class_dim: of a loss given by name. output_fn: from the model's output to the loss's input.
         grad_scaler: the torch.amp.GradScaler that scales the loss, if any.
         unsupported: "error" lists parameters without a known curvature, "gradient" trains them with the gradient.
@@ -125,7 +128,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         approx: str | None = "kfac",
         lr: float | Tensor | None = None,
         momentum: float = 0.7,
-        damping: float | Tensor | Callable[[int], float] = 0.1,
+        damping: float | Tensor | Callable[[int], float] = 0.01,
         nesterov: bool = False,
         momentum_type: str = "preconditioned",
         weight_decay: float = 0.0,
@@ -145,8 +148,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         sharing: str = "expand",
         damping_type: str = "factored",
         ema_decay: float | Callable[[int], float] = 0.95,
-        update_every: int | str | Callable[[int], int] = 1,
-        refactor_every: int | str | Callable[[int], int] = 1,
+        update_every: int | str | Callable[[int], int] = "auto",
+        refactor_every: int | str | Callable[[int], int] = "auto",
         refresh_tol: float = 0.1,
         refresh_cap: int = 100,
         refresh_warmup: int = 10,
@@ -168,7 +171,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     ) -> None:
         quadratic = step_rule == "quadratic"
         lr = (1.0 if quadratic else 0.1) if lr is None else lr
-        self._kl_clip = checked_kl_clip(kl_clip, None if quadratic else 1.0)
+        self._kl_clip = checked_kl_clip(kl_clip, None if quadratic else 0.01)
         given = locals()
         self._control = {name: given[name] for name in _CONTROL}
         self._moved: list[tuple[float | Tensor, list[Tensor]]] = []  # (lr, steps or their norms) of the last step
@@ -180,6 +183,11 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             {name: given[name] for name in OPTION_NAMES},
             **{name: given[name] for name in WHOLE_OPTIONS},
         )
+
+    def _at_step(self, options: dict[str, Any]) -> dict[str, Any]:
+        every = 1 if options["curv_type"] == INPUT or options["approx"] in OF_THE_BATCH else INTERVAL
+        chosen = {key: every for key in ("update_every", "refactor_every") if options[key] == "auto"}
+        return super()._at_step({**options, **chosen})
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
