@@ -1,6 +1,7 @@
 """Adaptive intervals: the rule, what is not due is not computed, averages that fade with time, and resuming."""
 
 import math
+import warnings
 from itertools import pairwise
 
 import cases
@@ -17,6 +18,7 @@ from torchcurv.curv.inputs import Inputs
 from torchcurv.curv.passes import Pass
 from torchcurv.curv.schedule import Pace
 
+EACH = {"update_every": 1, "refactor_every": 1}
 ADAPTIVE = {"update_every": "adaptive", "refactor_every": "adaptive"}
 
 
@@ -132,6 +134,22 @@ def test_averages_fade_with_steps_not_measurements(intervals, rho):
         total = rho ** (t - last) * total + every._blocks[0].tensors["diag"]
         weight = rho ** (t - last) * weight + 1
     close(optimizer._blocks[0].tensors["diag"], total / weight)
+
+
+def test_a_measurement_that_is_not_finite_fades_the_old():
+    model = make_model()
+    optimizer = SecondOrderOptimizer(model, approx="diag", samples=None, lr=0.0, ema_decay=0.5, **EACH)
+    (block, _) = optimizer._blocks
+    for finite in (True, False, False, True):
+        optimizer.zero_grad()
+        x = cases.randn(6, 4)
+        nn.functional.cross_entropy(model(x if finite else x * math.nan), torch.arange(6) % 3).backward()
+        for p in model.parameters():
+            p.grad.zero_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+    assert block.weights["diag"].item() == 1 + 0.5**3
 
 
 @pytest.mark.parametrize("approx", cases.APPROXIMATIONS)

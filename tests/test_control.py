@@ -51,6 +51,15 @@ def ggn(model, x, y):
     return oracles.ggn(model, nn.CrossEntropyLoss(), x, y, list(model.named_parameters()))
 
 
+class Times(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x
+
+
 def directions(model, count):
     vectors = [[cases.randn(*p.shape, seed=10 * k + j) for j, p in enumerate(model.parameters())] for k in range(count)]
     return [dict(zip(model.parameters(), vector, strict=True)) for vector in vectors]
@@ -71,18 +80,21 @@ def test_a_share_of_the_batch_is_its_first_samples(share, least, monkeypatch):
     measured.close(got, d @ ggn(model, x[:count], y[:count]) @ d.T)
 
 
-@pytest.mark.parametrize("kind", ["dropout", "batch norm", "called twice", "its own output"])
+@pytest.mark.parametrize("kind", ["dropout", "batch norm", "called twice", "its own output", "edited", "autocast"])
 def test_the_whole_batch_counts_where_a_part_would_be_another_function(kind, monkeypatch):
     monkeypatch.setattr(evaluation_module, "LEAST", 1)
     model, (x, y) = make_model(0.5 if kind == "dropout" else 0.0, norm=kind == "batch norm"), DATA[0]
-    model.train(kind == "dropout")
+    model.train(kind in ("dropout", "batch norm"))
 
     def evaluate():
-        output = model(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            output = model(x)
         if kind == "called twice":
             output = output + model(x)
         elif kind == "its own output":
             output = 2 * output
+        elif kind == "edited":
+            output *= 0.1
         return F.cross_entropy(output, y), output
 
     at, d = {p: p.detach() for p in model.parameters()}, directions(model, 1)
@@ -90,7 +102,11 @@ def test_the_whole_batch_counts_where_a_part_would_be_another_function(kind, mon
     whole = Evaluation(model, evaluate, 1.0).curvature(d, at)
     torch.manual_seed(3)
     part = Evaluation(model, evaluate, 0.5).curvature(d, at)
-    assert torch.equal(whole, part) == (kind != "batch norm")
+    assert torch.equal(whole, part)
+    model.eval()
+    if kind in ("edited", "its own output"):
+        C = ggn(nn.Sequential(model, Times(0.1 if kind == "edited" else 2)), x, y)
+        measured.close(whole, (flat(d[0].values()) @ C @ flat(d[0].values())).reshape(1, 1))
 
 
 def test_what_runs_again_has_the_same_draws_and_leaves_generators_and_buffers_alone():
@@ -106,6 +122,67 @@ def test_what_runs_again_has_the_same_draws_and_leaves_generators_and_buffers_al
     with torch.no_grad():
         model[0].weight += 1
     assert not torch.equal(evaluation.loss_now(), evaluation.loss.detach())
+
+
+def test_buffers_that_a_pass_replaces_come_back():
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 3, dtype=torch.float64)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return super().forward(x)
+
+    model, (x, y) = Counting(), DATA[0]
+    evaluation = Evaluation(model, closure(model, x, y))
+    evaluation.curvature(directions(model, 2), {p: p.detach() for p in model.parameters()})
+    evaluation.loss_now()
+    assert model.calls == 1
+
+
+def test_micro_batches_need_one_output():
+    model, (x, y) = make_model(), DATA[0]
+
+    def parts():
+        return [model(x[:3]), model(x[3:])]
+
+    def joined():
+        output = torch.cat(parts())
+        return F.cross_entropy(output, y), output
+
+    optimizer = SecondOrderOptimizer(model, step_rule="quadratic", **EXACT)
+    with pytest.raises(TypeError, match="called the model 2 times"):
+        optimizer.step(lambda: sum(F.cross_entropy(o, t) / 2 for o, t in zip(parts(), (y[:3], y[3:]), strict=True)))
+    d, at = directions(model, 1), {p: p.detach() for p in model.parameters()}
+    whole = Evaluation(model, closure(model, x, y)).curvature(d, at)
+    torch.testing.assert_close(Evaluation(model, joined).curvature(d, at), whole)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+def test_recurrent_layers_have_a_forward_mode():
+    model, x, y = cases.seeded(Recurrent).float(), cases.randn(6, 5, 3).float(), torch.arange(6) % 3
+    optimizer = SecondOrderOptimizer(model, step_rule="quadratic", damping_rule="lm", damping_interval=2)
+    losses = [float(optimizer.step(closure(model, x, y))) for _ in range(6)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("rule", [{"step_rule": "quadratic"}, {"damping_rule": "lm", "damping_interval": 1}])
+def test_what_has_no_forward_mode_says_so_and_nothing_moves(rule):
+    model = cases.seeded(lambda: nn.Sequential(nn.EmbeddingBag(7, 4), nn.Linear(4, 3)))
+    optimizer = SecondOrderOptimizer(model, **rule)
+    before = flat(model.parameters())
+    with pytest.raises(NotImplementedError, match=r'(?s)forward mode.*step_rule="fixed"'):
+        optimizer.step(closure(model, torch.arange(12).reshape(6, 2) % 7, torch.arange(6) % 3))
+    assert torch.equal(flat(model.parameters()), before)
 
 
 def test_fused_attention_has_a_forward_mode():
@@ -322,11 +399,18 @@ def test_options_that_are_not_allowed(options, match):
     [
         (-1.0, -1.0, 0.5), (-0.8, -1.0, 0.5), (-0.75, -1.0, 1.0), (-0.5, -1.0, 1.0), (-0.25, -1.0, 1.0),
         (-0.2, -1.0, 2.0), (0.3, -1.0, 2.0), (math.nan, -1.0, 2.0), (math.inf, -1.0, 2.0), (-1.0, 0.0, 2.0),
-        (-1.0, 0.5, 2.0), (-1.0, math.nan, 2.0),
+        (-1.0, 0.5, 2.0), (-1.0, math.nan, 2.0), (1e-9, -1e-9, 1.0), (0.0, 0.0, 1.0), (1e-3, -1e-9, 2.0),
     ],
 )  # fmt: skip
 def test_the_rule_of_levenberg_and_marquardt(actual, predicted, factor):
-    assert levenberg_marquardt(actual, predicted, 0.5) == factor
+    assert levenberg_marquardt(actual, predicted, 0.5, noise=1e-8) == factor
+
+
+def test_a_step_of_length_zero_says_nothing():
+    model, (x, y) = make_model(), DATA[0]
+    optimizer = SecondOrderOptimizer(model, lr=0.0, damping_rule="lm", damping_interval=1)
+    optimizer.step(closure(model, x, y))
+    assert optimizer.param_groups[0]["damping"] == 0.01 and optimizer.metrics()["rejected_steps"] == 0
 
 
 @pytest.mark.parametrize("step_rule", ["fixed", "quadratic"])
@@ -380,6 +464,7 @@ def test_a_step_that_makes_its_loss_rise_is_taken_back(step_rule):
     optimizer.step(closure(model, x, y))
     assert torch.equal(flat(model.parameters()), before)
     assert optimizer.param_groups[0]["damping"] > 0.1 and optimizer.metrics()["rejected_steps"] == 1
+    assert "step_norm" not in optimizer.metrics()
     assert not any(optimizer.state[p]["momentum_buffer"].any() for p in model.parameters())
     optimizer.param_groups[0]["lr"] = 0.1
     loss = optimizer.step(closure(model, x, y))
@@ -424,6 +509,25 @@ def test_frozen_and_unused_parameters_stay():
     optimizer.step(closure(model, *DATA[0]))
     assert torch.equal(model[0].bias, before[0]) and torch.equal(model.unused.weight, before[1])
     assert not torch.equal(model[0].weight, before[2])
+
+
+def test_freezing_between_steps():
+    model = make_model()
+    optimizer = SecondOrderOptimizer(model, model.parameters(), step_rule="quadratic", **EACH)
+    for frozen in (False, True, False):
+        model[0].requires_grad_(not frozen)
+        before = flat(model[0].parameters()), flat(model[3].parameters())
+        optimizer.step(closure(model, *DATA[0]))
+        assert torch.equal(flat(model[0].parameters()), before[0]) == frozen
+        assert not torch.equal(flat(model[3].parameters()), before[1])
+
+
+def test_input_curvature_has_a_coefficient_of_its_own():
+    model = make_model()
+    groups = [{"params": model[0].parameters(), "curv_type": "input"}, {"params": model[3].parameters()}]
+    optimizer = SecondOrderOptimizer(model, groups, step_rule="quadratic", momentum=0.0)
+    losses = [float(optimizer.step(closure(model, *DATA[0]))) for _ in range(5)]
+    assert losses[-1] < losses[0] and {"step_along_0", "step_along_1"} <= set(optimizer.metrics())
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit():
@@ -548,6 +652,48 @@ def test_a_schedule_in_a_group_is_that_of_the_group():
     assert [group["damping"] for group in optimizer.param_groups] == [2.0, 0.5]
 
 
+@pytest.mark.parametrize(("option", "bad"), [("ema_decay", 1.5), ("damping", 0.0)])
+def test_what_a_function_of_the_step_says_is_checked_at_every_step(option, bad):
+    model = make_model()
+    optimizer = SecondOrderOptimizer(model, **{option: lambda step: (0.5, bad)[step]})
+    for x, y in DATA[:2]:
+        F.cross_entropy(model(x), y).backward()
+        if optimizer.metrics()["step"]:
+            with pytest.raises(ValueError, match=option):
+                optimizer.step()
+        else:
+            optimizer.step()
+
+
+def test_a_group_that_is_refused_leaves_no_schedule_behind():
+    model = make_model()
+    optimizer = SecondOrderOptimizer(model, model[0].parameters(), damping_rule="lm", damping_interval=1)
+    with pytest.raises(ValueError, match="function of the step"):
+        optimizer.add_param_group({"params": model[3].parameters(), "damping": lambda step: 0.1})
+    optimizer.step(closure(model, *DATA[0]))
+
+
+def test_after_warm_up_adaptive_intervals_begin_at_once():
+    model = make_model()
+    optimizer = SecondOrderOptimizer(
+        model, curvature_warmup=20, samples=None, update_every="adaptive", refactor_every="adaptive"
+    )
+    for _ in range(21):
+        optimizer.zero_grad()
+        F.cross_entropy(model(DATA[0][0]), DATA[0][1]).backward()
+        optimizer.step()
+    assert all(block.measurements == 21 and block.next_update == 21 for block in optimizer._blocks)
+
+
+def test_sparse_gradients_step_without_curvature():
+    model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+    groups = [{"params": model[0].parameters(), "approx": None, "momentum": 0.0}, {"params": model[2].parameters()}]
+    optimizer = SecondOrderOptimizer(model, groups)
+    F.cross_entropy(model(torch.arange(12).reshape(6, 2) % 7), torch.arange(6) % 3).backward()
+    optimizer.step()
+    assert optimizer.metrics()["step_norm"] > 0
+
+
 @pytest.mark.parametrize("rule", [{}, {"step_rule": "quadratic"}])
 def test_warm_up_measures_and_does_not_move(rule):
     model = make_model()
@@ -602,6 +748,22 @@ def test_metrics_are_those_of_the_last_step(momentum, nesterov):
     assert found["parameter_norm"] == pytest.approx(float(flat(model.parameters()).norm()))
     assert found["step_norm"] == pytest.approx(float((flat(model.parameters()) - before).norm()))
     assert 0 < found["clip"] < 1 and found["kl"] == pytest.approx(0.5e-3)
+    optimizer.param_groups[0]["l2"] = 0.4
+    assert optimizer.metrics()["l2_loss"] == pytest.approx(0.2 * found["parameter_norm"] ** 2)
+
+
+def test_metrics_of_a_posterior():
+    model, (x, y) = make_model(), DATA[0]
+    optimizer = VIOptimizer(model, 100, num_samples=2)
+
+    def evaluate():
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(evaluate)
+    found = optimizer.metrics()
+    assert found["loss"] == pytest.approx(loss.item())
 
 
 def test_metrics_of_a_quadratic_step():

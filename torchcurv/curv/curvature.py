@@ -430,16 +430,18 @@ class Curvature:
             if key not in self.weights:
                 self.weights[key], self.tensors[key] = value.new_zeros(()), torch.zeros_like(value)
             old, weight = self.tensors[key], self.weights[key]
-            grown = weight * ema_decay ** self._since(key, step) + 1
+            faded = weight * ema_decay ** self._since(key, step)
+            grown = faded + 1
             if watched and value.dim():
                 moved = 1 / grown * torch.dist(value, old) / old.norm()
                 self._note_change(key, torch.where(old.any(), moved, math.inf))
             if not free_to_read(ok):
-                self.weights[key] = torch.where(ok, grown, weight)
+                self.weights[key] = torch.where(ok, grown, faded)
                 self.tensors[key] = torch.where(ok, old.lerp(value, 1 / grown), old)
-            elif ok:
-                self.weights[key] = grown
-                old.lerp_(value, 1 / grown)
+            else:
+                self.weights[key] = grown if ok else faded
+                if ok:
+                    old.lerp_(value, 1 / grown)
         if step is not None:
             self.measured_at |= {part_of(key, self.approx.parts): step for key in new}
         if follow:
@@ -448,7 +450,7 @@ class Curvature:
     def _since(self, key: str, step: int | None) -> int:
         """Steps since the last measurement of a statistic."""
         last = self.measured_at.get(part_of(key, self.approx.parts))
-        return 1 if step is None or last is None else step - last
+        return 1 if step is None or last is None else max(1, step - last)
 
     def _note_change(self, key: str, change: Tensor) -> None:
         """The largest relative move of the statistics of a part; infinite for the first measurement."""
@@ -508,7 +510,7 @@ class Curvature:
             known = old["values"].any()
             self._note_change("values", torch.where(known, merged.distance(LowRank(**old)), math.inf))
         self.tensors = {key: torch.where(ok, getattr(merged, key), value) for key, value in old.items()}
-        self.weights = dict.fromkeys(old, torch.where(ok, weight, before))
+        self.weights = dict.fromkeys(old, torch.where(ok, weight, before * faded))
 
     def _follow(self) -> None:
         """Statistics that are eigenvalues in the basis of the factor, or all of it, reach it at once."""

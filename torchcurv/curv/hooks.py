@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torchcurv.curv.unrolled import Unrolled
+
 
 class Hook:
     """A bound hook that can be switched off, and is off after deepcopy and pickling: copies of the model feed nothing.
@@ -44,11 +46,11 @@ unseen = torch._C.DisableTorchFunction  # a context in which no mode sees what a
 
 @contextmanager
 def unfused() -> Iterator[None]:
-    """Attention by functions that have a derivative of every order, and in forward mode."""
+    """Attention and recurrent layers by functions that have a derivative of every order, and in forward mode."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), Unrolled():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 State = tuple[Tensor, ...]  # (h,), and (h, c) for an LSTM
@@ -160,3 +161,11 @@ UNROLLED: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.rnn_tanh_cell: _cell(_tanh),
     torch.rnn_relu_cell: _cell(_relu),
 }
+
+
+class Unrolled(TorchFunctionMode):
+    """While it is active, recurrent functions run step by step."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        unrolled = UNROLLED.get(func)
+        return func(*args, **(kwargs or {})) if unrolled is None else unrolled(F.linear, *args, **(kwargs or {}))

@@ -111,6 +111,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 self._build()
         except Exception:
             self.param_groups.pop()
+            groups = len(self.param_groups)
+            self._schedules = {key: value for key, value in self._schedules.items() if key[0] < groups}
             raise
 
     def _take_group(self, index: int) -> None:
@@ -270,7 +272,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _due(self) -> list[str]:
         for block, index in zip(self._blocks, self._group_index, strict=True):
-            block.want(self._steps if self._adaptive(index, "update_every") else None)
+            block.want(self._step_of(index))
         return [block.name for block in self._blocks if self._steps >= block.next_update]
 
     def _damping(self, group: dict[str, Any]) -> float | Tensor:
@@ -314,9 +316,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._outdated = self._built_for != self._trainable()
         if self._outdated:
             self._check_unfrozen()
-        for (index, key), schedule in self._schedules.items():
-            if key in _VALUES:
-                self.param_groups[index][key] = value_at(key, schedule, self._steps)
+        self._apply_schedules()
         reached = [
             (block, index)
             for block, index in zip(self._blocks, self._group_index, strict=True)
@@ -343,6 +343,17 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._unsaved.append(block)
         return True
 
+    def _apply_schedules(self) -> None:
+        """What functions of the step say of damping and memory now."""
+        for (index, key), schedule in self._schedules.items():
+            if key in _VALUES:
+                self.param_groups[index][key] = value_at(key, schedule, self._steps)
+                self._check_group(self.param_groups[index])
+
+    def _step_of(self, index: int) -> int | None:
+        """The step, for blocks that are measured at intervals of their own choice."""
+        return self._steps if self._adaptive(index, "update_every") else None
+
     def _update_average(self, block: Curvature, index: int) -> None:
         decay, follow = self._memory(block, self.param_groups[index]), not self._is_due(block, index)
         adaptive = self._adaptive(index, "update_every")
@@ -362,7 +373,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         read = torch.stack([change.to(device, torch.float64) for _, _, change in moves]).tolist()
         for block, index in blocks:
             own = {part: value for (other, part, _), value in zip(moves, read, strict=True) if other is block}
-            block.decide(self._steps if self._adaptive(index, "update_every") else None, own)
+            block.decide(self._step_of(index), own)
 
     def _is_due(self, block: Curvature, index: int) -> bool:
         """Whether a factorisation is due whatever was measured."""

@@ -187,7 +187,7 @@ class CGNewton(CurvatureOptimizer):
         def multiply(x: Vector) -> Vector:
             return [Cx[0] for Cx in products([t.unsqueeze(0) for t in x])]
 
-        self._iterations = 0
+        self._iterations, self._last = 0, {"loss": loss.detach()}
         with torch.no_grad():
             d = self._solved(group, multiply, [-g.detach() for g in whole.first], params)
             for p, x in zip(params, d, strict=True):

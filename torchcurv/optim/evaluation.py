@@ -5,7 +5,8 @@ The quadratic model of a loss L(f(θ)) around θ, with J = df/dθ and H_L the He
     L(θ + d) ≈ L(θ) + g·d + ½ d^T C d,    C = J^T H_L J,    d_i^T C d_j = (J d_i)^T H_L (J d_j)
 
 needs one product J d per direction, by differentiating a forward pass in forward mode, and none with J^T. What runs
-again runs as it did the first time: with the same random draws, and without an effect on the buffers of the model.
+again runs as it did the first time: with the same draws of torch's global generators (those of fused attention on an
+accelerator excepted), and without an effect on the buffers of the model.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
+from torchcurv.curv.capture import version_of
 from torchcurv.curv.hooks import unfused
 from torchcurv.curv.losses import at_least_float32
+from torchcurv.curv.views import uses_batch_statistics
 from torchcurv.optim.update import inner
 
 Vector = dict[Tensor, Tensor]  # by parameter
@@ -37,33 +41,29 @@ class Evaluation:
     closure: returns the loss, a 0-d tensor, or (loss, output), without calling backward(). output: f, of which the
         loss is a function; by default what the model returned last.
     share: the fraction of the samples that products with J are made of, the first of the batch, but no fewer than
-        LEAST. All of them are taken where the closure calls the model more than once or returns an output that is not
-        the model's, and where the pass draws random numbers, which would be others for fewer samples.
+        LEAST; every tensor argument of the model that is as long as the output counts as a batch. All samples are
+        taken where fewer would be another function: where the closure does more than to call the model on its output,
+        where random numbers are drawn, and where batch norms normalise with the batch.
+    products: whether `curvature` will be asked for, for which the graph is kept.
     """
 
-    def __init__(self, model: nn.Module, closure: Callable[[], Any], share: float = 1.0) -> None:
-        self.model, self._closure = model, _Closure(model, closure)
+    def __init__(self, model: nn.Module, closure: Callable[[], Any], share: float = 1.0, products: bool = True) -> None:
+        self.model, self._closure, self._products = model, _Closure(model, closure), products
         self._devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
         self._draws = self._generators()
         with torch.enable_grad():
             self.loss, self.output, calls = self._closure()
         self._part: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        same_draws = all(torch.equal(x, y) for x, y in zip(self._draws, self._generators(), strict=True))
-        if len(calls) == 1 and calls[0][2] is self.output and same_draws:
-            self._part = _first(calls[0][0], calls[0][1], len(self.output), share)
-        self._slope = self._at_output()
+        drawn = any(not torch.equal(x, y) for x, y in zip(self._draws, self._generators(), strict=True))
+        together = any(isinstance(m, _BatchNorm) and uses_batch_statistics(m) for m in model.modules())
+        if len(calls) == 1 and calls[0].is_all(self.output) and not drawn:
+            self._part = _first(calls[0], len(self.output), 1.0 if together else share)
+        self._slope = self._at_output() if products else torch.zeros(())
 
     def _at_output(self) -> Tensor:
         """dL/df, which can be differentiated."""
-        try:
+        with _without_backward():
             slope = torch.autograd.grad(self.loss, self.output, create_graph=True, allow_unused=True)[0]
-        except RuntimeError as error:
-            if "second time" not in str(error) and "does not require grad" not in str(error):
-                raise
-            raise RuntimeError(
-                "the closure must return the loss as it was computed, with gradients enabled and without calling "
-                "backward() on it"
-            ) from error
         if slope is None:
             raise ValueError(
                 "the loss does not depend on what the model returned last: return (loss, output) from the closure, "
@@ -73,7 +73,8 @@ class Evaluation:
 
     def backward(self) -> None:
         """Gradients into `.grad`; the graph stays for `curvature`."""
-        self.loss.backward(retain_graph=True)
+        with _without_backward():
+            self.loss.backward(retain_graph=self._products)
 
     @torch.no_grad()
     def loss_now(self) -> Tensor:
@@ -92,6 +93,15 @@ class Evaluation:
     def _along(self, direction: Vector, at: Vector) -> Tensor:
         """J d, for the first of the samples."""
         _load_forward_mode()
+        try:
+            return self._differentiated(direction, at)
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"the model cannot be differentiated in forward mode, as a model of its loss needs: {error}. Take "
+                'step_rule="fixed" and damping_rule="fixed"'
+            ) from error
+
+    def _differentiated(self, direction: Vector, at: Vector) -> Tensor:
         with self._again(), forward_ad.dual_level(), unfused():
             values = {
                 p: forward_ad.make_dual(x, direction[p].to(x.dtype)) if p in direction else x for p, x in at.items()
@@ -117,7 +127,8 @@ class Evaluation:
     @contextmanager
     def _again(self) -> Iterator[None]:
         """With the draws of the first time; afterwards generators and buffers are as before."""
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        holders = [(module._buffers, name) for module in self.model.modules() for name in module._buffers]
+        buffers = [(held, name, b, b.clone()) for held, name in holders if (b := held[name]) is not None]
         with torch.random.fork_rng(self._devices):
             torch.set_rng_state(self._draws[0])
             for device, state in zip(self._devices, self._draws[1:], strict=True):
@@ -125,11 +136,39 @@ class Evaluation:
             try:
                 yield
             finally:
-                for buffer, value in buffers:
+                for held, name, buffer, value in buffers:
                     buffer.copy_(value)
+                    held[name] = buffer  # a forward pass may have put another tensor there
 
     def _generators(self) -> list[Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]
+
+
+@contextmanager
+def _without_backward() -> Iterator[None]:
+    """What is said of a loss whose graph is gone, or never was."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "second time" not in str(error) and "does not require grad" not in str(error):
+            raise
+        raise RuntimeError(
+            "the closure must return the loss as it was computed, with gradients enabled and without calling backward()"
+        ) from error
+
+
+class _Call(NamedTuple):
+    """One call of a model: version: of what it returned, which an edit in place changes."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    version: int
+    autocast: bool
+
+    def is_all(self, output: Tensor) -> bool:
+        """Whether the model alone makes the output, without the closure's help."""
+        return self.output is output and version_of(output) == self.version and not self.autocast
 
 
 class _Closure(nn.Module):
@@ -140,14 +179,26 @@ class _Closure(nn.Module):
         self.model, self.closure = model, closure
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
 
-    def forward(self) -> tuple[Tensor, Tensor, list[tuple[Any, ...]]]:
-        calls: list[tuple[Any, ...]] = []  # (args, kwargs, what it returned)
-        hook = self.model.register_forward_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    def forward(self) -> tuple[Tensor, Tensor, list[_Call]]:
+        calls: list[_Call] = []
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+            calls.append(_Call(args, kwargs, output, version_of(output), autocast))
+
+        hook = self.model.register_forward_hook(note, with_kwargs=True)
         try:
             result = self.closure()
         finally:
             hook.remove()
-        loss, output = result if isinstance(result, tuple) else (result, calls[-1][2] if calls else None)
+        if isinstance(result, tuple) and len(result) != 2:
+            raise TypeError(f"the closure returned {len(result)} values; return the loss, or (loss, output)")
+        if not isinstance(result, tuple) and len(calls) > 1:
+            raise TypeError(
+                f"the closure called the model {len(calls)} times: return (loss, output) from it, with one tensor of "
+                "all that the loss is computed from, such as the outputs of all micro-batches concatenated"
+            )
+        loss, output = result if isinstance(result, tuple) else (result, calls[-1].output if calls else None)
         if not isinstance(loss, Tensor) or loss.dim():
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise TypeError(f"the closure returned {what} as the loss; return a 0-d tensor, or (loss, output)")
@@ -159,14 +210,14 @@ class _Closure(nn.Module):
         return loss, output, calls
 
 
-def _first(args: Any, kwargs: Any, n: int, share: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _first(call: _Call, n: int, share: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call of the model with n samples, for the first of them."""
     count = max(min(n, LEAST), round(share * n))
 
     def cut(x: Any) -> Any:
         return x[:count] if isinstance(x, Tensor) and x.dim() and len(x) == n else x
 
-    return tree_map(cut, args), tree_map(cut, kwargs)
+    return tree_map(cut, call.args), tree_map(cut, call.kwargs)
 
 
 @cache

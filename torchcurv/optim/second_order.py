@@ -57,12 +57,13 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 
         q(d) = g·d + ½ d^T (G + damping + l2) d,    G its Gauss-Newton matrix: exact, by products with its Jacobian
 
-    and a coefficient of its own for the gradients of what has no curvature. With damping_rule="lm" (Levenberg and
-    Marquardt) the damping of every group is divided by ω = damping_decay^T if, on the batch of every T-th step,
+    and a coefficient of their own for plain gradients and for directions of input curvature. With damping_rule="lm"
+    (Levenberg and Marquardt) the damping of every group is divided by ω = damping_decay^T if, on the batch of every
+    T-th step,
 
         ρ = (L(θ + d) - L(θ)) / (g·d + ½ d^T (G + l2) d)
 
-    is below ¼, and multiplied with ω if it is above ¾; a step that makes the loss of its own batch rise is taken back.
+    is below ¼, and multiplied with ω if it is above ¾; if the loss of that batch rose, the step is taken back.
     Both need `step(closure)`, with a closure that returns the loss, or (loss, output), without calling backward():
 
         optimizer = SecondOrderOptimizer(model, step_rule="quadratic", damping_rule="lm")
@@ -81,20 +82,20 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             `rank` largest eigenpairs), or None.
         lr: step size, a number or a 0-d tensor. None: 0.1, or 1 for step_rule="quadratic", where it multiplies what
             the model has chosen.
-        momentum: 0 <= momentum < 1; for step_rule="quadratic" any number > 0 lets the model choose. nesterov: look
-            ahead.
+        momentum: 0 <= momentum < 1; for step_rule="quadratic" any but 0 lets the model choose. nesterov: look ahead.
         momentum_type: "preconditioned" averages V, "raw" averages g before preconditioning.
         damping: λ > 0 in units of the loss's curvature, a number, a 0-d tensor, or a function of the step; for
             damping_rule="lm" the first value. damping_type: "factored" or "exact" (through eigenvectors).
-        kl_clip: bound κ on lr² <V, g>, or for step_rule="quadratic" on d^T G d, its trust region; None: no clipping.
+        kl_clip: bound κ on lr² <V, g>, or for step_rule="quadratic" on m^T G m, its trust region; None: no clipping.
             "auto" is 0.01, and None for step_rule="quadratic".
         weight_decay: decoupled decay. l2: coefficient of l2/2 norm(p)² in the loss, in g and in the damping.
         maximize: ascend.
         trust_ratio: V of every tensor is scaled to the norm of the tensor, where that is above 1e-2 (LARS). After the
             KL clip, which then has no effect on it.
-        normalize_weights: after each step every tensor of two or more dimensions has norm sqrt(2 o), for o = p.shape[0]
-            outputs: for weights in front of a normalisation, whose scale means nothing.
-        step_rule: "fixed", or "quadratic". model_share: the fraction of a batch that products with G are made of.
+        normalize_weights: after each step every tensor that moved and has two or more dimensions has norm sqrt(2 o),
+            for o = p.shape[0] outputs: for weights in front of a normalisation, whose scale means nothing.
+        step_rule: "fixed", or "quadratic". model_share: the fraction of a batch, but at least 64 samples, that products
+            with G are made of; a small one is faster and may make steps too long.
         damping_rule: "fixed", or "lm", with damping_interval = T, damping_decay, and damping_bounds of λ.
         curvature_warmup: the first so many steps measure curvature and leave the parameters alone.
         samples: signals drawn per step; None: the exact curvature (one backward pass per output element).
@@ -221,11 +222,10 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 
     def _due(self) -> list[str]:
         due = super()._due()
-        if not self._warming_up:
-            return due
-        for block in self._blocks:
-            block.want(None)
-        return [block.name for block in self._blocks]
+        return [block.name for block in self._blocks] if self._warming_up else due
+
+    def _step_of(self, index: int) -> int | None:
+        return None if self._warming_up else super()._step_of(index)
 
     def _is_stale(self, block: Curvature, index: int) -> bool:
         return not self._warming_up and super()._is_stale(block, index)
@@ -250,14 +250,17 @@ class SecondOrderOptimizer(CurvatureOptimizer):
                 "closure that returns the loss, or (loss, output), without calling backward()"
             )
         assert self.model is not None
-        evaluation = Evaluation(self.model, closure, self._control["model_share"])
+        control = self._control
+        quadratic = control["step_rule"] == "quadratic" and not self._warming_up
+        checked = control["damping_rule"] == "lm" and (self._steps + 1) % control["damping_interval"] == 0
         self.zero_grad()
+        evaluation = Evaluation(self.model, closure, control["model_share"], products=quadratic or checked)
         evaluation.backward()
         self._last = {"loss": evaluation.loss.detach()}
         with torch.no_grad():
             if self._refresh():
                 if not self._warming_up:
-                    self._controlled_update(evaluation)
+                    self._controlled_update(evaluation, checked)
                 self._finish_step()
         return evaluation.loss.detach()
 
@@ -304,8 +307,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         """For `metrics`: momentum buffers are there to be looked at later, what is not kept is measured now."""
         kept = all(x is self.state[p].get("momentum_buffer") for p, x in zip(params, steps, strict=True))
         if params:
-            norms = steps if kept else list(torch._foreach_norm(steps))
-            self._moved.append((lr, norms))
+            lr = lr.clone() if isinstance(lr, Tensor) else lr
+            self._moved.append((lr, steps if kept else [norm_of(steps)]))
 
     def _gradients(self, group: dict[str, Any]) -> dict[Tensor, Tensor]:
         """What is preconditioned: the gradient with L2, its sign, and raw momentum."""
@@ -327,23 +330,29 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 
     # ------------------------------------------------------------------------------- step control
 
-    def _controlled_update(self, evaluation: Evaluation) -> None:
-        control = self._control
-        due = control["damping_rule"] == "lm" and (self._steps + 1) % control["damping_interval"] == 0
-        before = {p: p.detach().clone() for p in self._params()} if due else {}
-        if control["step_rule"] == "quadratic":
+    def _controlled_update(self, evaluation: Evaluation, checked: bool) -> None:
+        before = {p: p.detach().clone() for p in self._params() if p.grad is not None} if checked else {}
+        if self._control["step_rule"] == "quadratic":
             self._quadratic_update(evaluation)
         else:
             self._update()
-        if due:
+        if not checked:
+            return
+        try:
             self._adapt_damping(evaluation, before)
+        except Exception:
+            self._take_back(before)
+            raise
 
     def _quadratic_update(self, evaluation: Evaluation) -> None:
-        """p <- p - lr m with the m of the span of V, the plain gradients of what has no curvature, and the last m for
-        which the quadratic model of the loss at p - m is least."""
-        gradients, solved = self._preconditioned()
+        """p <- p - lr m with the m of the span of V, of what is not in units of the curvature of the loss (plain
+        gradients, and directions of input curvature), and of the last m, where the model of the loss at p - m is
+        least."""
+        gradients, directed = self._preconditioned()
+        inputs = {p for group in self.param_groups if group["curv_type"] == INPUT for p in group["params"]}
+        solved = {p: x for p, x in directed.items() if p not in inputs}
         averaged = [p for group in self.param_groups if group["momentum"] for p in group["params"] if p in gradients]
-        plain = {p: g for p, g in gradients.items() if p not in solved}
+        plain = {p: directed.get(p, g) for p, g in gradients.items() if p not in solved}
         last = {p: self._buffer(self.state[p], p) for p in averaged}
         directions: list[Vector] = [d for d in (solved, plain, last) if d]
         damping = {p: group["damping"] + group["l2"] for group in self.param_groups for p in group["params"]}
@@ -365,7 +374,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             self._descend(group, params, steps)
 
     def _adapt_damping(self, evaluation: Evaluation, before: Vector) -> None:
-        """Levenberg and Marquardt's rule, for the step that was made; the only host sync."""
+        """Levenberg and Marquardt's rule, for the step that was made; one host sync."""
         moved = {p: (p.detach() - x).to(torch.promote_types(x.dtype, torch.float32)) for p, x in before.items()}
         l2 = {p: group["l2"] for group in self.param_groups for p in group["params"]}
         gradients = {p: p.grad for p in before if p.grad is not None}
@@ -373,19 +382,25 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         predicted = linear + 0.5 * (evaluation.curvature([moved], before)[0, 0] + square)
         actual = evaluation.loss_now() - evaluation.loss.detach() + dot(moved, before, l2) + 0.5 * square
         self._last |= {"predicted": predicted, "actual": actual}
-        change = float(actual), float(predicted)
+        size = evaluation.loss.detach().abs() * (8 * torch.finfo(evaluation.loss.dtype).eps)
+        change, expected, noise = torch.stack([x.double() for x in (actual, predicted, size)]).tolist()
         control = self._control
-        factor = levenberg_marquardt(*change, control["damping_decay"] ** control["damping_interval"])
+        factor = levenberg_marquardt(change, expected, control["damping_decay"] ** control["damping_interval"], noise)
         low, high = control["damping_bounds"]
         for group in self.param_groups:
             group["damping"] = min(high, max(low, group["damping"] * factor))
-        if not change[0] <= 0:
-            first = self.state[next(iter(self._params()))]
+        if not change <= noise:
+            first = self.state[next(iter(before))]
             first["rejected_steps"] = first.get("rejected_steps", 0) + 1
-            for p, x in before.items():
-                p.copy_(x)
-                if "momentum_buffer" in self.state[p]:
-                    self.state[p]["momentum_buffer"].zero_()
+            self._take_back(before)
+
+    def _take_back(self, before: Vector) -> None:
+        """Undo the step; the momentum starts again."""
+        self._moved = []
+        for p, x in before.items():
+            p.copy_(x)
+            if "momentum_buffer" in self.state[p]:
+                self.state[p]["momentum_buffer"].zero_()
 
     def _save_param(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
         super()._save_param(state, p, group)
@@ -397,14 +412,15 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     def metrics(self) -> dict[str, float]:
         """Those of every optimizer here, and
 
-        step_norm: of the last change of the parameters but for their decay. With step_rule="quadratic": kl = ½ d^T G d,
+        step_norm: of the last change of the parameters but for their decay. l2_loss: l2/2 norm(p)², where there is
+        any. With step_rule="quadratic": kl = ½ m^T G m,
         step_along_0, step_along_1, ...: the coefficients of V, of plain gradients if there are any, and of the last
         step if there is momentum. With damping_rule="lm", at the steps where it acts: predicted and actual change of
         the loss and their ratio; rejected_steps: so far.
         """
         found = super().metrics()
         if self._control["damping_rule"] == "lm":
-            found["rejected_steps"] = self.state[next(iter(self._params()))].get("rejected_steps", 0)
+            found["rejected_steps"] = sum(state.get("rejected_steps", 0) for state in self.state.values())
         if "predicted" in found:
             found["ratio"] = found["actual"] / found["predicted"] if found["predicted"] else math.nan
         return found
@@ -414,6 +430,10 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         chosen = known.pop("coefficients", None)
         if chosen is not None:
             known |= {f"step_along_{k}": c for k, c in enumerate(chosen)}
+        decayed = [group for group in self.param_groups if group["l2"] and group["params"]]
+        terms = [norm_of(group["params"]).square() * group["l2"] / 2 for group in decayed]
+        if terms:
+            known["l2_loss"] = torch.stack(terms).sum()
         if self._moved:
             known["step_norm"] = torch.stack([norm_of(steps) * lr for lr, steps in self._moved]).norm()
         return known

@@ -56,13 +56,18 @@ def dot(x: dict[Tensor, Tensor], y: dict[Tensor, Tensor], weights: dict[Tensor, 
 
 def norm_of(tensors: list[Tensor]) -> Tensor:
     """The norm of all together, in float32 or better."""
-    return torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)).norm() for x in tensors]).norm()
+    dense = [x.coalesce().values() if x.is_sparse else x for x in tensors]
+    return torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)).norm() for x in dense]).norm()
 
 
-def levenberg_marquardt(actual: float, predicted: float, omega: float) -> float:
+def levenberg_marquardt(actual: float, predicted: float, omega: float, noise: float = 0.0) -> float:
     """What the damping is multiplied by, given how a step has changed the loss and how a quadratic model said it would:
     1/ω for ρ = actual / predicted < ¼, NaN, or where the model itself rises; ω for ρ > ¾; else 1.
+
+    noise: changes up to this, from rounding, say nothing.
     """
+    if abs(predicted) <= noise and abs(actual) <= noise:
+        return 1.0
     if not predicted < 0 or not actual / predicted >= 0.25:
         return 1 / omega
     return omega if actual / predicted > 0.75 else 1.0

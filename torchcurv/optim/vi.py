@@ -481,9 +481,11 @@ class VIOptimizer(CurvatureOptimizer):
         if self._held is not None:
             raise RuntimeError("step() inside of sampled_params(): leave the `with` first, which restores the mean")
         loss = None if closure is None else self._run(closure)
+        self._last = {"loss": loss.detach()} if isinstance(loss, Tensor) and not loss.dim() else {}
         with torch.no_grad():
             spread = Spread(self._drawn_blocks()) if self._antithetic else None
             factor = self._gradient_factor()
+            self._apply_schedules()  # the memory of Price's estimate is asked for before the others
             self._scale_measured(factor)
             if self._refresh():
                 self._descend(factor)
