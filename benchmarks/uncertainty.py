@@ -601,7 +601,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args, console = arguments(), Console(width=120)
+    args, console = arguments(), Console(width=150)
     torch.set_num_threads(1)
     names = args.methods or available()
     train, test = held_out(count=TEST_IMAGES)

@@ -207,7 +207,8 @@ def test_the_running_average_is_bias_corrected_and_leaves_out_what_is_not_finite
             block.add({"diag": x})
             block.update(rho)
     assert curvature_module.read_flags([block]) == [(len(bad) - len(kept), 0)]
-    weights = torch.tensor([rho ** (len(kept) - 1 - k) for k in range(len(kept))], dtype=torch.float64)
+    times = [k for k, value in enumerate(bad) if value is None]  # the old fades while nothing new is let in
+    weights = torch.tensor([rho ** (times[-1] - k) for k in times], dtype=torch.float64)
     if kept:
         close(block.tensors["diag"], torch.einsum("k,k...->...", weights, torch.stack(kept)) / weights.sum())
     else:
