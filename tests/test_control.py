@@ -766,12 +766,17 @@ def test_metrics_of_a_posterior():
     assert found["loss"] == pytest.approx(loss.item())
 
 
-def test_metrics_of_a_quadratic_step():
+@pytest.mark.parametrize("kl_clip", [None, 1e-3])
+def test_metrics_of_a_quadratic_step(kl_clip):
     model, twin, (x, y) = make_model(), make_model(), DATA[0]
-    optimizer = SecondOrderOptimizer(model, step_rule="quadratic", **EXACT)
+    optimizer = SecondOrderOptimizer(model, step_rule="quadratic", kl_clip=kl_clip, **EXACT)
     loss = optimizer.step(closure(model, x, y))
     found, d = optimizer.metrics(), flat(model.parameters()) - flat(twin.parameters())
     assert found["loss"] == pytest.approx(float(loss))
     assert found["kl"] == pytest.approx(float(0.5 * d @ ggn(twin, x, y) @ d))
     assert found["step_norm"] == pytest.approx(float(d.norm()))
-    assert found["step_along_0"] == pytest.approx(1.0, rel=1e-4) and found["step_along_1"] == 0
+    assert found["step_along_1"] == 0
+    if kl_clip is None:
+        assert found["step_along_0"] == pytest.approx(1.0, rel=1e-4)
+    else:
+        assert found["kl"] == pytest.approx(0.5 * kl_clip) and found["step_along_0"] < 0.5
