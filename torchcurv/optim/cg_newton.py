@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from torchcurv.curv.curvature import OPTION_NAMES, Options
 from torchcurv.curv.schedule import check_number
-from torchcurv.curv.second import Products
+from torchcurv.curv.second import Products, hessian_times
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
 from torchcurv.optim.update import inner
 
@@ -204,8 +205,5 @@ def _gauss_newton(loss: Tensor, output: Tensor, params: Vector) -> Products:
     """J^T H_L J with H_L by differentiating the loss twice at the output."""
     with torch.enable_grad():
         (at_output,) = torch.autograd.grad(loss, output, create_graph=True)
-
-    def middle(v: Tensor) -> Tensor:
-        return torch.autograd.grad(at_output, output, v, retain_graph=True, materialize_grads=True)[0]
-
+    middle = partial(hessian_times, at_output, output)
     return Products(output, params, torch.zeros_like(output), middle, second=False)

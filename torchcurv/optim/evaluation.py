@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map
 from torchcurv.curv.capture import version_of
 from torchcurv.curv.hooks import unfused
 from torchcurv.curv.losses import at_least_float32
+from torchcurv.curv.second import hessian_times
 from torchcurv.curv.views import uses_batch_statistics
 from torchcurv.optim.update import inner
 
@@ -116,13 +117,9 @@ class Evaluation:
 
     def _hessian_times(self, v: Tensor) -> Tensor:
         """H_L v, of the samples that v is about."""
-        if not self._slope.requires_grad:  # the loss is linear in f
-            return torch.zeros_like(v)
         whole = torch.zeros_like(self._slope)
         whole[: len(v)] = v
-        with torch.enable_grad():
-            product = torch.autograd.grad(self._slope, self.output, whole, retain_graph=True, materialize_grads=True)[0]
-        return product[: len(v)].to(v.dtype)
+        return hessian_times(self._slope, self.output, whole)[: len(v)].to(v.dtype)
 
     @contextmanager
     def _again(self) -> Iterator[None]:
