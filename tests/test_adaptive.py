@@ -136,10 +136,11 @@ def test_averages_fade_with_steps_not_measurements(intervals, rho):
     close(optimizer._blocks[0].tensors["diag"], total / weight)
 
 
-def test_a_measurement_that_is_not_finite_fades_the_old():
+@pytest.mark.parametrize(("approx", "key"), [("diag", "diag"), ("lowrank", "values")])
+def test_a_measurement_that_is_not_finite_fades_the_old(approx, key):
     model = make_model()
-    optimizer = SecondOrderOptimizer(model, approx="diag", samples=None, lr=0.0, ema_decay=0.5, **EACH)
-    (block, _) = optimizer._blocks
+    optimizer = SecondOrderOptimizer(model, approx=approx, samples=None, lr=0.0, ema_decay=0.5, **EACH)
+    block = optimizer._blocks[0]
     for finite in (True, False, False, True):
         optimizer.zero_grad()
         x = cases.randn(6, 4)
@@ -149,7 +150,7 @@ def test_a_measurement_that_is_not_finite_fades_the_old():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             optimizer.step()
-    assert block.weights["diag"].item() == 1 + 0.5**3
+    assert block.weights[key].item() == 1 + 0.5**3
 
 
 @pytest.mark.parametrize("approx", cases.APPROXIMATIONS)
