@@ -2,6 +2,7 @@
 
     python -m benchmarks.defaults --threads 2                       # the five problems, three seeds
     python -m benchmarks.defaults --problems mlp --seeds 0          # shorter
+    python -m benchmarks.defaults --small-batches                   # of 500, 200, 200, 500 and 32
     python -m benchmarks.defaults --keep --kfac lr=0.3 --seeds 10   # tuning: the first-order runs of before, K-FAC anew
     pip install pytorch-optimizer                                   # for the rows of SOAP
 
@@ -11,6 +12,10 @@ has a learning rate of its own on each problem, constant over the run: rates are
 in `START` along 1, 3, 10, 30, ... in both directions until both neighbours of the best are worse, and the best is
 run on every seed. SGD has momentum 0.9, Muon leaves to AdamW what is not the weight of a hidden layer, SOAP has the
 options of the package; nothing decays weights: it is the training loss that counts.
+
+Batches are large, where directions that are chosen for little noise pay: a quarter of the digits for the classifiers,
+all of them for the autoencoder; --small-batches has those of benchmarks/problems.py. "K-FAC, own steps" chooses
+damping, step size and momentum itself, by `OWN_STEPS`.
 
 All get the same initial weights and mini-batches. The loss to reach is the lowest that one of the others has after
 the steps of the problem, seed by seed. Steps cost unlike times: whoever has not reached it by then goes on, up to
@@ -25,7 +30,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +49,7 @@ KFAC: dict[str, Any] = {}  # what differs from SecondOrderOptimizer's own defaul
 PATIENCE = 1.5
 OWN_STEPS: dict[str, Any] = {"damping_rule": "lm", "step_rule": "quadratic"}
 LADDER = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3))
+LARGE = {"mlp": (1000, 100), "cnn": (1000, 100), "resnet": (1000, 100), "autoencoder": (5000, 120)}  # (batch, steps)
 START: dict[str, dict[str, float]] = {
     "mlp": {"SGD": 0.3, "AdamW": 1e-2, "Muon": 1e-2, "SOAP": 1e-2},
     "cnn": {"SGD": 0.3, "AdamW": 1e-2, "Muon": 3e-2, "SOAP": 3e-2},
@@ -152,8 +158,8 @@ def table(problem: Problem, trials: list[Run], races: list[Run], all_rates: bool
     """The rows of `summary`; with all_rates also the final loss at every rate that was tried."""
     goal = statistics.median(goals(trials).values())
     seeds, caption = sorted({run.seed for run in races}), []
-    title = f"{problem.name}: to a loss of {goal:.4g} {problem.unit}; seeds {seeds}, medians"
-    shown = Table(title=title, box=box.SIMPLE, caption_justify="left")
+    title = f"{problem.name}, batches of {problem.batch_size}: to a loss of {goal:.4g} {problem.unit}"
+    shown = Table(title=f"{title}; seeds {seeds}, medians", box=box.SIMPLE, caption_justify="left")
     shown.add_column("optimizer", no_wrap=True)
     for column in ("loss", "steps", "seconds", "steps to it", "seconds to it", "time ratio"):
         shown.add_column(column, justify="right")
@@ -206,6 +212,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--problems", nargs="+", choices=list(START), default=list(START))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="of every optimizer (default: the problem's)")
+    parser.add_argument("--small-batches", action="store_true", help="those of benchmarks/problems.py, and its steps")
     parser.add_argument("--first-order", nargs="+", choices=FIRST_ORDER, default=list(FIRST_ORDER))
     parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=["K-FAC"])
     parser.add_argument("--kfac", nargs="+", default=[], metavar="KEY=VALUE", help="other options than the defaults")
@@ -236,6 +243,8 @@ def main() -> None:
     units: dict[str, str] = {}
     for key in args.problems:
         problem = PROBLEMS[key](args.data_dir)
+        if not args.small_batches and key in LARGE:
+            problem = replace(problem, batch_size=LARGE[key][0], steps=LARGE[key][1])
         kept = saved(args.results, problem, args.seeds, clock) if args.keep else []
         missing = [name for name in names if name not in {run.optimizer for run in kept}]
         trials[key] = kept + first_order(problem, missing, args.seeds, args.steps or problem.steps, clock)

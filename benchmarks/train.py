@@ -158,11 +158,11 @@ OPTIMIZERS: dict[str, Entry] = {
 
 def minibatches(problem: Problem, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Whole mini-batches without end: every epoch is one seeded permutation, its remainder is left out."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, size = torch.Generator().manual_seed(seed), min(problem.batch_size, len(problem.inputs))
     while True:
         order = torch.randperm(len(problem.inputs), generator=generator)
-        for index in order.split(problem.batch_size):
-            if len(index) == problem.batch_size:
+        for index in order.split(size):
+            if len(index) == size:
                 yield problem.inputs[index], problem.targets[index]
 
 

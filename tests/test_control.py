@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-import torchcurv.optim.evaluation as evaluation_module
-from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer
+import torchcurv.optim.second_order as second_order_module
+from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer, curvature
 from torchcurv.optim.evaluation import Evaluation, minimiser
 from torchcurv.optim.update import levenberg_marquardt, scale_within
 
 DATA = [(cases.randn(6, 4, seed=t), torch.arange(6) % 3) for t in range(5)]
 EACH = {"update_every": 1, "refactor_every": 1}
-EXACT = {"approx": "full", "samples": None, "damping_type": "exact", "ema_decay": 0.0, "model_share": 1.0}
+EXACT = {"approx": "full", "samples": None, "damping_type": "exact", "ema_decay": 0.0, "model_samples": None}
 
 
 def make_model(dropout=0.0, norm=False):
@@ -68,21 +68,18 @@ def directions(model, count):
 # ------------------------------------------------------------------------------------------- the model
 
 
-@pytest.mark.parametrize(("share", "least"), [(0.5, 1), (0.34, 1), (0.1, 4), (0.1, 64)])
-def test_a_share_of_the_batch_is_its_first_samples(share, least, monkeypatch):
-    monkeypatch.setattr(evaluation_module, "LEAST", least)
+@pytest.mark.parametrize("samples", [1, 4, 512, None])
+def test_the_model_is_made_of_the_first_samples(samples):
     model, (x, y) = make_model(), DATA[0]
-    got = Evaluation(model, closure(model, x, y), share).curvature(
+    got = Evaluation(model, closure(model, x, y), samples).curvature(
         directions(model, 2), {p: p.detach() for p in model.parameters()}
     )
-    count = min(len(x), max(least, round(share * len(x))))
     d = torch.stack([flat(vector.values()) for vector in directions(model, 2)])
-    measured.close(got, d @ ggn(model, x[:count], y[:count]) @ d.T)
+    measured.close(got, d @ ggn(model, x[:samples], y[:samples]) @ d.T)
 
 
 @pytest.mark.parametrize("kind", ["dropout", "batch norm", "called twice", "its own output", "edited", "autocast"])
-def test_the_whole_batch_counts_where_a_part_would_be_another_function(kind, monkeypatch):
-    monkeypatch.setattr(evaluation_module, "LEAST", 1)
+def test_the_whole_batch_counts_where_a_part_would_be_another_function(kind):
     model, (x, y) = make_model(0.5 if kind == "dropout" else 0.0, norm=kind == "batch norm"), DATA[0]
     model.train(kind in ("dropout", "batch norm"))
 
@@ -99,9 +96,9 @@ def test_the_whole_batch_counts_where_a_part_would_be_another_function(kind, mon
 
     at, d = {p: p.detach() for p in model.parameters()}, directions(model, 1)
     torch.manual_seed(3)
-    whole = Evaluation(model, evaluate, 1.0).curvature(d, at)
+    whole = Evaluation(model, evaluate).curvature(d, at)
     torch.manual_seed(3)
-    part = Evaluation(model, evaluate, 0.5).curvature(d, at)
+    part = Evaluation(model, evaluate, len(x) // 2).curvature(d, at)
     assert torch.equal(whole, part)
     model.eval()
     if kind in ("edited", "its own output"):
@@ -378,7 +375,7 @@ def test_closures_that_do_not_fit_are_refused_and_change_nothing(match):
         ({"step_rule": "quadratic", "nesterov": True}, "nesterov"),
         ({"step_rule": "quadratic", "momentum_type": "raw"}, "momentum_type"),
         ({"step_rule": "quadratic", "trust_ratio": True}, "trust_ratio"),
-        ({"model_share": 0.0}, "model_share"),
+        ({"model_samples": 0}, "model_samples"),
         ({"curvature_warmup": -1}, "curvature_warmup"),
         ({"kl_clip": "none"}, "kl_clip"),
         ({"trust_ratio": 1}, "trust_ratio"),
@@ -419,7 +416,15 @@ def test_the_predicted_change_is_that_of_the_dense_model(step_rule, l2):
     model, twin, (x, y) = make_model(), make_model(), DATA[0]
     options = {"kl_clip": None} if step_rule == "fixed" else {}
     optimizer = SecondOrderOptimizer(
-        model, step_rule=step_rule, damping_rule="lm", damping_interval=1, damping=0.5, l2=l2, **options, **EXACT
+        model,
+        step_rule=step_rule,
+        damping_rule="lm",
+        damping_interval=1,
+        damping_decay=0.95,
+        damping=0.5,
+        l2=l2,
+        **options,
+        **EXACT,
     )
     optimizer.step(closure(model, x, y))
     theta, g, C = flat(twin.parameters()), gradient(twin, x, y), ggn(twin, x, y)
@@ -493,8 +498,8 @@ def test_control_trains_with_every_shape(approx, curv_type):
 def test_half_precision_parameters_train():
     model = make_model().to(torch.bfloat16)
     optimizer = SecondOrderOptimizer(model, step_rule="quadratic", damping_rule="lm", damping_interval=2)
-    losses = [float(optimizer.step(closure(model, x.bfloat16(), y))) for x, y in DATA[:1] * 10]
-    assert losses[-1] < losses[0]
+    losses = [float(optimizer.step(closure(model, x.bfloat16(), y))) for x, y in DATA[:1] * 8]
+    assert losses[-1] < 0.1 * losses[0]  # from here on it is rounding that is fitted
 
 
 def test_frozen_and_unused_parameters_stay():
@@ -502,7 +507,12 @@ def test_frozen_and_unused_parameters_stay():
     model.append(nn.Identity()).register_module("unused", nn.Linear(2, 2).double())
     model[0].bias.requires_grad_(False)
     optimizer = SecondOrderOptimizer(
-        model, params=list(model.parameters()), step_rule="quadratic", damping_rule="lm", damping_interval=1
+        model,
+        params=list(model.parameters()),
+        step_rule="quadratic",
+        damping_rule="lm",
+        damping_interval=1,
+        damping=1.0,
     )
     model.forward = lambda x: model[3](model[1](model[0](x)))
     before = model[0].bias.clone(), model.unused.weight.clone(), model[0].weight.clone()
@@ -780,3 +790,195 @@ def test_metrics_of_a_quadratic_step(kl_clip):
         assert found["step_along_0"] == pytest.approx(1.0, rel=1e-4)
     else:
         assert found["kl"] == pytest.approx(0.5 * kl_clip) and found["step_along_0"] < 0.5
+
+
+def test_curvature_is_measured_in_each_of_the_first_steps_and_then_rarely():
+    model = make_model()
+    optimizer = SecondOrderOptimizer(model)
+    blocks, counts = len(optimizer._blocks), []
+    copied = None
+    for t in range(32):
+        if t == 4:
+            copied = copy.deepcopy((model, optimizer))
+        for other, own in [(model, optimizer), *([copied] if copied else [])]:
+            own.zero_grad()
+            F.cross_entropy(other(DATA[0][0]), DATA[0][1]).backward()
+            own.step()
+        counts.append(optimizer.metrics()["measurements"] / blocks)
+    assert counts == [*range(1, 12), *[11] * 9, *[12] * 10, 13, 13]
+    assert copied is not None and torch.equal(flat(model.parameters()), flat(copied[0].parameters()))
+    again = SecondOrderOptimizer(make_model())
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        if "step" in state:
+            state["step"] = state["step"] * 0 + 3
+    again.load_state_dict(saved)
+    assert again._interval(0, "update_every") == 1 and again.param_groups[0]["update_every"] == 10
+
+
+def test_an_interval_that_is_given_holds_from_the_first_step():
+    optimizer = SecondOrderOptimizer(make_model(), update_every=4)
+    assert optimizer._interval(0, "update_every") == 4 and optimizer._interval(0, "refactor_every") == 1
+
+
+# ------------------------------------------------------------------------------------- relative damping
+
+RELATIVE = [
+    *({"approx": approx} for approx in ("kfac", "ekfac", "diag", "unit", "block", "full", "lowrank")),
+    {"approx": "kfac", "damping_type": "exact"},
+    {"approx": "kfac", "factor_blocks": 2},
+    {"approx": "unit", "max_factor_dim": 2},
+    {"approx": "full", "rows_limit": 3},
+    {"approx": "diag", "curv_type": "hessian"},
+    {"approx": "kfac", "curv_type": "input"},
+]
+
+
+@pytest.mark.parametrize("options", RELATIVE, ids=lambda row: " ".join(map(str, row.values())))
+def test_relative_damping_is_that_of_the_mean_eigenvalue_of_each_block(options):
+    """Against an absolute damping of λ tr C / dim C for each block."""
+    model, twin, (x, y) = make_model(), make_model(), DATA[0]
+    shape = {"samples": None, "rank": 3, **options}
+    step = {"kl_clip": None, "ema_decay": 0.0, "momentum": 0.0}
+    relative = SecondOrderOptimizer(model, damping=0.3, damping_scale="relative", **shape, **step)
+    shape.pop("rows_limit", None)
+    shape.pop("damping_type", None)
+    shape["approx"] = "kfac" if shape["approx"] == "ekfac" else shape["approx"]  # whose first factor is K-FAC's
+    C = curvature(twin, nn.CrossEntropyLoss(), [(x, y)], **shape).to_dense()
+    sizes, dampings = [sum(p.numel() for p in block.params) for block in relative._blocks], []
+    for own in C.diagonal().split(sizes):
+        dampings.append(0.3 * float(own.mean().abs()))
+    params = [twin.parameters()] if len(sizes) == 1 else [twin[0].parameters(), twin[3].parameters()]
+    groups = [{"params": list(own), "damping": damping} for own, damping in zip(params, dampings, strict=True)]
+    absolute = SecondOrderOptimizer(twin, groups, **{"samples": None, "rank": 3, **options}, **step)
+    for other, optimizer in ((model, relative), (twin, absolute)):
+        F.cross_entropy(other(x), y).backward()
+        optimizer.step()
+    shifts = [relative._shift(block, relative.param_groups[0]) for block in relative._blocks if block.measured]
+    assert [float(shift) for shift in shifts] == pytest.approx(dampings[: len(shifts)], rel=1e-9)
+    if options.get("curv_type") != "input":  # whose step is multiplied with λ
+        measured.close(flat(model.parameters()), flat(twin.parameters()))
+    assert not torch.equal(flat(model.parameters()), flat(make_model().parameters()))
+
+
+@pytest.mark.parametrize("rule", ["fixed", "quadratic"])
+def test_with_relative_damping_the_units_of_the_loss_do_not_matter(rule):
+    found = []
+    for factor in (1.0, 100.0):
+        model, (x, y) = make_model(), DATA[0]
+        lr = 0.1 if rule == "fixed" else 1.0
+        optimizer = SecondOrderOptimizer(
+            model, loss_fn=None, approx="kfac", damping=0.3, damping_scale="relative", kl_clip=None, lr=lr, seed=3,
+            step_rule=rule, damping_rule="lm", damping_interval=2,
+        )  # fmt: skip
+
+        def evaluate(model=model, optimizer=optimizer, x=x, y=y, factor=factor):
+            output = model(x)
+            loss = factor * F.cross_entropy(output, y)
+            optimizer.observe(output, y, "cross_entropy", weight=factor)
+            return loss, output
+
+        for _ in range(6):
+            optimizer.step(evaluate)
+        found.append((flat(model.parameters()), optimizer.param_groups[0]["damping"]))
+    measured.close(found[0][0], found[1][0])
+    assert found[0][1] == pytest.approx(found[1][1]) and found[0][1] != 0.3
+
+
+def test_plain_gradients_have_no_relative_damping_in_the_model_of_the_loss():
+    model = make_model()
+    groups = [
+        {"params": list(model[0].parameters())},
+        {"params": list(model[3].parameters()), "approx": None, "l2": 0.2},
+    ]
+    optimizer = SecondOrderOptimizer(model, groups, damping_scale="relative", damping=0.5, step_rule="quadratic")
+    optimizer.step(closure(model, *DATA[0]))
+    shifts = optimizer._shifts()
+    mean = optimizer._blocks[0].mean_eigenvalue()
+    assert [float(shifts[p]) for p in model.parameters()] == pytest.approx([0.5 * float(mean)] * 2 + [0.2] * 2)
+
+
+def test_damping_is_relative_where_the_optimizer_chooses_its_steps():
+    def chosen(**options):
+        group = SecondOrderOptimizer(make_model(), **options).param_groups[0]
+        return group["damping_scale"], group["damping"]
+
+    assert chosen() == chosen(step_rule="quadratic") == chosen(damping_rule="lm") == ("absolute", 0.01)
+    assert chosen(step_rule="quadratic", damping_rule="lm") == ("relative", 0.1) == chosen(damping_scale="relative")
+    assert chosen(step_rule="quadratic", damping_rule="lm", damping_scale="absolute") == ("absolute", 0.01)
+
+
+EFFECTIVE = [row for row in RELATIVE if "rows_limit" not in row and row["approx"] not in ("lowrank", "ekfac")]
+
+
+@pytest.mark.parametrize("damping_type", ["exact", "factored"])
+@pytest.mark.parametrize("options", EFFECTIVE, ids=lambda row: " ".join(map(str, row.values())))
+def test_the_effective_dimension_is_the_trace_of_c_times_the_damped_inverse(options, damping_type):
+    model, (x, y) = make_model(), DATA[0]
+    options = {"samples": None, "damping": 0.3, "ema_decay": 0.0, **options, "damping_type": damping_type}
+    optimizer = SecondOrderOptimizer(model, lr=0.0, **options)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    for block in optimizer._blocks:
+        held = None if block.bakes_damping() else 0.3
+        sizes = [piece.of(piece.param).numel() for piece in block.pieces]
+        C, solved = [], []
+        for row in torch.eye(block.size, dtype=torch.float64):
+            parts = [
+                x.reshape(piece.of(piece.param).shape) for x, piece in zip(row.split(sizes), block.pieces, strict=True)
+            ]
+            C.append(flat(block.multiply(parts)))
+            solved.append(flat(block.solve(parts, held)))
+        C, solved = torch.stack(C), torch.stack(solved)
+        if options.get("curv_type") == "hessian":
+            C = C.abs()
+        torch.testing.assert_close(block.effective_dimension(0.3), (C @ solved).trace())
+
+
+def test_rows_and_low_rank_count_what_they_know():
+    for options in ({"approx": "full", "rows_limit": 3}, {"approx": "lowrank", "rank": 43, "partition": "all"}):
+        model, (x, y) = make_model(), DATA[0]
+        optimizer = SecondOrderOptimizer(model, samples=None, step_rule="quadratic", damping_rule="lm", **{
+            "damping_interval": 1, "damping_scale": "absolute", "ema_decay": 0.0, "damping": 0.3, **EACH, **options
+        })  # fmt: skip
+        C = ggn(model, x, y)
+        optimizer.step(closure(model, x, y))
+        values = torch.linalg.eigvalsh(C).clamp_min(0)
+        assert optimizer.metrics()["effective_dimension"] == pytest.approx(
+            float((values / (values + 0.3)).sum()), rel=1e-6
+        )
+
+
+@pytest.mark.parametrize(("outputs", "expected"), [(1000, 0.5), (20, 1.0), (1, 2.0)])
+def test_damping_does_not_leave_more_directions_than_a_batch_has_outputs_for(outputs, expected, monkeypatch):
+    """With ω = ½ and a ratio near 1: of 6 x 3 outputs, a part of 4 is what counts, here set to `outputs` in all."""
+    model, (x, y) = make_model(), DATA[0]
+    optimizer = SecondOrderOptimizer(
+        model,
+        lr=0.01,
+        momentum=0.0,
+        damping_rule="lm",
+        damping_interval=1,
+        damping_decay=0.5,
+        damping=1e-3,
+        samples=None,
+    )
+    monkeypatch.setattr(second_order_module, "MOST_DIRECTIONS", outputs / 18)
+    optimizer.step(closure(model, x, y))
+    found = optimizer.metrics()
+    assert found["ratio"] > 0.75 and 10 < found["effective_dimension"] < 20
+    assert optimizer.param_groups[0]["damping"] == pytest.approx(1e-3 * expected)
+
+
+def test_a_damping_scale_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="damping_scale='mean'; allowed are 'absolute', 'relative'"):
+        SecondOrderOptimizer(make_model(), damping_scale="mean")
+    model = make_model()
+    groups = [
+        {"params": list(model[0].parameters())},
+        {"params": list(model[3].parameters()), "damping_scale": "relative"},
+    ]
+    optimizer = SecondOrderOptimizer(model, groups, approx="full", samples=None)
+    F.cross_entropy(model(DATA[0][0]), DATA[0][1]).backward()
+    with pytest.raises(ValueError, match="lies over groups with damping_scale='absolute' and damping_scale='relative'"):
+        optimizer.step()

@@ -97,6 +97,41 @@ def test_the_covariance_of_many_draws_is_the_inverse_of_the_precision(name):
     assert (x.mean(0) / scale).abs().max() < 5 * draws**-0.5
 
 
+@pytest.mark.parametrize("name", ["diag", "kfac", "kfac_factored", "kfac_blocks_factored", "ekfac", "block"])
+def test_draws_that_share_noise_are_draws_and_uncorrelated(name):
+    gaussian, measured = gaussian_of(SHAPES[name])
+    generator, pairs = torch.Generator().manual_seed(2), []
+    count = 4000
+    for _ in range(count):
+        draw = gaussian.draws(generator)
+        pairs.append(torch.stack([flat(draw(generator), measured.params) for _ in range(2)]))
+    first, second = torch.stack(pairs, 1)
+    truth = torch.linalg.inv(dense_precision(gaussian, measured, SHAPES[name]))
+    scale = truth.diag().sqrt()
+    for x, y, expected in ((first, first, truth), (second, second, truth), (first, second, torch.zeros_like(truth))):
+        assert ((x.T @ y / count - expected) / scale / scale[:, None]).abs().max() < 5 * (2 / count) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["kfac", "kfac_factored", "ekfac"])
+def test_draws_that_share_noise_differ_by_signs_of_rows_or_columns(name):
+    gaussian, _ = gaussian_of(SHAPES[name])
+    generator, mixed = torch.Generator().manual_seed(0), 0
+    for part in gaussian.blocks:  # the factors [2, 1, 3] and [1, 3, 5]
+        left, right = part.factor.left, part.factor.right
+        roots = part.factor.roots if name == "kfac_factored" else (left, right)
+        draw = part.draws(generator)
+        cores = []
+        for _ in range(20):
+            (x,) = part.block.join(draw(generator))
+            cores.append(torch.linalg.solve(roots[0], x) @ torch.linalg.inv(roots[1]).mT)
+        for core in cores[1:]:
+            torch.testing.assert_close(core.abs(), cores[0].abs())
+        signs = torch.stack([core / cores[0] for core in cores]).round()
+        torch.testing.assert_close(signs, signs[:, :, :1].expand_as(signs))  # a column has one sign: d > o
+        mixed += (signs.std(0) > 0).sum()
+    assert mixed == 2 * 3 + 3 * 5
+
+
 def test_before_anything_is_measured_the_covariance_is_a_multiple_of_the_identity():
     gaussian, measured = gaussian_of(SHAPES["full"])
     for part in gaussian.blocks:

@@ -581,6 +581,94 @@ def test_the_second_of_a_pair_is_drawn_from_what_the_posterior_is_by_then():
     torch.testing.assert_close(seen[2], -flat(same_noise[p] for p in model.parameters()))
 
 
+SHARED = {**EVERY_FOUR, "antithetic": False, "shared_noise": True}
+
+
+def whitened(optimizer, seen):
+    """The ε of draws from the posterior as it is, in the bases of the covariance."""
+    (block,) = (part.block for part in optimizer.posterior.blocks)
+    left, right = (torch.linalg.inv(root) for root in block.factor.roots)
+    return [left @ block.join([x[:10].view(5, 2), x[10:]])[0] @ right.mT for x in seen]
+
+
+def test_shared_noise_lasts_until_the_covariance_changes():
+    model = cases.seeded(lambda: nn.Linear(2, 5)).double()
+    optimizer = VIOptimizer(model, N, damping_type="factored", **SHARED)
+    x, y, noises = cases.randn(6, 2), torch.arange(6) % 5, []
+    for _ in range(3):
+        seen = []
+        for _ in range(4):  # the first of them changes Σ after its draw
+            optimizer.zero_grad()
+            mean = weights(model)
+            with optimizer.sampled_params():
+                seen.append(weights(model) - mean)
+                F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        cores = whitened(optimizer, seen[1:])
+        for core in cores[1:]:
+            torch.testing.assert_close(core.abs(), cores[0].abs())
+        noises.append(cores[0].abs())
+        assert any(not torch.allclose(core, cores[0]) for core in cores[1:])
+    assert not torch.allclose(noises[0], noises[1]) and not torch.allclose(noises[1], noises[2])
+
+
+def test_shared_noise_and_pairs_go_together():
+    model = make_model()
+    seen = deviations(model, VIOptimizer(model, N, **{**SHARED, "antithetic": True}), range(10))
+    assert mirrored(seen) == [2, 4, 6, 8]
+
+
+def test_shared_noise_is_of_the_posterior_as_it_is_by_then():
+    model = cases.seeded(lambda: nn.Linear(2, 5)).double()
+    optimizer = VIOptimizer(model, N, damping_type="factored", samples=None, lr=0.0, **SHARED)
+    step_at_mean(model, optimizer, x=cases.randn(6, 2), y=torch.arange(6) % 5)
+    cores = []
+    for temperature in (1.0, 4.0):
+        optimizer.param_groups[0]["temperature"] = temperature
+        with optimizer.sampled_params():
+            cores.append(whitened(optimizer, [weights(model) - flat(optimizer.mean.values())])[0].abs())
+    torch.testing.assert_close(cores[1], 2 * cores[0])
+
+
+APART = [{"approx": approx, "damping_type": "factored", "damping": 0.4} for approx in ("kfac", "unit", "block", "full")]
+
+
+@pytest.mark.parametrize("options", APART, ids=names(APART))
+def test_the_damping_of_the_step_is_no_part_of_the_covariance(options):
+    """δ for the draws and δ + N λ / τ for the step, against an optimizer with each of them."""
+    found = []
+    for damping, delta in ((0.4, DELTA), (0.0, DELTA), (0.0, DELTA + N * 0.4 / TAU)):
+        model = make_model()
+        optimizer = VIOptimizer(
+            model, N, samples=None, prior_precision=delta, temperature=TAU, lr=0.0, **{**options, "damping": damping}
+        )
+        step_at_mean(model, optimizer)
+        solved = [
+            x for block in optimizer._blocks for x in block.solve([piece.of(piece.param) for piece in block.pieces])
+        ]
+        variances = optimizer.posterior.variances()
+        draw = optimizer.posterior.deviation(torch.Generator().manual_seed(0))
+        found.append((flat(solved), flat(variances.values()), flat(draw.values()), optimizer.entropy()))
+    both, draws, step = found
+    torch.testing.assert_close(both[0], step[0])
+    for ours, alone in zip(both[1:], draws[1:], strict=True):
+        torch.testing.assert_close(ours, alone)
+    assert not torch.allclose(draws[0], step[0])
+
+
+def test_the_covariance_follows_a_prior_that_is_small_beside_the_damping():
+    options = {"damping_type": "factored", "kl_warmup": 3, "update_every": 9, "refactor_every": 9, "lr": 0.0}
+    entropies = []
+    for damping in (1e6, 0.0):
+        model = make_model()
+        optimizer = VIOptimizer(model, N, damping=damping, samples=None, **options)
+        entropies.append([])
+        for _ in range(3):
+            step_at_mean(model, optimizer)
+            entropies[-1].append(optimizer.entropy())
+    torch.testing.assert_close(*(torch.stack(values) for values in entropies))
+
+
 @pytest.mark.parametrize("damping_type", ["exact", "factored"])
 def test_each_of_an_antithetic_pair_is_a_draw_from_the_posterior(damping_type):
     moments, pairs = [0.0, 0.0], 600
@@ -605,11 +693,19 @@ def test_each_of_an_antithetic_pair_is_a_draw_from_the_posterior(damping_type):
     torch.testing.assert_close(*moments)
 
 
+RESUMED = [
+    {"approx": "kfac", "shared_noise": True},
+    {"approx": "kfac", "shared_noise": True, "antithetic": False},
+    {"approx": "kfac", "shared_noise": True, **APART[0]},
+    *APART,
+]
+
+
 @pytest.mark.parametrize("draws", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", SHAPES, ids=names(SHAPES))
+@pytest.mark.parametrize("options", SHAPES + RESUMED, ids=names(SHAPES + RESUMED))
 def test_a_run_resumed_within_a_pair_repeats_the_draw(options, dtype, draws):
-    options = {**options, **EVERY_FOUR, "momentum": 0.5, "lr": 0.05}
+    options = {**EVERY_FOUR, "momentum": 0.5, "lr": 0.05, **options}
     for stop in (2, 3, 4, 5):
         model, other = make_model(dtype), make_model(dtype)
         optimizer = VIOptimizer(model, N, **options)
@@ -773,11 +869,11 @@ def test_presets_are_rows_of_settings():
         ({"init_precision": -1.0}, "init_precision=-1.0"),
         ({"num_samples": 0}, "num_samples=0"),
         ({"antithetic": 1}, "antithetic=1"),
+        ({"shared_noise": None}, "shared_noise=None"),
         ({"lr": -1.0}, "lr=-1.0"),
         ({"momentum": 1.0}, "momentum=1.0"),
         ({"kl_clip": 0.0}, "kl_clip=0.0"),
         ({"damping": -0.1}, "damping=-0.1"),
-        ({"damping": 0.1, "damping_type": "factored"}, "one inverse cannot both"),
         ({"prior_precision": None}, "damping=0"),
         ({"kl_warmup": 0}, "kl_warmup=0"),
         ({"kl_warmup": lambda t: 0}, "kl_warmup at step 0=0"),

@@ -2,6 +2,7 @@
 
     measure(stats, basis) -> {name: tensor}, additive over signals, micro-batches and ranks
     empty(layers, like) -> the same for no signals at all: zeros of the right shapes
+    trace(tensors) -> that of the matrix, a 0-d tensor
     factor(tensors, damping, damping_type, basis) -> (Factor, ok)
 
 basis is that of the block's last factor, which only ekfac asks for; ok is a 0-d bool tensor.
@@ -42,6 +43,8 @@ class Approximation(Protocol):
     def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors: ...
 
     def product(self, tensors: Tensors, x: Tensor) -> Tensor: ...
+
+    def trace(self, tensors: Tensors) -> Tensor: ...
 
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors: ...
 
@@ -95,6 +98,9 @@ class Diagonal:
     def product(self, tensors: Tensors, x: Tensor) -> Tensor:
         """C x for x [g, o, d]."""
         return tensors["diag"] * x
+
+    def trace(self, tensors: Tensors) -> Tensor:
+        return tensors["diag"].sum()
 
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
         return {"diag": like.new_zeros(layers[0].shape)}
@@ -160,6 +166,13 @@ class Dense:
         """C x for x [g, o, d]."""
         matrix = tensors["matrix"]
         return times(x.reshape(len(matrix), 1, -1), matrix).reshape(x.shape)
+
+    def sides_of(self, tensors: Tensors) -> tuple[None, Tensor]:
+        """(None, C), as a Kronecker product with one side."""
+        return None, tensors["matrix"]
+
+    def trace(self, tensors: Tensors) -> Tensor:
+        return tensors["matrix"].diagonal(dim1=-2, dim2=-1).sum()
 
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
         shapes = [layer.shape for layer in layers]
@@ -260,8 +273,19 @@ class Kronecker:
 
     def product(self, tensors: Tensors, x: Tensor) -> Tensor:
         """B x A for x [g, o, d]."""
-        left, right = (whole(side) for side in self._product(tensors))
+        left, right = (whole(side) for side in self.sides_of(tensors))
         return times(times_left(left, x), right)
+
+    def trace(self, tensors: Tensors) -> Tensor:
+        if "moments" in tensors:
+            return tensors["moments"].sum()
+        total = torch.zeros(())
+        for suffix in ("", "_t"):
+            if f"B{suffix}" in tensors:
+                of_A, of_B = (tensors[f"{key}{suffix}"].diagonal(dim1=-2, dim2=-1).flatten(1).sum(-1) for key in "AB")
+                count = tensors[f"count{suffix}"]
+                total = total + of_A @ of_B / count.clamp_min(torch.finfo(count.dtype).tiny)
+        return total
 
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
         g, o, d = layers[0].shape
@@ -276,7 +300,7 @@ class Kronecker:
     def factor(
         self, tensors: Tensors, damping: Damping, damping_type: str, basis: Basis | None = None
     ) -> tuple[Factor, Tensor]:
-        left, right = self._product(tensors)
+        left, right = self.sides_of(tensors)
         o, d = (left.shape[-1], right.shape[-1]) if self.sides is None else self.sides.sizes
         lam = _damping_tensor(damping, left)
         if damping_type == "factored" and not self.corrected and self.spectrum is None:
@@ -292,8 +316,8 @@ class Kronecker:
             values = mapped(b.unsqueeze(-1) * a.clamp_min(0).unsqueeze(-2), self.spectrum)
         return Eigen(values, left, right, lam), torch.isfinite(sum_of([values, left, right]))
 
-    def _product(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
-        """(left, right)."""
+    def sides_of(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        """(B, A), whose lower triangles count."""
         pairs = []
         for suffix in ("", "_t"):
             if f"B{suffix}" in tensors:
@@ -370,6 +394,9 @@ class LargestPairs:
     def product(self, tensors: Tensors, x: Tensor) -> Tensor:
         """C x for x [g, o, d]."""
         return LowRank(**tensors).matvec(x)
+
+    def trace(self, tensors: Tensors) -> Tensor:
+        return tensors["values"].sum()
 
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
         size = sum(torch.Size(layer.shape).numel() for layer in layers)

@@ -37,6 +37,7 @@ from torchcurv.curv.propagate import RESIDUALS
 from torchcurv.curv.rows import RowSpace, row_count
 from torchcurv.curv.schedule import Interval, Pace, check_interval, check_number
 from torchcurv.curv.second import Products
+from torchcurv.curv.sides import whole
 from torchcurv.curv.stats import Stats
 
 APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
@@ -264,6 +265,9 @@ class Curvature:
         self.weights: Tensors = {}
         self.factor: Factor | RowSpace | None = None
         self.factor_damping = math.nan  # of the factor; unknown where it came as a tensor
+        self.draws_apart = False  # whether draws have a factor of their own, of another damping than that of the step
+        self.draw_factor: Factor | None = None
+        self.draw_damping = math.nan
         self.flags: Tensor | None = None  # how many measurements were not finite, how many factorisations failed
         self.reported = (0, 0)  # what was last read of them
         self.measurements = self.factorisations = 0  # so far
@@ -565,33 +569,64 @@ class Curvature:
         return self.factor is not None and not (isinstance(self.factor, RowSpace) and self.factor.inverse is None)
 
     @torch.no_grad()
-    def refactor(self, damping: float | Tensor) -> None:
-        """Compute the factor anew; where that fails the last good one stays, and the failure is counted."""
-        old = self.factor
+    def refactor(
+        self, damping: float | Tensor, draw_damping: float = math.nan, said: float | Tensor | None = None
+    ) -> None:
+        """Compute the factor anew; where that fails the last good one stays, and the failure is counted.
+
+        draw_damping: that of `draw_factor`, where draws have one of their own. said: what the user calls its damping;
+        None: the damping itself.
+        """
+        old, again, self.retry = self.factor, self.retry, False
         self.factorisations += 1
         if isinstance(old, RowSpace):
-            self.factor, ok = old.damped(10 * damping if self.retry else damping, self.retry)
+            self.factor, ok = old.damped(10 * damping if again else damping, again)
             assert self.factor.finite is not None
             self._count(0, ~self.factor.finite)
-            self.retry = False
         else:
-            new, ok = self._factorise(damping)
+            new, ok = self._factorise(damping, again)
             self.factor = new if old is None else _choose(ok, new, old)
             if "moments" in self.tensors and isinstance(self.factor, Eigen):
                 self.tensors["moments"] = self.factor.values
+            if self.draws_apart:
+                apart, fine = self._factorise(draw_damping, again)
+                self.draw_factor = apart if self.draw_factor is None else _choose(fine, apart, self.draw_factor)
+                self.draw_damping, ok = draw_damping, ok & fine
         self._count(1, ~ok)
         self.drifts = dict.fromkeys(self.approx.parts, 0.0)
-        self.factor_damping = math.nan if isinstance(damping, Tensor) else float(damping)
+        said = damping if said is None else said
+        self.factor_damping = math.nan if isinstance(said, Tensor) else float(said)
 
-    def _factorise(self, damping: float | Tensor) -> tuple[Factor, Tensor]:
-        if not self.retry:
+    def _factorise(self, damping: float | Tensor, again: bool) -> tuple[Factor, Tensor]:
+        """(the factor of the running average, whether it succeeded); again: in float64 and with more damping."""
+        if not again:
             return self.approx.factor(self.tensors, damping, self.options.damping_type, self.basis)
-        self.retry = False
         doubled = {key: value.double() for key, value in self.tensors.items()}
         basis = None if self.basis is None else (self.basis[0].double(), self.basis[1].double())
         new, ok = self.approx.factor(doubled, 10 * damping, self.options.damping_type, basis)
         dtype = next(iter(self.tensors.values())).dtype
         return replace(new, **{key: value.to(dtype) for key, value in new.state().items()}), ok  # type: ignore[arg-type]
+
+    def mean_eigenvalue(self) -> Tensor:
+        """Its magnitude, a 0-d tensor; of what has been measured."""
+        trace = self.factor.trace() if isinstance(self.factor, RowSpace) else self.approx.trace(self.tensors)
+        return trace.abs().clamp_min(torch.finfo(trace.dtype).tiny * 1e6) / self.size
+
+    def effective_dimension(self, damping: float | Tensor) -> Tensor:
+        """tr C (C + damping I)^-1, a 0-d tensor: in how many directions the curvature outweighs the damping."""
+        factor = self.factor
+        if factor is None:
+            raise RuntimeError(f"the curvature of block {self.name!r} has not been measured yet")
+        if not isinstance(factor, Inverse):  # LowRank counts what is known
+            assert not isinstance(factor, InputRows)  # whose C is not that of the loss
+            values = factor.eigvalsh().abs() if isinstance(factor, RowSpace) else factor.values.abs()
+            return (values / (values + damping)).sum()
+        assert isinstance(self.approx, Kronecker | Dense | InputSide)
+        left, right = self.approx.sides_of(self.tensors)
+        of_right = (whole(right) * factor.right).flatten(1).sum(1)
+        if left is None or factor.left is None:
+            return of_right.sum()
+        return of_right @ (whole(left) * factor.left).flatten(1).sum(1)
 
     def bakes_damping(self) -> bool:
         """Whether the factor holds its damping, so that another damping asks for another factor."""
@@ -728,6 +763,10 @@ class Curvature:
         assert not isinstance(factor, RowSpace)
         saved["known"] = {**{key: int(key in self.tensors) for key in tensors}, "factor": int(self.factor is not None)}
         saved["tensors"], saved["weights"], saved["factor"] = dict(tensors), dict(weights), factor.state()
+        if self.draws_apart:
+            saved["draw_factor"] = (self.draw_factor or factor).state()
+            saved["known"]["draw_factor"] = int(self.draw_factor is not None)
+            saved["draw_damping"] = self.draw_damping
         return saved
 
     def load_state(self, saved: dict[str, Any]) -> None:
@@ -750,6 +789,8 @@ class Curvature:
         self.weights = {key: value for key, value in saved.get("weights", {}).items() if known[key]}
         self.factor = self._factor_from(saved["factor"]) if known.get("factor") else None
         self.factor_damping = float(saved.get("factor_damping", math.nan))
+        self.draw_factor = self._factor_from(saved["draw_factor"]) if known.get("draw_factor") else None
+        self.draws_apart, self.draw_damping = "draw_factor" in known, float(saved.get("draw_damping", math.nan))
 
     def _factor_from(self, state: dict[str, Tensor]) -> Factor:
         factor = factor_from_state(state, self.layers[0].shape[1:])

@@ -92,9 +92,17 @@ class Eigen(_Saved):
 
     def sample(self, noise: Tensor, damping: Damping | None = None) -> Tensor:
         """Q (values + damping)^-1/2 noise, of covariance (C + damping I)^-1 for standard normal noise."""
-        shape = noise.shape
-        x = noise.reshape(*shape[:-3], *self.values.shape) * self._damped(damping).rsqrt()
-        return _sandwich(self.left, x, _t(self.right)).reshape(shape)
+        return self.right_of_sample(self.left_of_sample(self.core_of_sample(noise, damping))).reshape(noise.shape)
+
+    def core_of_sample(self, noise: Tensor, damping: Damping | None = None) -> Tensor:
+        """What `sample` puts between its left and its right matrix."""
+        return noise.reshape(*noise.shape[:-3], *self.values.shape) * self._damped(damping).rsqrt()
+
+    def left_of_sample(self, x: Tensor) -> Tensor:
+        return _sandwich(self.left, x, None)
+
+    def right_of_sample(self, x: Tensor) -> Tensor:
+        return _sandwich(None, x, _t(self.right))
 
     def logdet(self, damping: Damping | None = None) -> Tensor:
         return self._damped(damping).log().sum()
@@ -169,12 +177,21 @@ class Inverse(_Saved):
 
     def sample(self, noise: Tensor, damping: Damping | None = None) -> Tensor:
         """K_left noise K_right^T, of covariance left ⊗ right for standard normal noise; `damping` is not read."""
-        left, right = self.roots
-        x = self._grouped(noise)
-        if left is not None:
-            x = lower_times(left, x) if left.dim() == 3 else times_left(left, x)
-        x = times_lower_transposed(x, right) if right.dim() == 3 else times(x, right.mT)
-        return x.reshape(noise.shape)
+        return self.right_of_sample(self.left_of_sample(self.core_of_sample(noise))).reshape(noise.shape)
+
+    def core_of_sample(self, noise: Tensor, damping: Damping | None = None) -> Tensor:
+        """What `sample` puts between its left and its right matrix."""
+        return self._grouped(noise)
+
+    def left_of_sample(self, x: Tensor) -> Tensor:
+        left = self.roots[0]
+        if left is None:
+            return x
+        return lower_times(left, x) if left.dim() == 3 else times_left(left, x)
+
+    def right_of_sample(self, x: Tensor) -> Tensor:
+        right = self.roots[1]
+        return times_lower_transposed(x, right) if right.dim() == 3 else times(x, right.mT)
 
     def damped_matvec(self, x: Tensor, damping: Damping | None = None) -> Tensor:
         """left^-1 x right^-1; `damping` is not read."""

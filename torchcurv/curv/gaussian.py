@@ -47,7 +47,7 @@ class GaussianBlock:
 
     @property
     def factor(self) -> Eigen | Inverse | LowRank | RowSpace:
-        factor = self.block.factor
+        factor = self.block.draw_factor if self.block.draws_apart else self.block.factor
         if factor is not None:
             assert not isinstance(factor, InputRows)  # which belong to one step, and only solve
             return factor
@@ -56,6 +56,10 @@ class GaussianBlock:
 
     def sample(self, generator: torch.Generator | None = None, count: int | None = None) -> list[Tensor]:
         """A draw Σ^1/2 ε, or `count` of them [count, ...]; generator: on the device of the parameters."""
+        return self._apply(lambda factor, x: factor.sample(x, self.damping), self._noise(generator, count))
+
+    def _noise(self, generator: torch.Generator | None, count: int | None) -> list[Tensor]:
+        """Normal numbers of variance 1 / scale, [*count, g, o, i] of each layer."""
         p, scale = self.block.params[0], self.scale
         dtype, lead = torch.promote_types(p.dtype, torch.float32), () if count is None else (count,)
         std = 1.0 if isinstance(scale, Tensor) else scale**-0.5
@@ -63,8 +67,31 @@ class GaussianBlock:
             torch.empty(*lead, *layer.shape, dtype=dtype, device=p.device).normal_(std=std, generator=generator)
             for layer in self.block.layers
         ]
-        drawn = self._apply(lambda factor, x: factor.sample(x, self.damping), noise)
-        return [x * scale**-0.5 for x in drawn] if isinstance(scale, Tensor) else drawn
+        return [x * scale**-0.5 for x in noise] if isinstance(scale, Tensor) else noise
+
+    def draws(self, generator: torch.Generator | None = None) -> Callable[[torch.Generator | None], list[Tensor]]:
+        """A function of the generator that makes draws, each a `sample`. Those of a Kronecker product L ⊗ R share
+
+            L^1/2 S ε R^1/2
+
+        the noise ε and its product with one side; S, random signs of the rows of ε (or of its columns, where these are
+        more), is drawn anew. Each is a draw from the Gaussian by itself, and two of them are uncorrelated.
+        """
+        factor = self.factor
+        if not isinstance(factor, Eigen | Inverse) or factor.left is None or factor.right is None:
+            return self.sample
+        (noise,) = self._noise(generator, None)
+        core = factor.core_of_sample(noise, self.damping)
+        by_rows = core.shape[-2] >= core.shape[-1]
+        half = factor.right_of_sample(core) if by_rows else factor.left_of_sample(core)
+        signs = (*core.shape[:-1], 1) if by_rows else (*core.shape[:-2], 1, core.shape[-1])
+
+        def draw(generator: torch.Generator | None) -> list[Tensor]:
+            signed = half * _random_signs(signs, half, generator)
+            x = factor.left_of_sample(signed) if by_rows else factor.right_of_sample(signed)
+            return self.block.split(self.block.unflatten(x.reshape(noise.shape)))
+
+        return draw
 
     def precision_times(self, x: list[Tensor]) -> list[Tensor]:
         """Σ^-1 x."""
@@ -127,6 +154,15 @@ class Gaussian:
         """A draw around zero by parameter, or `count` of them [count, *shape]; random parameters only."""
         return self._gathered(lambda block: block.sample(generator, count))
 
+    def draws(
+        self, generator: torch.Generator | None = None
+    ) -> Callable[[torch.Generator | None], dict[Tensor, Tensor]]:
+        """A function of the generator that makes draws around zero by parameter, which share what
+        `GaussianBlock.draws` says.
+        """
+        pairs = [(block.block, block.draws(generator)) for block in self.blocks]
+        return lambda generator: gathered((block, draw(generator)) for block, draw in pairs)
+
     def sample(self, generator: torch.Generator | None = None, count: int | None = None) -> dict[Tensor, Tensor]:
         """A draw by parameter, or `count` of them [count, *shape]; of random parameters only."""
         return {p: self.mean[p] + x for p, x in self.deviation(generator, count).items()}
@@ -170,6 +206,10 @@ def kl_of_block(block: GaussianBlock, mean: dict[Tensor, Tensor], prior_precisio
     trace = sum_of_terms([x.sum() for x in block.variances()])
     norm = sum_of_terms([piece.of(mean[piece.param]).square().sum() for piece in block.block.pieces])
     return 0.5 * (delta * (trace + norm) - block.size * (1 + delta.log()) + logdet)
+
+
+def _random_signs(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(generator=generator).mul_(2).sub_(1)
 
 
 def sum_of_terms(terms: list[Tensor]) -> Tensor:

@@ -84,6 +84,17 @@ class InputSide:
             total = total + (x @ tensors[ROWS].mT) @ tensors[ROWS]
         return total / _count(tensors)
 
+    def sides_of(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        """(I, A)."""
+        rows = tensors.get(ROWS)
+        A = tensors["A"] if rows is None else rows.mT @ rows + tensors.get("A", 0)
+        return A.new_ones(side_shape(A.shape[0], self.sides.sizes[0], self.sides.sizes[0])), A / _count(tensors)
+
+    def trace(self, tensors: Tensors) -> Tensor:
+        own = tensors["A"].diagonal(dim1=-2, dim2=-1).sum() if "A" in tensors else 0
+        rows = tensors[ROWS].square().sum() if ROWS in tensors else 0
+        return (own + rows) / _count(tensors) * self.sides.sizes[0]
+
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
         shape = side_shape(layers[0].shape[0], self.sides.sizes[1], self.sides.blocks[1])
         return {"A": like.new_zeros(shape), "count": like.new_zeros(())}
@@ -98,12 +109,11 @@ class InputSide:
             rows = rows / count.sqrt()
             small, ok = inverse_spd(rows @ rows.mT, lam)
             return InputRows(rows, small, lam), ok
-        A = tensors["A"] if rows is None else rows.mT @ rows + tensors.get("A", 0)
-        identity = A.new_ones(side_shape(A.shape[0], o, o))
+        identity, A = self.sides_of(tensors)
         if damping_type == "factored":
-            right, ok = inverse(A / count, lam, d)
+            right, ok = inverse(A, lam, d)
             return Inverse(right, identity, (o, d), lam), ok
-        values, right = eigenbasis(A / count, d)
+        values, right = eigenbasis(A, d)
         values = values.clamp_min(0).unsqueeze(-2).repeat(1, o, 1)
         return Eigen(values, identity, right, lam), torch.isfinite(sum_of([values, right]))
 

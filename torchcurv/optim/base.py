@@ -26,7 +26,7 @@ from torchcurv.optim.update import inner, norm_of, scale_within
 
 _INTERVALS = ("update_every", "refactor_every")
 _VALUES = ("damping", "ema_decay")  # which may be functions of the step, too
-_READ_LATER = (*_INTERVALS, "damping", "ema_decay", "refresh_tol", "refresh_cap", "refresh_warmup")
+_READ_LATER = (*_INTERVALS, "damping", "damping_scale", "ema_decay", "refresh_tol", "refresh_cap", "refresh_warmup")
 _DAMPING_TOLERANCE = 0.1  # relative change of the damping after which an inverse that holds it is computed anew
 UNSUPPORTED = ("error", "gradient")
 # What the schedulers of torch write into groups; keys of the user's own are welcome too.
@@ -238,9 +238,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             own = self.param_groups[index]
             for other in {id(groups[p]): groups[p] for p in block.params}.values():
                 for key in _READ_LATER:
-                    if not (own[key] is other[key] or own[key] == other[key]):
+                    here, there = own.get(key), other.get(key)
+                    if not (here is there or here == there):
                         raise ValueError(
-                            f"block {block.name!r} lies over groups with {key}={own[key]!r} and {key}={other[key]!r}: "
+                            f"block {block.name!r} lies over groups with {key}={here!r} and {key}={there!r}: "
                             'give them equal ones, or build the optimizer with partition="group"'
                         )
 
@@ -278,6 +279,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _damping(self, group: dict[str, Any]) -> float | Tensor:
         """λ of a group; L2 regularisation is part of the loss's curvature, so it adds its coefficient."""
         return group["damping"] if group["curv_type"] == INPUT else group["damping"] + group.get("l2", 0.0)
+
+    def _shift(self, block: Curvature, group: dict[str, Any]) -> float | Tensor:
+        """What is added to the eigenvalues of a block."""
+        return self._damping(group)
 
     def _memory(self, block: Curvature, group: dict[str, Any]) -> float:
         """ρ of the running average of a block."""
@@ -337,11 +342,14 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         stale = [(block, index) for block, index in reached if self._factors and self._is_stale(block, index)]
         self._report([block for block, _ in stale if block not in read])
         for block, index in stale:
-            block.refactor(self._damping(self.param_groups[index]))
+            self._refactor(block, self.param_groups[index])
             if not self._adaptive(index, "refactor_every"):
                 block.next_refactor = self._steps + self._interval(index, "refactor_every")
             self._unsaved.append(block)
         return True
+
+    def _refactor(self, block: Curvature, group: dict[str, Any]) -> None:
+        block.refactor(self._shift(block, group), said=self._damping(group))
 
     def _apply_schedules(self) -> None:
         """What functions of the step say of damping and memory now."""
@@ -492,7 +500,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 piece.of(gradients[p] if (p := piece.param) in gradients else torch.zeros_like(p))
                 for piece in block.pieces
             ]
-            damping = None if block.bakes_damping() else self._damping(self.param_groups[index])
+            damping = None if block.bakes_damping() else self._shift(block, self.param_groups[index])
             for piece, x in zip(block.pieces, block.direction(given, damping), strict=True):
                 p = piece.param
                 if p in gradients and piece.rows is None:
@@ -693,9 +701,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
 def _damping_moved(block: Curvature, damping: float | Tensor) -> bool:
     """Whether an inverse that holds its damping was made for another one. A tensor damping is never read."""
-    held = block.factor_damping
     if not block.bakes_damping() or isinstance(damping, Tensor):
         return False
+    return moved(damping, block.factor_damping)
+
+
+def moved(damping: float, held: float) -> bool:
+    """Whether a damping is another than the one that an inverse holds."""
     return abs(damping - held) > _DAMPING_TOLERANCE * abs(held)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -79,8 +79,8 @@ class Spread:
 
 
 def _tensors_of(part: GaussianBlock) -> list[Tensor]:
-    factor = part.block.factor
-    return list(factor.state().values()) if isinstance(factor, Factor) else []
+    factors = (part.block.factor, part.block.draw_factor)
+    return [t for factor in factors if isinstance(factor, Factor) for t in factor.state().values()]
 
 
 class Kept(NamedTuple):
@@ -88,6 +88,14 @@ class Kept(NamedTuple):
 
     noise: int
     deviation: dict[Tensor, Tensor]
+    spread: Spread
+
+
+class Shared(NamedTuple):
+    """Draws that share noise: which draw it was made for, how they are made, and the covariance they are of."""
+
+    noise: int
+    make: Callable[[torch.Generator | None], dict[Tensor, Tensor]]
     spread: Spread
 
 

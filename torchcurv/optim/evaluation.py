@@ -32,7 +32,6 @@ from torchcurv.curv.views import uses_batch_statistics
 from torchcurv.optim.update import inner
 
 Vector = dict[Tensor, Tensor]  # by parameter
-LEAST = 64  # samples that a share is made of
 RIDGE = 1e-6  # relative; the rounding of J d in float32
 
 
@@ -41,14 +40,16 @@ class Evaluation:
 
     closure: returns the loss, a 0-d tensor, or (loss, output), without calling backward(). output: f, of which the
         loss is a function; by default what the model returned last.
-    share: the fraction of the samples that products with J are made of, the first of the batch, but no fewer than
-        LEAST; every tensor argument of the model that is as long as the output counts as a batch. All samples are
-        taken where fewer would be another function: where the closure does more than to call the model on its output,
-        where random numbers are drawn, and where batch norms normalise with the batch.
+    samples: so many of the batch, the first, are what products with J are made of; None: all. Every tensor argument of
+        the model that is as long as the output counts as a batch. All samples are taken where fewer would be another
+        function: where the closure does more than to call the model on its output, where random numbers are drawn, and
+        where batch norms normalise with the batch.
     products: whether `curvature` will be asked for, for which the graph is kept.
     """
 
-    def __init__(self, model: nn.Module, closure: Callable[[], Any], share: float = 1.0, products: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, closure: Callable[[], Any], samples: int | None = None, products: bool = True
+    ) -> None:
         self.model, self._closure, self._products = model, _Closure(model, closure), products
         self._devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
         self._draws = self._generators()
@@ -58,7 +59,7 @@ class Evaluation:
         drawn = any(not torch.equal(x, y) for x, y in zip(self._draws, self._generators(), strict=True))
         together = any(isinstance(m, _BatchNorm) and uses_batch_statistics(m) for m in model.modules())
         if len(calls) == 1 and calls[0].is_all(self.output) and not drawn:
-            self._part = _first(calls[0], len(self.output), 1.0 if together else share)
+            self._part = _first(calls[0], len(self.output), None if together else samples)
         self._slope = self._at_output() if products else torch.zeros(())
 
     def _at_output(self) -> Tensor:
@@ -207,9 +208,9 @@ class _Closure(nn.Module):
         return loss, output, calls
 
 
-def _first(call: _Call, n: int, share: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _first(call: _Call, n: int, samples: int | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call of the model with n samples, for the first of them."""
-    count = max(min(n, LEAST), round(share * n))
+    count = n if samples is None else min(n, samples)
 
     def cut(x: Any) -> Any:
         return x[:count] if isinstance(x, Tensor) and x.dim() and len(x) == n else x

@@ -28,14 +28,16 @@ from torchcurv.optim.update import (
 
 STEP_OPTIONS = (
     *("lr", "momentum", "nesterov", "momentum_type", "weight_decay", "l2", "maximize"),
-    *("trust_ratio", "normalize_weights"),
+    *("trust_ratio", "normalize_weights", "damping_scale"),
 )
+DAMPING_SCALES = ("absolute", "relative")
 MOMENTUM_TYPES = ("preconditioned", "raw")
 INTERVAL = 10  # steps between measurements, and factorisations, unless one says otherwise
 OF_THE_BATCH = ("full", "block")  # which are made of the rows of one batch where these are few
+MOST_DIRECTIONS = 4  # per output of a batch, that LM damping leaves to the curvature
 STEP_RULES, DAMPING_RULES = ("fixed", "quadratic"), ("fixed", "lm")
 _CONTROL = (
-    *("step_rule", "model_share", "damping_rule", "damping_interval", "damping_decay", "damping_bounds"),
+    *("step_rule", "model_samples", "damping_rule", "damping_interval", "damping_decay", "damping_bounds"),
     "curvature_warmup",
 )
 
@@ -63,7 +65,10 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 
         ρ = (L(θ + d) - L(θ)) / (g·d + ½ d^T (G + l2) d)
 
-    is below ¼, and multiplied with ω if it is above ¾; if the loss of that batch rose, the step is taken back.
+    is below ¼, and multiplied with ω if it is above ¾; if the loss of that batch rose, the step is taken back. A batch
+    fits any model that has more directions than the batch has outputs (samples times classes, or pixels): where
+    Σ tr C (C + λ)^-1 over the blocks is above 4 times these, the damping is divided by ω whatever ρ is, and above half
+    of that it is not made smaller.
     Both need `step(closure)`, with a closure that returns the loss, or (loss, output), without calling backward():
 
         optimizer = SecondOrderOptimizer(model, step_rule="quadratic", damping_rule="lm")
@@ -84,8 +89,11 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             the model has chosen.
         momentum: 0 <= momentum < 1; for step_rule="quadratic" any but 0 lets the model choose. nesterov: look ahead.
         momentum_type: "preconditioned" averages V, "raw" averages g before preconditioning.
-        damping: λ > 0 in units of the loss's curvature, a number, a 0-d tensor, or a function of the step; for
-            damping_rule="lm" the first value. damping_type: "factored" or "exact" (through eigenvectors).
+        damping: λ > 0, a number, a 0-d tensor, or a function of the step; for damping_rule="lm" the first value. None:
+            0.01, or 0.1 if it is relative. damping_type: "factored" or "exact" (through eigenvectors).
+        damping_scale: "absolute": λ is in units of the loss's curvature. "relative": it is the damping times the mean
+            eigenvalue of each block, tr C / dim C, so that no loss, width or layer has units of its own. "auto":
+            relative for step_rule="quadratic" with damping_rule="lm", else absolute.
         kl_clip: bound κ on lr² <V, g>, or for step_rule="quadratic" on m^T G m, its trust region; None: no clipping.
             "auto" is 0.01, and None for step_rule="quadratic".
         weight_decay: decoupled decay. l2: coefficient of l2/2 norm(p)² in the loss, in g and in the damping.
@@ -94,13 +102,14 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             KL clip, which then has no effect on it.
         normalize_weights: after each step every tensor that moved and has two or more dimensions has norm sqrt(2 o),
             for o = p.shape[0] outputs: for weights in front of a normalisation, whose scale means nothing.
-        step_rule: "fixed", or "quadratic". model_share: the fraction of a batch, but at least 64 samples, that products
-            with G are made of; a small one is faster and may make steps too long.
+        step_rule: "fixed", or "quadratic". model_samples: products with G are made of so many of a larger batch; None:
+            of all. Fewer are faster, and fit a model to themselves: 125 let classifiers diverge.
         damping_rule: "fixed", or "lm", with damping_interval = T, damping_decay, and damping_bounds of λ.
         curvature_warmup: the first so many steps measure curvature and leave the parameters alone.
         samples: signals drawn per step; None: the exact curvature (one backward pass per output element).
-        update_every, refactor_every: an int, a function of the step, "adaptive", or "auto": 10, but 1 for
-            curv_type="input" and for approx="full" and "block", which may be made of the rows of one batch.
+        update_every, refactor_every: an int, a function of the step, "adaptive", or "auto": 1 in the first 10 steps,
+            where curvature changes fast, and then 10; always 1 for curv_type="input" and for approx="full" and "block",
+            which may be made of the rows of one batch.
         sharing, ema_decay (or a function of the step), refresh_tol, refresh_cap, refresh_warmup, rows_limit,
             factor_blocks, max_factor_dim, partition, rank: see `torchcurv.curv.curvature.Options`.
         reduction, class_dim: of a loss given by name. output_fn: from the model's output to the loss's input.
@@ -117,7 +126,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     of convolutional networks" (2017).
     """
 
-    _copied: ClassVar[tuple[str, ...]] = (*CurvatureOptimizer._copied, "_kl_clip", "_control")
+    _copied: ClassVar[tuple[str, ...]] = (*CurvatureOptimizer._copied, "_kl_clip", "_control", "_early")
 
     def __init__(
         self,
@@ -129,7 +138,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         approx: str | None = "kfac",
         lr: float | Tensor | None = None,
         momentum: float = 0.7,
-        damping: float | Tensor | Callable[[int], float] = 0.01,
+        damping: float | Tensor | Callable[[int], float] | None = None,
+        damping_scale: str = "auto",
         nesterov: bool = False,
         momentum_type: str = "preconditioned",
         weight_decay: float = 0.0,
@@ -139,10 +149,10 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         normalize_weights: bool = False,
         kl_clip: float | str | None = "auto",
         step_rule: str = "fixed",
-        model_share: float = 1.0,
+        model_samples: int | None = 512,
         damping_rule: str = "fixed",
-        damping_interval: int = 10,
-        damping_decay: float = 0.95,
+        damping_interval: int = 5,
+        damping_decay: float = 0.8,
         damping_bounds: tuple[float, float] = (1e-8, 1e8),
         curvature_warmup: int = 0,
         samples: int | None = 1,
@@ -172,9 +182,14 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     ) -> None:
         quadratic = step_rule == "quadratic"
         lr = (1.0 if quadratic else 0.1) if lr is None else lr
+        if damping_scale == "auto":
+            damping_scale = "relative" if quadratic and damping_rule == "lm" else "absolute"
+        if damping is None:
+            damping = 0.1 if damping_scale == "relative" else 0.01
         self._kl_clip = checked_kl_clip(kl_clip, None if quadratic else 0.01)
         given = locals()
         self._control = {name: given[name] for name in _CONTROL}
+        self._early: set[tuple[int, str]] = set()  # (group, interval) that are 1 in the beginning
         self._moved: list[tuple[float | Tensor, list[Tensor]]] = []  # (lr, steps or their norms) of the last step
         _check_control(self._control, grad_scaler)
         super().__init__(
@@ -196,6 +211,9 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         for key in ("trust_ratio", "normalize_weights"):
             if not isinstance(group[key], bool):
                 raise TypeError(f"{key}={group[key]!r}; pass True or False")
+        if group["damping_scale"] not in DAMPING_SCALES:
+            allowed = ", ".join(map(repr, DAMPING_SCALES))
+            raise ValueError(f"damping_scale={group['damping_scale']!r}; allowed are {allowed}")
         plain = {"nesterov": False, "maximize": False, "trust_ratio": False, "momentum_type": "preconditioned"}
         for key, value in plain.items():
             if group[key] != value and self._control["step_rule"] == "quadratic":
@@ -207,13 +225,17 @@ class SecondOrderOptimizer(CurvatureOptimizer):
                 raise TypeError('damping is a tensor; damping_rule="lm" changes a number')
 
     def _take_group(self, index: int) -> None:
+        group = self.param_groups[index]
+        early = {(index, key) for key in ("update_every", "refactor_every") if group[key] == "auto"}
         super()._take_group(index)
+        self._early = {pair for pair in self._early if pair[0] != index} | early
         if self._control["damping_rule"] == "lm" and (index, "damping") in self._schedules:
             raise ValueError('damping is a function of the step; with damping_rule="lm" pass the number to start from')
 
     def _restore(self) -> None:
-        self._moved = []
+        self._moved, early = [], self._early
         super()._restore()
+        self._early = early
 
     @property
     def _warming_up(self) -> bool:
@@ -223,6 +245,16 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     def _due(self) -> list[str]:
         due = super()._due()
         return [block.name for block in self._blocks] if self._warming_up else due
+
+    def _shift(self, block: Curvature, group: dict[str, Any]) -> float | Tensor:
+        if group["damping_scale"] == "absolute":
+            return super()._shift(block, group)
+        own = group["damping"] * block.mean_eigenvalue()
+        return own if group["curv_type"] == INPUT else own + group["l2"]
+
+    def _interval(self, index: int, key: str) -> int:
+        interval = super()._interval(index, key)
+        return 1 if self._steps < INTERVAL and (index, key) in self._early else interval
 
     def _step_of(self, index: int) -> int | None:
         return None if self._warming_up else super()._step_of(index)
@@ -254,7 +286,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         quadratic = control["step_rule"] == "quadratic" and not self._warming_up
         checked = control["damping_rule"] == "lm" and (self._steps + 1) % control["damping_interval"] == 0
         self.zero_grad()
-        evaluation = Evaluation(self.model, closure, control["model_share"], products=quadratic or checked)
+        evaluation = Evaluation(self.model, closure, control["model_samples"], products=quadratic or checked)
         evaluation.backward()
         self._last = {"loss": evaluation.loss.detach()}
         with torch.no_grad():
@@ -355,7 +387,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         plain = {p: directed.get(p, g) for p, g in gradients.items() if p not in solved}
         last = {p: self._buffer(self.state[p], p) for p in averaged}
         directions: list[Vector] = [d for d in (solved, plain, last) if d]
-        damping = {p: group["damping"] + group["l2"] for group in self.param_groups for p in group["params"]}
+        damping = self._shifts()
         slope = torch.stack([dot(d, gradients) for d in directions])
         gram = evaluation.curvature(directions, {p: p.detach() for p in self._params()})
         damped = gram + torch.stack([torch.stack([dot(x, y, damping) for y in directions]) for x in directions])
@@ -373,6 +405,18 @@ class SecondOrderOptimizer(CurvatureOptimizer):
                 steps = [last[p].mul_(chosen[-1]).add_(x) for p, x in zip(params, steps, strict=True)]
             self._descend(group, params, steps)
 
+    def _shifts(self) -> dict[Tensor, float | Tensor]:
+        """λ + l2 by parameter, in the model of the loss; a plain gradient has no eigenvalues that λ is relative to."""
+        shifts: dict[Tensor, float | Tensor] = {}
+        for group in self.param_groups:
+            own = group["damping"] if group["damping_scale"] == "absolute" else 0.0
+            shifts.update(dict.fromkeys(group["params"], own + group["l2"]))
+        for block, index in zip(self._blocks, self._group_index, strict=True):
+            group = self.param_groups[index]
+            if group["damping_scale"] == "relative" and group["curv_type"] != INPUT and block.measured:
+                shifts.update(dict.fromkeys(block.params, self._shift(block, group)))
+        return shifts
+
     def _adapt_damping(self, evaluation: Evaluation, before: Vector) -> None:
         """Levenberg and Marquardt's rule, for the step that was made; one host sync."""
         moved = {p: (p.detach() - x).to(torch.promote_types(x.dtype, torch.float32)) for p, x in before.items()}
@@ -381,11 +425,19 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         linear, square = dot(moved, gradients) + dot(moved, before, l2), dot(moved, moved, l2)
         predicted = linear + 0.5 * (evaluation.curvature([moved], before)[0, 0] + square)
         actual = evaluation.loss_now() - evaluation.loss.detach() + dot(moved, before, l2) + 0.5 * square
-        self._last |= {"predicted": predicted, "actual": actual}
+        dimension = self._effective_dimension()
+        self._last |= {"predicted": predicted, "actual": actual, "effective_dimension": dimension}
         size = evaluation.loss.detach().abs() * (8 * torch.finfo(evaluation.loss.dtype).eps)
-        change, expected, noise = torch.stack([x.double() for x in (actual, predicted, size)]).tolist()
+        read = torch.stack([x.double() for x in (actual, predicted, size, dimension)])
+        change, expected, noise, directions = read.tolist()
         control = self._control
-        factor = levenberg_marquardt(change, expected, control["damping_decay"] ** control["damping_interval"], noise)
+        omega = control["damping_decay"] ** control["damping_interval"]
+        factor = levenberg_marquardt(change, expected, omega, noise)
+        crowding = directions / (MOST_DIRECTIONS * evaluation.output.numel())
+        if crowding > 0.5:
+            factor = max(1.0, factor)
+        if crowding > 1:
+            factor = 1 / omega
         low, high = control["damping_bounds"]
         for group in self.param_groups:
             group["damping"] = min(high, max(low, group["damping"] * factor))
@@ -393,6 +445,15 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             first = self.state[next(iter(before))]
             first["rejected_steps"] = first.get("rejected_steps", 0) + 1
             self._take_back(before)
+
+    def _effective_dimension(self) -> Tensor:
+        """Σ tr C (C + λ)^-1 over the blocks whose C is that of the loss."""
+        total = torch.zeros((), dtype=torch.float64)
+        for block, index in zip(self._blocks, self._group_index, strict=True):
+            group = self.param_groups[index]
+            if group["curv_type"] != INPUT and block.has_factor:
+                total = total + block.effective_dimension(self._shift(block, group)).to(total)
+        return total
 
     def _take_back(self, before: Vector) -> None:
         """Undo the step; the momentum starts again."""
@@ -445,7 +506,8 @@ def _check_control(control: dict[str, Any], grad_scaler: Any) -> None:
             raise ValueError(f"{key}={control[key]!r}; allowed are {', '.join(map(repr, allowed))}")
         if control[key] != "fixed" and grad_scaler is not None:
             raise ValueError(f"{key}={control[key]!r} with a grad_scaler: it reads the loss as it is; scale nothing")
-    check_number("model_share", control["model_share"], lambda x: 0 < x <= 1, "a number from above 0 to 1")
+    if control["model_samples"] is not None:
+        check_count("model_samples", control["model_samples"])
     check_number("damping_decay", control["damping_decay"], lambda x: 0 < x < 1, "a number between 0 and 1")
     check_count("damping_interval", control["damping_interval"])
     if control["curvature_warmup"] != 0:

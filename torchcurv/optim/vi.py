@@ -25,8 +25,8 @@ from torchcurv.curv.hooks import Hook
 from torchcurv.curv.kinds import SECOND
 from torchcurv.curv.losses import loss_of
 from torchcurv.curv.schedule import check_number
-from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
-from torchcurv.optim.draws import Aside, Kept, Spread, changed, is_wide, marks_of, mean_of
+from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer, moved
+from torchcurv.optim.draws import Aside, Kept, Shared, Spread, changed, is_wide, marks_of, mean_of
 from torchcurv.optim.second_order import check_step_options, checked_kl_clip
 from torchcurv.optim.update import descend_, momentum_
 
@@ -35,6 +35,8 @@ _STEP_OPTIONS = ("lr", "momentum")
 _NO_STEP_OPTIONS = {"weight_decay": 0.0, "l2": 0.0, "nesterov": False, "maximize": False}
 _BAKED = ("kfac", "unit", "block", "full")  # shapes whose "factored" factor has its damping inside
 _TRAINING, _LOOKING = "training_draws", "other_draws"  # streams of draws, and under which keys the state counts them
+_NOISE = "shared_noise"  # the stream of noise that draws share; the state has the draw it was made for, or 0
+_STREAMS = {_LOOKING: 0, _TRAINING: 1, _NOISE: 2}  # in seeds
 
 
 class VIOptimizer(CurvatureOptimizer):
@@ -79,10 +81,14 @@ class VIOptimizer(CurvatureOptimizer):
             mirror image μ - (θ - μ) of the one before, in the next step too if that has not changed Σ, so that with
             update_every=10 one draw per step makes pairs. Each alone is a draw from the posterior. The second of a
             pair costs next to nothing, and θ - μ is kept for it: as much memory as the drawn parameters.
+        shared_noise: the optimizer's own draws, as long as Σ is the same, have one ε but for random signs of its rows
+            (over the outputs of a layer, or over its inputs where these are more) where the covariance is a Kronecker
+            product: approx="kfac" and "ekfac". Each alone is a draw from the posterior, and any two are uncorrelated;
+            they cost less than half. A product with ε is kept: as much memory as the drawn parameters.
         init_precision: Σ^-1 of the first draws, per group; None: that of the prior.
         noise_variance: σ² of a Gaussian likelihood, for losses that are the mean or the sum of squared errors.
         lr, momentum: of the mean. kl_clip: bounds the step by ν <= 1 as in SecondOrderOptimizer.
-        damping: λ >= 0 added to C + δ̃ in the step, but not in Σ; with "factored" damping there is none.
+        damping: λ >= 0 added to C + δ̃ in the step, but not in Σ.
         damping_type: "exact", or "factored": Σ is then the inverse of the two damped Kronecker factors, which is
             smaller than the exact one, down to a few percent in flat directions.
         hessian_method: also "price" for curv_type="hessian", approx="diag", which needs no pass: with β = ema_decay,
@@ -100,13 +106,14 @@ class VIOptimizer(CurvatureOptimizer):
     """
 
     _copied: ClassVar[tuple[str, ...]] = (
-        *(*CurvatureOptimizer._copied, "_dataset_size", "_num_samples", "_antithetic", "_noise_variance", "_warmup"),
-        *("_outputs", "_summed", "_kl_clip"),
+        *(*CurvatureOptimizer._copied, "_dataset_size", "_num_samples", "_antithetic", "_share_noise", "_warmup"),
+        *("_outputs", "_summed", "_kl_clip", "_noise_variance"),
     )
     _held: dict[Tensor, Tensor] | None = None  # the means, while the parameters hold a draw
     _made: int  # draws since the last step whose gradients are in `.grad`
     _curved: dict[Tensor, Tensor]  # their sum of (θ - μ) g, for hessian_method="price"
     _kept: Kept | None = None  # with antithetic=True, the last draw, until its mirror image is drawn
+    _shared: Shared | None = None  # with shared_noise=True, what the draws share
     _watch: Any = None
 
     def __init__(
@@ -128,6 +135,7 @@ class VIOptimizer(CurvatureOptimizer):
         init_precision: float | None = None,
         noise_variance: float | None = None,
         antithetic: bool = False,
+        shared_noise: bool = False,
         kl_warmup: int | Callable[[int], float] | None = None,
         samples: int | None = 1,
         sharing: str = "expand",
@@ -157,9 +165,11 @@ class VIOptimizer(CurvatureOptimizer):
         given = locals()
         _check_positive("dataset_size", dataset_size, "the number of loss terms in the data, a number > 0")
         check_count("num_samples", num_samples)
-        if not isinstance(antithetic, bool):
-            raise TypeError(f"antithetic={antithetic!r}; pass True or False")
-        self._dataset_size, self._num_samples, self._antithetic = float(dataset_size), num_samples, antithetic
+        for name, value in (("antithetic", antithetic), ("shared_noise", shared_noise)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r}; pass True or False")
+        self._dataset_size, self._num_samples = float(dataset_size), num_samples
+        self._antithetic, self._share_noise = antithetic, shared_noise
         self._noise_variance, self._warmup = _checked_noise(noise_variance, loss_fn), _checked_warmup(kl_warmup)
         self._kl_clip = checked_kl_clip(kl_clip)
         self._outputs: dict[str, int] = {}  # elements of a sample of the output, as last seen
@@ -181,17 +191,16 @@ class VIOptimizer(CurvatureOptimizer):
                 _check_positive(key, group[key], "a number > 0" + ("" if key == "temperature" else ", or None"))
         super()._check_group(group)
         check_step_options({**_NO_STEP_OPTIONS, "momentum_type": "preconditioned", **group})
-        baked = group["damping_type"] == "factored" and group["approx"] in _BAKED and group["curv_type"] != "hessian"
-        if baked and group["prior_precision"] is not None and not _no_damping(group["damping"]):
-            raise ValueError(
-                f"damping={group['damping']!r} with damping_type='factored': one inverse cannot both have this damping "
-                "(for the step) and not (for the draws). Pass damping=0, or damping_type='exact'"
-            )
         if self._summed and group["approx"] is not None and group["update_every"] != 1:
             raise ValueError(
                 f"update_every={group['update_every']!r} with a loss that is a sum: its terms are counted where its "
                 "curvature is measured. Pass update_every=1, or reduce the loss by its mean"
             )
+
+    def _draws_apart(self, group: dict[str, Any]) -> bool:
+        """Whether one inverse cannot have the damping of the step and that of the draws."""
+        baked = group["damping_type"] == "factored" and group["approx"] in _BAKED and group["curv_type"] != "hessian"
+        return baked and group["prior_precision"] is not None and not _no_damping(group["damping"])
 
     def _is_damped(self, group: dict[str, Any]) -> bool:
         return group["prior_precision"] is not None or super()._is_damped(group)
@@ -232,15 +241,26 @@ class VIOptimizer(CurvatureOptimizer):
 
     def _install(self, blocks: list[Curvature], group_of: dict[int, int]) -> None:
         super()._install(blocks, group_of)
+        for block, index in zip(self._blocks, self._group_index, strict=True):
+            if block.factor is None:
+                block.draws_apart = self._draws_apart(self.param_groups[index])
         if self._noise_variance is None or self._watch is not None:
             return
         assert self.model is not None
         seen = partial(_note_outputs, self._outputs, self._settings["output_fn"])
         self._watch = weakref.finalize(self, self.model.register_forward_hook(Hook(seen)).remove)
 
+    def _refactor(self, block: Curvature, group: dict[str, Any]) -> None:
+        block.draws_apart = self._draws_apart(group)
+        block.refactor(self._damping(group), self._prior_damping(group))
+
+    def _is_due(self, block: Curvature, index: int) -> bool:
+        due = super()._is_due(block, index)
+        return due or (block.draws_apart and moved(self._prior_damping(self.param_groups[index]), block.draw_damping))
+
     def _restore(self) -> None:
         self._forget_draws()
-        self._kept = None
+        self._kept = self._shared = None
         super()._restore()
 
     def remove(self) -> None:
@@ -354,9 +374,14 @@ class VIOptimizer(CurvatureOptimizer):
 
     # ----------------------------------------------------------------------------------------- draws
 
+    @property
+    def _first_state(self) -> dict[str, Any]:
+        """The state of the first parameter, which has what is about all of them."""
+        return self.state[next(iter(self._params()))]
+
     def _next_draw(self, stream: str) -> tuple[int, float]:
         """(which noise the next draw of a stream has, its sign); the state counts the draws."""
-        state = self.state[next(iter(self._params()))]
+        state = self._first_state
         count = state[stream] = int(state.get(stream, 0)) + 1
         if self._antithetic and stream == _TRAINING:
             return (count + 1) // 2, 1.0 if count % 2 else -1.0
@@ -366,7 +391,7 @@ class VIOptimizer(CurvatureOptimizer):
         # Price's estimate multiplies a draw with its own gradient, which is an average over the ranks
         alike = self._priced() or not torch.distributed.is_initialized()
         rank = 0 if alike else torch.distributed.get_rank()
-        seed = hash((self._settings["seed"], stream == _TRAINING, index, rank, 0x5EED)) & (2**63 - 1)
+        seed = hash((self._settings["seed"], _STREAMS[stream], index, rank, 0x5EED)) & (2**63 - 1)
         return torch.Generator(device).manual_seed(seed)
 
     @torch.no_grad()
@@ -388,10 +413,24 @@ class VIOptimizer(CurvatureOptimizer):
             kept, self._kept = self._kept, None
             if sign < 0 and kept is not None and kept.noise == index and kept.spread.is_of(blocks):
                 return kept.deviation, sign
-        deviation = posterior.deviation(self._generator(stream, index, blocks[0].block.params[0].device))
+        generator = self._generator(stream, index, blocks[0].block.params[0].device)
+        shared = self._share_noise and stream == _TRAINING
+        deviation = self._sharing(index, posterior)(generator) if shared else posterior.deviation(generator)
         if stream == _TRAINING and self._antithetic and sign > 0:
             self._kept = Kept(index, deviation, Spread(blocks))
         return deviation, sign
+
+    def _sharing(self, index: int, posterior: Gaussian) -> Callable[[torch.Generator | None], dict[Tensor, Tensor]]:
+        """What makes draws of the noise that they share; index: of the next draw.
+
+        A resumed run, or one whose Σ was edited, has the same noise.
+        """
+        state, blocks = self._first_state, posterior.blocks
+        noise = state[_NOISE] = int(state.get(_NOISE, 0)) or index
+        if self._shared is None or self._shared.noise != noise or not self._shared.spread.is_of(blocks):
+            generator = self._generator(_NOISE, noise, blocks[0].block.params[0].device)
+            self._shared = Shared(noise, posterior.draws(generator), Spread(blocks))
+        return self._shared.make
 
     @contextmanager
     def _drawn(self, deviation: dict[Tensor, Tensor], sign: float) -> Iterator[None]:
@@ -483,7 +522,7 @@ class VIOptimizer(CurvatureOptimizer):
         loss = None if closure is None else self._run(closure)
         self._last = {"loss": loss.detach()} if isinstance(loss, Tensor) and not loss.dim() else {}
         with torch.no_grad():
-            spread = Spread(self._drawn_blocks()) if self._antithetic else None
+            spread = Spread(self._drawn_blocks()) if self._antithetic or self._share_noise else None
             factor = self._gradient_factor()
             self._apply_schedules()  # the memory of Price's estimate is asked for before the others
             self._scale_measured(factor)
@@ -491,7 +530,7 @@ class VIOptimizer(CurvatureOptimizer):
                 self._descend(factor)
                 self._finish_step()
                 if spread is not None and not spread.is_of(self._drawn_blocks()):
-                    self._end_pair()
+                    self._end_noise()
         return loss
 
     def _run(self, closure: Callable[[], Any]) -> Any:
@@ -592,11 +631,13 @@ class VIOptimizer(CurvatureOptimizer):
                 if not is_wide(p):
                     p.copy_(means[p])
 
-    def _end_pair(self) -> None:
-        """The next draw is no mirror image: Σ has changed."""
-        self._kept = None
-        first = self.state[next(iter(self._params()))]
-        first[_TRAINING] = first.get(_TRAINING, 0) + first.get(_TRAINING, 0) % 2
+    def _end_noise(self) -> None:
+        """Σ has changed: the next draw is no mirror image, and has noise of its own."""
+        self._kept = self._shared = None
+        first = self._first_state
+        if self._antithetic:
+            first[_TRAINING] = first.get(_TRAINING, 0) + first.get(_TRAINING, 0) % 2
+        first[_NOISE] = 0
 
     def _finish_step(self) -> None:
         self._forget_draws()
@@ -609,7 +650,7 @@ class VIOptimizer(CurvatureOptimizer):
         if not is_wide(p):
             self._mean(p)
         if p is next(iter(self._params())):
-            for stream in (_TRAINING, _LOOKING):
+            for stream in _STREAMS:
                 state.setdefault(stream, 0)
 
 
