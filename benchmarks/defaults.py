@@ -13,8 +13,8 @@ in `START` along 1, 3, 10, 30, ... in both directions until both neighbours of t
 run on every seed. SGD has momentum 0.9, Muon leaves to AdamW what is not the weight of a hidden layer, SOAP has the
 options of the package; nothing decays weights: it is the training loss that counts.
 
-Batches are large, where directions that are chosen for little noise pay: a quarter of the digits for the classifiers,
-all of them for the autoencoder; --small-batches has those of benchmarks/problems.py. "K-FAC, own steps" chooses
+Batches are large, where directions of little noise pay: half of the digits for the MLP, a quarter for the CNN and the
+ResNet, all for the autoencoder; --small-batches has those of benchmarks/problems.py. "K-FAC, own steps" chooses
 damping, step size and momentum itself, by `OWN_STEPS`.
 
 All get the same initial weights and mini-batches. The loss to reach is the lowest that one of the others has after
@@ -49,7 +49,7 @@ KFAC: dict[str, Any] = {}  # what differs from SecondOrderOptimizer's own defaul
 PATIENCE = 1.5
 OWN_STEPS: dict[str, Any] = {"damping_rule": "lm", "step_rule": "quadratic"}
 LADDER = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3))
-LARGE = {"mlp": (1000, 100), "cnn": (1000, 100), "resnet": (1000, 100), "autoencoder": (5000, 120)}  # (batch, steps)
+LARGE = {"mlp": (2000, 100), "cnn": (1000, 100), "resnet": (1000, 100), "autoencoder": (5000, 120)}  # (batch, steps)
 START: dict[str, dict[str, float]] = {
     "mlp": {"SGD": 0.3, "AdamW": 1e-2, "Muon": 1e-2, "SOAP": 1e-2},
     "cnn": {"SGD": 0.3, "AdamW": 1e-2, "Muon": 3e-2, "SOAP": 3e-2},

@@ -1,7 +1,7 @@
 """How far predicted probabilities can be trusted: VIOptimizer and Laplace next to SGD, AdamW and IVON.
 
     python -m benchmarks.uncertainty                 # five seeds, step costs, both figures
-    python -m benchmarks.uncertainty --quick         # one seed, few steps
+    python -m benchmarks.uncertainty --quick         # one seed, few epochs
     python -m benchmarks.uncertainty --tune          # the grids that OPTIONS were chosen from
     pip install ivon-opt                             # for the row of IVON
 
@@ -28,7 +28,8 @@ digits or on the reported seeds.
 Costs are those of a training step with one draw in SGD steps of the same network and batch: processor time, blocks of
 ten steps (a whole cycle of the curvature) taking turns, ratio of the medians. Once for this network, and once for the
 wide one of benchmarks/step_time.py (784-1024-1024-10, batch 512). Laplace costs SGD's, and what follows the training.
-The costs of K-FAC with factored damping, and with that and antithetic pairs of draws, have lines of their own.
+K-FAC has lines of its own for the costs with factored damping, with cheap draws (antithetic pairs that share noise)
+beside that, and with these and factors in two blocks.
 
 The second figure is a regression in one dimension with a gap in its inputs, network 1-50-50-1 with tanh, known noise
 variance: mean, one and two standard deviations of the predicted targets.
@@ -67,8 +68,7 @@ from benchmarks.problems import dense, initialise, wide_mlp
 from torchcurv import VIOptimizer, laplace
 
 RESULTS = Path(__file__).parent / "results"
-TEST_IMAGES, BATCH, STEPS = 4000, 500, 400
-WIDTH = 512
+TEST_IMAGES, BATCH, EPOCHS = 4000, 100, 60
 VALIDATION_SEEDS, VALIDATION_IMAGES = (100, 101), 200
 BINS, DRAWS = 15, 32
 EVERY = 10  # steps between measurements of the curvature, and its inverses
@@ -205,9 +205,10 @@ TUNED: dict[str, Options] = {  # the best of each
     "VI, K-FAC, emp. Fisher": {"lr": 0.2, "prior_precision": 50.0, "temperature": 0.1},
 }
 OPTIONS = {name: {**FIXED.get(name, {}), **TUNED[name]} for name in MAKERS}
-FACTORED: Options = {"damping": 0.0, "damping_type": "factored"}
+FACTORED: Options = {"damping_type": "factored"}
+CHEAP: Options = {**FACTORED, "antithetic": True, "shared_noise": True}
 VARIANTS: dict[str | None, dict[str, Options]] = {  # whose costs are measured too
-    "kfac": {"factored": FACTORED, "factored, pairs": {**FACTORED, "antithetic": True}},
+    "kfac": {"factored": FACTORED, "cheap draws": CHEAP, "cheap draws, 2 blocks": {**CHEAP, "factor_blocks": 2}},
 }
 GAP_PRIOR = 1.0
 GAP_OPTIONS: dict[str, Options] = {
@@ -217,23 +218,23 @@ GAP_OPTIONS: dict[str, Options] = {
 
 
 def network(seed: int) -> nn.Module:
-    return initialise(dense((784, WIDTH, WIDTH, 10), nn.ReLU), seed, "relu")
+    return initialise(dense((784, 100, 100, 10), nn.ReLU), seed, "relu")
 
 
-def batches(data: Labelled, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Whole batches without end; every epoch is a seeded permutation, whose remainder is left out."""
-    generator, size = torch.Generator().manual_seed(seed), min(BATCH, len(data.images))
-    while True:
-        for index in torch.randperm(len(data.images), generator=generator).split(size):
-            if len(index) == size:
+def batches(data: Labelled, seed: int, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Whole batches; every epoch is a seeded permutation."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for index in torch.randperm(len(data.images), generator=generator).split(BATCH):
+            if len(index) == BATCH:
                 yield data.images[index], data.labels[index]
 
 
-def trained(name: str, options: Options, data: Labelled, seed: int, steps: int) -> tuple[nn.Module, Training]:
+def trained(name: str, options: Options, data: Labelled, seed: int, epochs: int) -> tuple[nn.Module, Training]:
     model = network(seed)
     training = MAKERS[name](model, len(data.images), seed, **options)
-    schedule = CosineAnnealingLR(training.optimizer, steps)
-    for x, y in itertools.islice(batches(data, seed), steps):
+    schedule = CosineAnnealingLR(training.optimizer, epochs * (len(data.images) // BATCH))
+    for x, y in batches(data, seed, epochs):
         training.step(model, x, y)
         schedule.step()
     return model, training
@@ -366,28 +367,28 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def compare(
-    names: list[str], train: Labelled, test: Labelled, seeds: list[int], steps: int, draws: int = DRAWS
+    names: list[str], train: Labelled, test: Labelled, seeds: list[int], epochs: int, draws: int = DRAWS
 ) -> dict[str, Outcome]:
     outcomes: dict[str, Outcome] = {}
     with tqdm(total=len(names) * len(seeds), leave=False) as bar:
         for seed, name in itertools.product(seeds, names):
             bar.set_description(f"{name}, seed {seed}")
-            model, training = trained(name, OPTIONS[name], train, seed, steps)
+            model, training = trained(name, OPTIONS[name], train, seed, epochs)
             outcomes.setdefault(name, Outcome()).add(*measured(predictor(model, training, train, seed, draws), test))
             bar.update()
     return outcomes
 
 
-def tune(name: str, train: Labelled, steps: int) -> list[tuple[float, Options]]:
+def tune(name: str, train: Labelled, epochs: int) -> list[tuple[float, Options]]:
     """(negative log likelihood of validation, options) of a method's grid, the best first."""
     rows = []
     for values in tqdm(list(itertools.product(*GRIDS[name].values())), desc=name, leave=False):
         chosen = dict(zip(GRIDS[name], values, strict=True))
-        rows.append((_validated(name, {**FIXED.get(name, {}), **chosen}, train, steps), chosen))
+        rows.append((_validated(name, {**FIXED.get(name, {}), **chosen}, train, epochs), chosen))
     return sorted(rows, key=lambda row: (math.isnan(row[0]), row[0]))
 
 
-def _validated(name: str, options: Options, train: Labelled, steps: int) -> float:
+def _validated(name: str, options: Options, train: Labelled, epochs: int) -> float:
     scores = []
     for seed in VALIDATION_SEEDS:
         order = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(seed))
@@ -395,7 +396,7 @@ def _validated(name: str, options: Options, train: Labelled, steps: int) -> floa
             Labelled(train.images[part], train.labels[part])
             for part in (order[:VALIDATION_IMAGES], order[VALIDATION_IMAGES:])
         )
-        model, training = trained(name, options, rest, seed, steps)
+        model, training = trained(name, options, rest, seed, epochs)
         scores.append(nll(predictor(model, training, rest, seed)(held.images), held.labels))
     return statistics.fmean(scores)
 
@@ -593,9 +594,9 @@ def cells(outcome: Outcome) -> list[str]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Calibration of VIOptimizer, Laplace, SGD, AdamW and IVON.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--methods", nargs="+", choices=list(MAKERS), help="default: all that are installed")
-    parser.add_argument("--quick", action="store_true", help="one seed, 50 steps, short measurements")
+    parser.add_argument("--quick", action="store_true", help="one seed, 10 epochs, short measurements")
     parser.add_argument("--tune", action="store_true", help="go over the grids on validation images and stop")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the figures")
     return parser.parse_args()
@@ -608,14 +609,14 @@ def main() -> None:
     train, test = held_out(count=TEST_IMAGES)
     if args.tune:
         for name in names:
-            for score, options in tune(name, train, args.steps):
+            for score, options in tune(name, train, args.epochs):
                 console.print(f"{name}: {score:.4f} {options}", markup=False, highlight=False, soft_wrap=True)
         return
-    seeds, steps = (args.seeds[:1], 50) if args.quick else (args.seeds, args.steps)
-    outcomes = compare(names, train, test, seeds, steps)
+    seeds, epochs = (args.seeds[:1], 10) if args.quick else (args.seeds, args.epochs)
+    outcomes = compare(names, train, test, seeds, epochs)
     small = costs(names, lambda: network(0), BATCH, rounds=2 if args.quick else 15)
     wide = {} if args.quick else costs(names, wide_mlp, 512, rounds=5)
-    caption = f"seeds {seeds}, {steps} steps; mean ± standard error; steps in SGD steps; torch {torch.__version__}"
+    caption = f"seeds {seeds}, {epochs} epochs; mean ± standard error; steps in SGD steps; torch {torch.__version__}"
     console.print(report(outcomes, small, wide, caption))
     if "IVON" not in available():
         console.print("IVON is not installed. To compare: pip install ivon-opt", markup=False)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import torchcurv.optim.second_order as second_order_module
 from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer, curvature
-from torchcurv.optim.evaluation import Evaluation, minimiser
+from torchcurv.optim.evaluation import RIDGE, Evaluation, minimiser
 from torchcurv.optim.update import levenberg_marquardt, scale_within
 
 DATA = [(cases.randn(6, 4, seed=t), torch.arange(6) % 3) for t in range(5)]
@@ -893,9 +893,34 @@ def test_plain_gradients_have_no_relative_damping_in_the_model_of_the_loss():
     ]
     optimizer = SecondOrderOptimizer(model, groups, damping_scale="relative", damping=0.5, step_rule="quadratic")
     optimizer.step(closure(model, *DATA[0]))
-    shifts = optimizer._shifts()
-    mean = optimizer._blocks[0].mean_eigenvalue()
-    assert [float(shifts[p]) for p in model.parameters()] == pytest.approx([0.5 * float(mean)] * 2 + [0.2] * 2)
+    fixed, relative = optimizer._shifts()
+    mean = float(optimizer._blocks[0].mean_eigenvalue())
+    assert [fixed[p] for p in model.parameters()] == [0.0, 0.0, 0.2, 0.2]
+    assert [float(relative[p]) for p in model[0].parameters()] == pytest.approx([0.5 * mean] * 2)
+    assert not any(p in relative for p in model[3].parameters())
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 20.0, 1e4])
+def test_relative_damping_counts_less_in_the_model_where_the_loss_curves_less_than_the_average(scale):
+    """The average is `scale` times the Gauss-Newton matrix of the batch; steps of V alone, in closed form."""
+    model, twin, (x, y) = make_model(), make_model(), DATA[0]
+    exact = {**EXACT, "ema_decay": 0.9, "update_every": 99, "refactor_every": 1}
+    optimizer = SecondOrderOptimizer(
+        model, step_rule="quadratic", damping=0.4, damping_scale="relative", momentum=0.0, l2=0.02, lr=0.0, **exact
+    )
+    optimizer.step(closure(model, x, y))
+    (block,) = optimizer._blocks
+    block.scale(scale)
+    optimizer.param_groups[0]["lr"] = 1.0
+    optimizer.step(closure(model, x, y))
+    theta, G = flat(twin.parameters()), ggn(twin, x, y)
+    g, eye = gradient(twin, x, y) + 0.02 * theta, torch.eye(len(theta), dtype=torch.float64)
+    damping = 0.4 * scale * G.trace() / len(G)
+    V = torch.linalg.solve(scale * G + (damping + 0.02) * eye, g)
+    share = min(1.0, max(0.01, float(V @ G @ V / (V @ (scale * G) @ V))))
+    assert share == pytest.approx(min(1.0, max(0.01, 1 / scale)))
+    length = (V @ g) / (V @ G @ V + (share * damping + 0.02) * V @ V) / (1 + RIDGE)
+    measured.close(flat(model.parameters()), theta - length * V)
 
 
 def test_damping_is_relative_where_the_optimizer_chooses_its_steps():
@@ -949,7 +974,7 @@ def test_rows_and_low_rank_count_what_they_know():
         )
 
 
-@pytest.mark.parametrize(("outputs", "expected"), [(1000, 0.5), (20, 1.0), (1, 2.0)])
+@pytest.mark.parametrize(("outputs", "expected"), [(1000, 0.5), (19, 1.0), (1, 2.0)])
 def test_damping_does_not_leave_more_directions_than_a_batch_has_outputs_for(outputs, expected, monkeypatch):
     """With ω = ½ and a ratio near 1: of 6 x 3 outputs, a part of 4 is what counts, here set to `outputs` in all."""
     model, (x, y) = make_model(), DATA[0]

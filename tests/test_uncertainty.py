@@ -76,7 +76,7 @@ def test_every_method_learns_and_is_drawn(tmp_path):
     images = (centres[labels] + 0.1 * torch.randn(300, 784, generator=generator)).clamp(0, 1)
     data, test = Labelled(images[:200], labels[:200]), Labelled(images[200:], labels[200:])
     names = [name for name in uncertainty.available() if name != "Laplace, K-FAC"]
-    outcomes = uncertainty.compare(names, data, test, [0], steps=4, draws=2)
+    outcomes = uncertainty.compare(names, data, test, [0], epochs=2, draws=2)
     assert list(outcomes) == names
     for name, outcome in outcomes.items():
         assert all(math.isfinite(values[0]) for values in outcome.values.values()), name

@@ -34,7 +34,8 @@ DAMPING_SCALES = ("absolute", "relative")
 MOMENTUM_TYPES = ("preconditioned", "raw")
 INTERVAL = 10  # steps between measurements, and factorisations, unless one says otherwise
 OF_THE_BATCH = ("full", "block")  # which are made of the rows of one batch where these are few
-MOST_DIRECTIONS = 4  # per output of a batch, that LM damping leaves to the curvature
+LEAST_SHARE = 0.01  # of a relative damping, in a model of a loss that curves less than its running average says
+MOST_DIRECTIONS = 4.5  # per output of a batch, that LM damping leaves to the curvature
 STEP_RULES, DAMPING_RULES = ("fixed", "quadratic"), ("fixed", "lm")
 _CONTROL = (
     *("step_rule", "model_samples", "damping_rule", "damping_interval", "damping_decay", "damping_bounds"),
@@ -59,7 +60,9 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 
         q(d) = g·d + ½ d^T (G + damping + l2) d,    G its Gauss-Newton matrix: exact, by products with its Jacobian
 
-    and a coefficient of their own for plain gradients and for directions of input curvature. With damping_rule="lm"
+    and a coefficient of their own for plain gradients and for directions of input curvature. Where the loss curves less
+    along V than the running average C, which it does when it falls fast, a relative damping counts in q by the share
+    V^T G V / V^T C V of it, but by 0.01 at least. With damping_rule="lm"
     (Levenberg and Marquardt) the damping of every group is divided by ω = damping_decay^T if, on the batch of every
     T-th step,
 
@@ -67,8 +70,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 
     is below ¼, and multiplied with ω if it is above ¾; if the loss of that batch rose, the step is taken back. A batch
     fits any model that has more directions than the batch has outputs (samples times classes, or pixels): where
-    Σ tr C (C + λ)^-1 over the blocks is above 4 times these, the damping is divided by ω whatever ρ is, and above half
-    of that it is not made smaller.
+    Σ tr C (C + λ)^-1 over the blocks is above 4.5 times these, the damping is divided by ω whatever ρ is, and above two
+    thirds of that it is not made smaller.
     Both need `step(closure)`, with a closure that returns the loss, or (loss, output), without calling backward():
 
         optimizer = SecondOrderOptimizer(model, step_rule="quadratic", damping_rule="lm")
@@ -387,10 +390,16 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         plain = {p: directed.get(p, g) for p, g in gradients.items() if p not in solved}
         last = {p: self._buffer(self.state[p], p) for p in averaged}
         directions: list[Vector] = [d for d in (solved, plain, last) if d]
-        damping = self._shifts()
         slope = torch.stack([dot(d, gradients) for d in directions])
         gram = evaluation.curvature(directions, {p: p.detach() for p in self._params()})
-        damped = gram + torch.stack([torch.stack([dot(x, y, damping) for y in directions]) for x in directions])
+        fixed, relative = self._shifts()
+        damped = gram + _products(directions, fixed)
+        if relative and solved:
+            added = _products(directions, relative)
+            # V^T C V, for a running average C of times when the loss may have curved more
+            averaged_curvature = slope[0] - added[0, 0] - (damped - gram)[0, 0]
+            tiny = torch.finfo(slope.dtype).tiny
+            damped = damped + added * (gram[0, 0] / averaged_curvature.clamp_min(tiny)).clamp(LEAST_SHARE, 1)
         chosen = minimiser(-slope, damped)
         size = chosen @ gram.double() @ chosen
         if self._kl_clip is not None:
@@ -405,17 +414,17 @@ class SecondOrderOptimizer(CurvatureOptimizer):
                 steps = [last[p].mul_(chosen[-1]).add_(x) for p, x in zip(params, steps, strict=True)]
             self._descend(group, params, steps)
 
-    def _shifts(self) -> dict[Tensor, float | Tensor]:
-        """λ + l2 by parameter, in the model of the loss; a plain gradient has no eigenvalues that λ is relative to."""
-        shifts: dict[Tensor, float | Tensor] = {}
+    def _shifts(self) -> tuple[dict[Tensor, float], dict[Tensor, Tensor]]:
+        """By parameter, what is added to eigenvalues whatever they are, and what is relative to them."""
+        fixed, relative = {}, {}
         for group in self.param_groups:
             own = group["damping"] if group["damping_scale"] == "absolute" else 0.0
-            shifts.update(dict.fromkeys(group["params"], own + group["l2"]))
+            fixed.update(dict.fromkeys(group["params"], own + group["l2"]))
         for block, index in zip(self._blocks, self._group_index, strict=True):
             group = self.param_groups[index]
             if group["damping_scale"] == "relative" and group["curv_type"] != INPUT and block.measured:
-                shifts.update(dict.fromkeys(block.params, self._shift(block, group)))
-        return shifts
+                relative.update(dict.fromkeys(block.params, group["damping"] * block.mean_eigenvalue()))
+        return fixed, relative
 
     def _adapt_damping(self, evaluation: Evaluation, before: Vector) -> None:
         """Levenberg and Marquardt's rule, for the step that was made; one host sync."""
@@ -434,7 +443,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         omega = control["damping_decay"] ** control["damping_interval"]
         factor = levenberg_marquardt(change, expected, omega, noise)
         crowding = directions / (MOST_DIRECTIONS * evaluation.output.numel())
-        if crowding > 0.5:
+        if crowding > 2 / 3:  # smaller by ω, it would leave up to half as many more
             factor = max(1.0, factor)
         if crowding > 1:
             factor = 1 / omega
@@ -498,6 +507,15 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         if self._moved:
             known["step_norm"] = torch.stack([norm_of(steps) * lr for lr, steps in self._moved]).norm()
         return known
+
+
+def _products(directions: list[Vector], weights: dict[Tensor, Any]) -> Tensor:
+    """[k, k] of Σ_p w_p <x_p, y_p> over the parameters that have a weight."""
+    known = [{p: d[p] for p in d if p in weights} for d in directions]
+    zero = next(x.new_zeros(()) for d in directions for x in d.values())
+    return torch.stack([
+        torch.stack([dot(x, y, weights) if x.keys() & y.keys() else zero for y in known]) for x in known
+    ])  # fmt: skip
 
 
 def _check_control(control: dict[str, Any], grad_scaler: Any) -> None:
