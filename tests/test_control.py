@@ -958,6 +958,9 @@ def test_the_effective_dimension_is_the_trace_of_c_times_the_damped_inverse(opti
         if options.get("curv_type") == "hessian":
             C = C.abs()
         torch.testing.assert_close(block.effective_dimension(0.3), (C @ solved).trace())
+        lower = {key: x.tril() if x.dim() > 2 and x.shape[-1] == x.shape[-2] else x for key, x in block.tensors.items()}
+        block.tensors = lower  # other triangles are not kept up to date everywhere
+        torch.testing.assert_close(block.effective_dimension(0.3), (C @ solved).trace())
 
 
 def test_rows_and_low_rank_count_what_they_know():
@@ -974,7 +977,7 @@ def test_rows_and_low_rank_count_what_they_know():
         )
 
 
-@pytest.mark.parametrize(("outputs", "expected"), [(1000, 0.5), (19, 1.0), (1, 2.0)])
+@pytest.mark.parametrize(("outputs", "expected"), [(1000, 0.5), (19, 1.0), (13, 2.0), (1, 2.0)])
 def test_damping_does_not_leave_more_directions_than_a_batch_has_outputs_for(outputs, expected, monkeypatch):
     """With ω = ½ and a ratio near 1: of 6 x 3 outputs, a part of 4 is what counts, here set to `outputs` in all."""
     model, (x, y) = make_model(), DATA[0]
@@ -993,6 +996,17 @@ def test_damping_does_not_leave_more_directions_than_a_batch_has_outputs_for(out
     found = optimizer.metrics()
     assert found["ratio"] > 0.75 and 10 < found["effective_dimension"] < 20
     assert optimizer.param_groups[0]["damping"] == pytest.approx(1e-3 * expected)
+
+
+def test_relative_damping_of_ekfac_is_that_of_its_eigenvalues():
+    model, (x, y) = make_model(), DATA[0]
+    optimizer = SecondOrderOptimizer(model, approx="ekfac", samples=None, damping_scale="relative", ema_decay=0.0)
+    for _ in range(2):  # the second has a basis
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    for block in optimizer._blocks:
+        assert float(block.mean_eigenvalue()) == pytest.approx(float(block.factor.values.mean()))
 
 
 def test_a_damping_scale_that_is_none_is_refused():
