@@ -279,7 +279,7 @@ class Kronecker:
     def trace(self, tensors: Tensors) -> Tensor:
         if "moments" in tensors:
             return tensors["moments"].sum()
-        total = torch.zeros(())
+        total = next(iter(tensors.values())).new_zeros(())
         for suffix in ("", "_t"):
             if f"B{suffix}" in tensors:
                 of_A, of_B = (tensors[f"{key}{suffix}"].diagonal(dim1=-2, dim2=-1).flatten(1).sum(-1) for key in "AB")

@@ -62,9 +62,10 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 
     and a coefficient of their own for plain gradients and for directions of input curvature. Where the loss curves less
     along V than the running average C, which it does when it falls fast, a relative damping counts in q by the share
-    V^T G V / V^T C V of it, but by 0.01 at least. With damping_rule="lm"
-    (Levenberg and Marquardt) the damping of every group is divided by ω = damping_decay^T if, on the batch of every
-    T-th step,
+    V^T G V / V^T C V of it, but by 0.01 at least.
+
+    With damping_rule="lm" (Levenberg and Marquardt) the damping of every group is divided by ω = damping_decay^T if, on
+    the batch of every T-th step,
 
         ρ = (L(θ + d) - L(θ)) / (g·d + ½ d^T (G + l2) d)
 
@@ -72,6 +73,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     fits any model that has more directions than the batch has outputs (samples times classes, or pixels): where
     Σ tr C (C + λ)^-1 over the blocks is above 4.5 times these, the damping is divided by ω whatever ρ is, and above two
     thirds of that it is not made smaller.
+
     Both need `step(closure)`, with a closure that returns the loss, or (loss, output), without calling backward():
 
         optimizer = SecondOrderOptimizer(model, step_rule="quadratic", damping_rule="lm")
@@ -434,7 +436,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         linear, square = dot(moved, gradients) + dot(moved, before, l2), dot(moved, moved, l2)
         predicted = linear + 0.5 * (evaluation.curvature([moved], before)[0, 0] + square)
         actual = evaluation.loss_now() - evaluation.loss.detach() + dot(moved, before, l2) + 0.5 * square
-        dimension = self._effective_dimension()
+        dimension = self._effective_dimension(evaluation.loss.detach())
         self._last |= {"predicted": predicted, "actual": actual, "effective_dimension": dimension}
         size = evaluation.loss.detach().abs() * (8 * torch.finfo(evaluation.loss.dtype).eps)
         read = torch.stack([x.double() for x in (actual, predicted, size, dimension)])
@@ -455,13 +457,13 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             first["rejected_steps"] = first.get("rejected_steps", 0) + 1
             self._take_back(before)
 
-    def _effective_dimension(self) -> Tensor:
+    def _effective_dimension(self, like: Tensor) -> Tensor:
         """Σ tr C (C + λ)^-1 over the blocks whose C is that of the loss."""
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros_like(like, dtype=torch.float64)
         for block, index in zip(self._blocks, self._group_index, strict=True):
             group = self.param_groups[index]
             if group["curv_type"] != INPUT and block.has_factor:
-                total = total + block.effective_dimension(self._shift(block, group)).to(total)
+                total += block.effective_dimension(self._shift(block, group)).to(total.device)
         return total
 
     def _take_back(self, before: Vector) -> None:
@@ -486,7 +488,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         any. With step_rule="quadratic": kl = ½ m^T G m,
         step_along_0, step_along_1, ...: the coefficients of V, of plain gradients if there are any, and of the last
         step if there is momentum. With damping_rule="lm", at the steps where it acts: predicted and actual change of
-        the loss and their ratio; rejected_steps: so far.
+        the loss and their ratio, and effective_dimension = Σ tr C (C + λ)^-1; rejected_steps: so far.
         """
         found = super().metrics()
         if self._control["damping_rule"] == "lm":
