@@ -160,7 +160,9 @@ def test_every_approximation_rests_and_its_factor_too(approx, monkeypatch):
     optimizer = SecondOrderOptimizer(model, **options, **ADAPTIVE)
     (block, *_), factored = optimizer._blocks, []
     own = block.refactor
-    monkeypatch.setattr(block, "refactor", lambda damping: (factored.append(optimizer._steps), own(damping)))
+    monkeypatch.setattr(
+        block, "refactor", lambda *args, **kwargs: (factored.append(optimizer._steps), own(*args, **kwargs))
+    )
     measured = train(optimizer, model, 60)
     assert all(len(times) < 20 for times in measured.values())
     assert factored[0] == 0 and len(factored) <= 3
