@@ -84,7 +84,7 @@ class VIOptimizer(CurvatureOptimizer):
         shared_noise: the optimizer's own draws, as long as Σ is the same, have one ε but for random signs of its rows
             (over the outputs of a layer, or over its inputs where these are more) where the covariance is a Kronecker
             product: approx="kfac" and "ekfac". Each alone is a draw from the posterior, and any two are uncorrelated;
-            they cost less than half. A product with ε is kept: as much memory as the drawn parameters.
+            they cost one product instead of two. That with ε is kept: as much memory as the drawn parameters.
         init_precision: Σ^-1 of the first draws, per group; None: that of the prior.
         noise_variance: σ² of a Gaussian likelihood, for losses that are the mean or the sum of squared errors.
         lr, momentum: of the mean. kl_clip: bounds the step by ν <= 1 as in SecondOrderOptimizer.
