@@ -186,12 +186,16 @@ def saved(path: Path, problem: Problem, seeds: list[int], clock: Clock) -> list[
     if content.get("clock") != clock.__name__:
         return []
     entry = content["problems"].get(problem.name, {"trials": []})
+    if entry.get("batch_size") != problem.batch_size:
+        return []
     runs = [run for run in (Run(**run) for run in entry["trials"]) if run.seed in seeds]
     complete = [name for name in FIRST_ORDER if {run.seed for run in best_of(runs, name)} == set(seeds)]
     return [run for run in runs if run.optimizer in complete]
 
 
-def save(path: Path, trials: dict[str, list[Run]], races: dict[str, list[Run]], clock: Clock) -> None:
+def save(
+    path: Path, problems: dict[str, Problem], trials: dict[str, list[Run]], races: dict[str, list[Run]], clock: Clock
+) -> None:
     """What was run, with what the file already holds of other problems."""
     content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if content.get("clock") != clock.__name__:
@@ -199,6 +203,7 @@ def save(path: Path, trials: dict[str, list[Run]], races: dict[str, list[Run]], 
     content |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     for name, own in races.items():
         content["problems"][name] = {
+            "batch_size": problems[name].batch_size,
             "summary": summary(trials[name], own),
             "trials": [asdict(run) for run in trials[name]],
             "races": [asdict(run) for run in own],
@@ -240,7 +245,7 @@ def main() -> None:
     contenders = {name: every[name] for name in args.contenders}
     trials: dict[str, list[Run]] = {}
     races: dict[str, list[Run]] = {}
-    units: dict[str, str] = {}
+    problems: dict[str, Problem] = {}
     for key in args.problems:
         problem = PROBLEMS[key](args.data_dir)
         if not args.small_batches and key in LARGE:
@@ -248,12 +253,12 @@ def main() -> None:
         kept = saved(args.results, problem, args.seeds, clock) if args.keep else []
         missing = [name for name in names if name not in {run.optimizer for run in kept}]
         trials[key] = kept + first_order(problem, missing, args.seeds, args.steps or problem.steps, clock)
-        races[key], units[key] = race(problem, trials[key], contenders, clock), problem.unit
-        save(args.results, trials, races, clock)
+        races[key], problems[key] = race(problem, trials[key], contenders, clock), problem
+        save(args.results, problems, trials, races, clock)
         console.print(table(problem, trials[key], races[key], args.all_rates))
     path = args.results.with_suffix(".png")
     goal = {key: statistics.median(goals(own).values()) for key, own in trials.items()}
-    draw({key: (units[key], own) for key, own in races.items()}, path, goal)
+    draw({key: (problems[key].unit, own) for key, own in races.items()}, path, goal)
     console.print(f"{args.results} and {path}", markup=False)
 
 

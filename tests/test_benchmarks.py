@@ -7,6 +7,7 @@ import math
 import pickle
 import struct
 import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -395,6 +396,8 @@ def test_the_comparison_runs_from_end_to_end(tiny, monkeypatch, tmp_path, capsys
     defaults.main()
     rows = json.loads(path.read_text())["problems"]["mlp"]["summary"]
     assert rows[-1]["options"] == {**defaults.KFAC, "lr": 0.2}
+    assert defaults.saved(path, replace(tiny, batch_size=2000), [0, 1], time.process_time)
+    assert not defaults.saved(path, tiny, [0, 1], time.process_time)  # of other batches
 
 
 def test_options_on_the_command_line():
