@@ -49,7 +49,7 @@ KFAC: dict[str, Any] = {}  # what differs from SecondOrderOptimizer's own defaul
 PATIENCE = 1.5
 OWN_STEPS: dict[str, Any] = {"damping_rule": "lm", "step_rule": "quadratic"}
 LADDER = tuple(float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3))
-LARGE = {"mlp": (2000, 100), "cnn": (1000, 100), "resnet": (1000, 100), "autoencoder": (5000, 120)}  # (batch, steps)
+LARGE = {"mlp": (4000, 80), "cnn": (4000, 80), "resnet": (4000, 80), "autoencoder": (5000, 120)}  # (batch, steps)
 START: dict[str, dict[str, float]] = {
     "mlp": {"SGD": 0.3, "AdamW": 1e-2, "Muon": 1e-2, "SOAP": 1e-2},
     "cnn": {"SGD": 0.3, "AdamW": 1e-2, "Muon": 3e-2, "SOAP": 3e-2},

@@ -1,5 +1,7 @@
 """Every layer, loss, kind and approximation against dense truths in float64."""
 
+import math
+
 import cases
 import oracles
 import pytest
@@ -141,6 +143,26 @@ def test_factors_in_blocks(case, blocks, sharing):
     close(wide.to_dense(), kfac_truth(a, s, module, sharing, 10**6))
     exact = curvature(model, loss, [(x, y)], approx="ekfac", factor_blocks=blocks, **options)
     close(exact.trace(), oracles.block_from_arrays(a, s, module).trace())
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", ALL_LAYERS, ids=ids(ALL_LAYERS))
+def test_factors_of_every_kth_sample(case, kind, sharing):
+    """Where there are more positions than max_positions, for a batch of each k-th sample alone."""
+    model, loss, x, y = problem(case, n=7)
+    module = model.get_submodule("layer")
+    options = {"curv_type": kind, "params": list(module.parameters()), "sharing": sharing}
+    a, s = oracles.layer_arrays(model, loss, x, y, "layer", kind="empirical_fisher" if "emp" in kind else "ggn")
+    positions = a.shape[:2].numel()
+    for every, limit in ((1, positions), (2, positions - 1), (3, -(-positions // 3)), (7, 1)):
+        got, corrected = (
+            curvature(model, loss, [(x, y)], approx=approx, max_positions=limit, **options)
+            for approx in ("kfac", "ekfac")
+        )
+        some = a[::every], s[:, ::every] * math.sqrt(7 / len(a[::every]))  # the mean is over fewer
+        close(got.to_dense(), kfac_truth(*some, module, sharing))
+        close(corrected.trace(), oracles.block_from_arrays(*some, module).trace())  # its basis is not unique
 
 
 def test_units_too_wide_for_a_matrix_keep_their_diagonal():

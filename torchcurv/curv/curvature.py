@@ -128,6 +128,9 @@ class Options:
     factor_blocks: K-FAC keeps this many diagonal blocks of each of its two factors; 1 keeps the whole.
     max_factor_dim: of a K-FAC factor, or of the matrix of a unit, larger than this only the diagonal is kept; None:
         no limit. The vocabulary side of an embedding is always a diagonal.
+    max_positions: K-FAC statistics of a layer that is used at more positions of a batch (samples times pixels, or
+        tokens) are those of every k-th sample, k = ceil(positions / max_positions), and of one at least; None: of all
+        samples. For "kfac" and "ekfac", but not for curv_type="input" and "hessian".
     """
 
     curv_type: str = "ggn"
@@ -149,6 +152,7 @@ class Options:
     indefinite: str = "abs"
     factor_blocks: int = 1
     max_factor_dim: int | None = 8192
+    max_positions: int | None = None
     partition: str | None = None
     rank: int = 16
 
@@ -191,6 +195,7 @@ class Options:
             ("max_hessian_dim", ""),
             ("rank", ""),
             ("max_factor_dim", ", or None for no limit"),
+            ("max_positions", ", or None for no limit"),
         ):
             value = getattr(self, key)
             if value is None and other:
@@ -226,7 +231,7 @@ OPTION_NAMES = tuple(f.name for f in fields(Options))
 # The options that decide what a block keeps; the others are read when they are needed.
 STRUCTURE = (
     "curv_type", "approx", "samples", "sharing", "damping_type", "rows_limit", "factor_blocks", "max_factor_dim",
-    "hessian_method", "residual", "max_hessian_dim", "indefinite", "partition", "rank",
+    "hessian_method", "residual", "max_hessian_dim", "indefinite", "max_positions", "partition", "rank",
 )  # fmt: skip
 
 

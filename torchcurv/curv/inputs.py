@@ -168,9 +168,11 @@ class Inputs:
     @cached_property
     def mean(self) -> Tensor | Tokens:
         """mean_r a [n, 1, g, i]."""
-        read, (module, x) = self.view.mean_input, self.calls[0]
-        if read is not None and len(self.calls) == 1 and len(x[0]) == self.n:
-            return read(module, at_least_float32(x[0]))
+        read = self.view.mean_input
+        if read is not None and len(self.calls) == 1:
+            module, x = self.calls[0]
+            if len(x[0]) == self.n:
+                return read(module, at_least_float32(x[0]))
         return self._all.mean() if isinstance(self._all, Tokens) else self._all.mean(1, keepdim=True)
 
     def _weights(self, positions: int) -> Tensor | None:
@@ -204,7 +206,7 @@ class Inputs:
         return block_gram(a * w.sqrt()[..., None, None], blocks), w.sum()
 
     def _dense_cov(self, sharing: str) -> tuple[Tensor, Tensor]:
-        layer, first = self.layer, self.calls[0][1][0]
+        layer, first = self.layer, self.calls[0][1][0] if self.calls else self.a
         dtype = torch.promote_types(first.dtype, torch.float32)
         g, o, d = layer.shape
         d = o if self.site.transposed else d

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from torchcurv.curv.approx import Kronecker
 from torchcurv.curv.capture import Call, Capture, Edge
 from torchcurv.curv.curvature import Curvature
 from torchcurv.curv.inputs import Inputs
@@ -45,21 +46,47 @@ class Receiver:
         for call in calls:
             if not call.superseded:
                 self.calls.setdefault(call.layer, []).append(call)
-        self._inputs: dict[tuple[int, ...], Inputs] = {}
+        self._inputs: dict[tuple[Any, ...], Inputs] = {}
 
     def members(self, blocks: list[Curvature]) -> list[Call]:
         return [call for block in blocks for k in self.record.members[block.name] for call in self.calls.get(k, [])]
 
-    def inputs(self, used: list[Call]) -> Inputs:
-        """A layer's inputs over the calls of one site, or sites alike, that this loss reaches."""
-        key = tuple(id(call) for call in used)
+    def inputs(self, used: list[Call], every: int = 1) -> Inputs:
+        """A layer's inputs over the calls of one site, or sites alike, that this loss reaches, of each so many-th
+        sample."""
+        key = every, *(id(call) for call in used)
+        if every > 1 and used[0].site.view.whole:
+            return self.inputs(used).of(slice(None, None, every))
         if key not in self._inputs:
             for call in used:
                 self.check(call)
-            layer = self.record.layers[used[0].layer]
-            calls = [(call.site.module, call.x) for call in used]
-            self._inputs[key] = Inputs(layer, used[0].site, calls, self.n, self.terms.position_weights)
+            layer, weights = self.record.layers[used[0].layer], self.terms.position_weights
+            weights = weights if weights is None else weights[::every]
+            calls = [(call.site.module, tuple(self._some(x, call, every) for x in call.x)) for call in used]
+            self._inputs[key] = Inputs(layer, used[0].site, calls, self.kept(every), weights)
         return self._inputs[key]
+
+    def kept(self, every: int) -> int:
+        """How many samples every so many-th is."""
+        return len(range(0, self.n, every))
+
+    def _some(self, x: Any, call: Call, every: int) -> Any:
+        """An argument of a call, for every so many-th sample of those that have a part in it."""
+        if every == 1 or not isinstance(x, Tensor) or not x.dim() or len(x) != call.batch:
+            return x
+        return x[::every] if call.batch == self.n else x.unflatten(0, (self.n, -1))[::every].flatten(0, 1)
+
+    def _every(self, block: Curvature, reached: Callable[[Call], bool]) -> int:
+        """Each how many-th sample makes the statistics of a block, given which calls the loss reaches."""
+        limit, options = block.options.max_positions, block.options
+        if limit is None or not isinstance(block.approx, Kronecker) or options.curv_type in (INPUT, SECOND):
+            return 1
+        positions = 0
+        for k in self.record.members[block.name]:
+            for call in filter(reached, self.calls.get(k, [])):
+                g, o, _ = self.record.layers[k].site_shape(call.site)
+                positions += call.shape.numel() // (g * o)
+        return max(1, min(self.n, -(-positions // limit)))
 
     def check(self, call: Call) -> None:
         name, n = self.record.layers[call.layer].name, self.n
@@ -93,18 +120,19 @@ class Receiver:
                 alike.setdefault(key, []).append(call)
         return alike.values()
 
-    def uses(self, layer: int, got: Callable[[Call], list[Tensor | None]]) -> list[Use]:
+    def uses(self, layer: int, got: Callable[[Call], list[Tensor | None]], every: int = 1) -> list[Use]:
         """The pairs (a, s) of a layer: one for the calls that see its weight alike.
 
         got: the gradients at the output of a call, one per signal; None where there is none.
+        every: of each so many-th sample.
         """
         uses = []
         for used in self._alike(layer, lambda call: got(call)[0] is not None):
-            inputs = self.inputs(used)
+            inputs = self.inputs(used, every)
             if not inputs.weight_covered and not inputs.bias_covered:
                 continue
             rows = zip(*(got(call) for call in used), strict=True)
-            each = [self.signal(used, list(grads)) for grads in rows]
+            each = [self.signal(used, list(grads))[::every] for grads in rows]
             uses.append(Use(inputs, each[0].unsqueeze(0) if len(each) == 1 else torch.stack(each)))
         return uses
 
@@ -117,12 +145,17 @@ class Receiver:
         share: float,
     ) -> None:
         """chunk: per signal, the gradients at the calls."""
-        got = {id(call): [grads[k] for grads in chunk] for k, call in enumerate(calls)}
+        arrived = {id(call): [grads[k] for grads in chunk] for k, call in enumerate(calls)}
+
+        def got(call: Call) -> list[Tensor | None]:
+            return arrived.get(id(call), [None])
+
         for block in blocks:
-            members = self.record.members[block.name]
-            uses = [self.uses(k, lambda call: got.get(id(call), [None])) for k in members]
+            every = self._every(block, lambda call: got(call)[0] is not None)
+            uses = [self.uses(k, got, every) for k in self.record.members[block.name]]
             if any(uses):
-                block.measure(Stats(uses, scale, share, block.layers))
+                own_scale = scale if every == 1 else scale * (self.n / self.kept(every))
+                block.measure(Stats(uses, own_scale, share, block.layers))
 
     def deliver_inputs(self, block: Curvature, reached: set[int]) -> None:
         """What came into the calls whose ids are `reached`: pairs (a, s) of no signals."""

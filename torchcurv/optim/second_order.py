@@ -116,7 +116,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             where curvature changes fast, and then 10; always 1 for curv_type="input" and for approx="full" and "block",
             which may be made of the rows of one batch.
         sharing, ema_decay (or a function of the step), refresh_tol, refresh_cap, refresh_warmup, rows_limit,
-            factor_blocks, max_factor_dim, partition, rank: see `torchcurv.curv.curvature.Options`.
+            factor_blocks, max_factor_dim, max_positions, partition, rank: see `torchcurv.curv.curvature.Options`.
         reduction, class_dim: of a loss given by name. output_fn: from the model's output to the loss's input.
         grad_scaler: the torch.amp.GradScaler that scales the loss, if any.
         unsupported: "error" lists parameters without a known curvature, "gradient" trains them with the gradient.
@@ -176,6 +176,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         indefinite: str = "abs",
         factor_blocks: int = 1,
         max_factor_dim: int | None = 8192,
+        max_positions: int | None = 2**17,
         partition: str | None = None,
         rank: int = 16,
         reduction: str | None = None,

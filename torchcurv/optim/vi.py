@@ -153,6 +153,7 @@ class VIOptimizer(CurvatureOptimizer):
         indefinite: str = "abs",
         factor_blocks: int = 1,
         max_factor_dim: int | None = 8192,
+        max_positions: int | None = None,
         partition: str | None = None,
         rank: int = 16,
         reduction: str | None = None,
