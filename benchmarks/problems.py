@@ -87,6 +87,19 @@ def digits_cnn(seed: int = 0, pixels: int = 784) -> nn.Module:
     return initialise(nn.Sequential(*layers), seed, "relu")
 
 
+def lenet(seed: int = 0, pixels: int = 784) -> nn.Module:
+    """5x5 convolutions 1-16 (padded) and 16-32, each with ReLU and 2x2 max pooling, Linear 800-128-10; 117,000
+    parameters."""
+    image = as_images(pixels)
+    channels, side, _ = image.unflattened_size
+    features = 32 * ((side // 2 - 4) // 2) ** 2
+    model = nn.Sequential(
+        image, nn.Conv2d(channels, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 5), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(features, 128), nn.ReLU(), nn.Linear(128, 10),
+    )  # fmt: skip
+    return initialise(model, seed, "relu")
+
+
 class Residual(nn.Module):
     """ReLU of x plus two normalised 3x3 convolutions of it; x goes through a 1x1 convolution where shapes differ."""
 

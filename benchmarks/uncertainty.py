@@ -6,13 +6,13 @@
     pip install ivon-opt                             # for the row of IVON
 
 Digits: 1,000 of the 5,000 MNIST images of benchmarks/data.py are for training and 4,000 for testing, always the same.
-Network 784-100-100-10 with ReLU; batches of 100, 60 epochs, and a learning rate that falls along a cosine for every
-method. A seed is that of the initial weights, the order of the batches and the draws. A training step of VIOptimizer
-and IVON makes one draw. Predictions: of SGD and AdamW those of their weights; of VIOptimizer and IVON the mean softmax
-of 32 draws; of Laplace (K-FAC of the exact GGN, after SGD, the prior precision of every layer by its marginal
-likelihood) the mean softmax of 32 draws of the outputs linearised in the weights. Where VIOptimizer measures curvature
-(GGN of one draw, or the empirical Fisher, whose diagonal is VOGN) it does so every 10 steps; Price's estimate needs no
-measurement.
+A convolutional network (`lenet` of benchmarks/problems.py, 117,000 parameters); batches of 100, 60 epochs, and a
+learning rate that falls along a cosine for every method. A seed is that of the initial weights, the order of the
+batches and the draws. A training step of VIOptimizer and IVON makes one draw. Predictions: of SGD and AdamW those of
+their weights; of VIOptimizer and IVON the mean softmax of 32 draws; of Laplace (K-FAC of the exact GGN, after SGD, the
+prior precision of every layer by its marginal likelihood) the mean softmax of 32 draws of the outputs linearised in the
+weights. Where VIOptimizer measures curvature (GGN of one draw, or the empirical Fisher, whose diagonal is VOGN) it does
+so every 10 steps, and in each of the first 10, where it changes fast; Price's estimate needs no measurement.
 
 Reported on the test digits: negative log likelihood (NLL), expected calibration error (ECE, 15 bins of equal width),
 accuracy, and the area under the ROC curve (AUROC) of the predictive entropy telling test digits rotated by 90 degrees
@@ -26,10 +26,10 @@ images choose coarsely: other draws change a score by about 0.03, as much as mos
 digits or on the reported seeds.
 
 Costs are those of a training step with one draw in SGD steps of the same network and batch: processor time, blocks of
-ten steps (a whole cycle of the curvature) taking turns, ratio of the medians. Once for this network, and once for the
-wide one of benchmarks/step_time.py (784-1024-1024-10, batch 512). Laplace costs SGD's, and what follows the training.
-K-FAC has lines of its own for the costs with factored damping, with cheap draws (antithetic pairs that share noise)
-beside that, and with these and factors in two blocks.
+ten steps (a whole cycle of the curvature) taking turns, ratio of the medians. For this network, for a small dense one
+(784-100-100-10) at the same batch, and for the wide one of benchmarks/step_time.py (784-1024-1024-10, batch 512).
+Laplace costs SGD's, and what follows the training. K-FAC has lines of its own for the costs with factored damping, with
+cheap draws (antithetic pairs that share noise) beside that, and with these and factors in two blocks.
 
 The second figure is a regression in one dimension with a gap in its inputs, network 1-50-50-1 with tanh, known noise
 variance: mean, one and two standard deviations of the predicted targets.
@@ -64,14 +64,14 @@ from tqdm import tqdm
 
 from benchmarks.data import Labelled, held_out
 from benchmarks.others import Step
-from benchmarks.problems import dense, initialise, wide_mlp
+from benchmarks.problems import dense, initialise, lenet, wide_mlp
 from torchcurv import VIOptimizer, laplace
 
 RESULTS = Path(__file__).parent / "results"
 TEST_IMAGES, BATCH, EPOCHS = 4000, 100, 60
 VALIDATION_SEEDS, VALIDATION_IMAGES = (100, 101), 200
 BINS, DRAWS = 15, 32
-EVERY = 10  # steps between measurements of the curvature, and its inverses
+EVERY = 10  # steps between measurements of the curvature, and its inverses, after as many steps
 
 Options = dict[str, Any]
 Predict = Callable[[Tensor], Tensor]  # images to class probabilities
@@ -118,14 +118,16 @@ def laplace_training(
 
 
 def ivon_training(
-    model: nn.Module, images: int, seed: int, lr: float, prior_precision: float, hess_init: float, beta2: float
-) -> Training:
+    model: nn.Module, images: int, seed: int, lr: float, prior_precision: float, hess_init: float, beta2: float,
+    temperature: float,
+) -> Training:  # fmt: skip
     from ivon import IVON
 
     torch.manual_seed(seed)  # its draws come from the global generator
     optimizer = IVON(
-        model.parameters(), lr, ess=images, weight_decay=prior_precision / images, hess_init=hess_init, beta2=beta2
-    )
+        model.parameters(), lr, ess=images / temperature, weight_decay=prior_precision / images,
+        hess_init=hess_init, beta2=beta2,
+    )  # fmt: skip
 
     def predict(x: Tensor, draws: int) -> Tensor:
         outputs = []
@@ -164,13 +166,19 @@ MAKERS: dict[str, Callable[..., Training]] = {
     "VI, K-FAC, GGN": vi_training,
     "VI, K-FAC, emp. Fisher": vi_training,
 }
+
+
+def interval(step: int) -> int:
+    return 1 if step < EVERY else EVERY
+
+
 MEASURED: Options = {  # where the curvature is measured; the damping is that of the step, not of the posterior
-    "momentum": 0.9, "damping": 0.1, "init_precision": 1e4, "update_every": EVERY, "refactor_every": EVERY,
-    "ema_decay": 0.99,
+    "momentum": 0.9, "damping": 0.1, "init_precision": 1e4, "update_every": interval,
+    "refactor_every": interval, "ema_decay": 0.99, "kl_clip": 0.01,
 }  # fmt: skip
-KFAC: Options = {"approx": "kfac", **MEASURED, "damping": 1.0}
+KFAC: Options = {"approx": "kfac", **MEASURED}
 FIXED: dict[str, Options] = {
-    "IVON": {"beta2": 0.999},
+    "IVON": {"beta2": 0.999, "temperature": 1.0},
     "VI, diagonal, Price": {
         "curv_type": "hessian", "hessian_method": "price", "approx": "diag", "momentum": 0.9, "ema_decay": 0.999,
     },
@@ -179,30 +187,30 @@ FIXED: dict[str, Options] = {
     "VI, K-FAC, GGN": {"curv_type": "ggn", **KFAC},
     "VI, K-FAC, emp. Fisher": {"curv_type": "empirical_fisher", **KFAC},
 }  # fmt: skip
-IVON_GRID = {"lr": (0.3,), "hess_init": (0.5, 1.0, 3.0), "prior_precision": (3.0, 10.0)}
-POSTERIOR_GRID = {"lr": (0.02,), "prior_precision": (50.0, 100.0, 200.0), "temperature": (0.05, 0.1)}
-KFAC_GRID = {**POSTERIOR_GRID, "lr": (0.2,)}
+IVON_GRID = {"lr": (0.3,), "hess_init": (0.5, 1.0, 3.0), "prior_precision": (10.0, 20.0)}
+DIAGONAL_GRID = {"lr": (0.02,), "prior_precision": (100.0, 200.0), "temperature": (0.01, 0.02, 0.05)}
+KFAC_GRID = {"lr": (0.1, 0.2), "prior_precision": (100.0,), "temperature": (0.02, 0.05, 0.1)}
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {  # 6 of each
-    "SGD": {"lr": (0.03, 0.1), "weight_decay": (3e-3, 1e-2, 2e-2)},
+    "SGD": {"lr": (0.1, 0.2), "weight_decay": (1e-2, 2e-2, 3e-2)},
     "AdamW": {"lr": (1e-3, 3e-3), "weight_decay": (1.0, 3.0, 10.0)},
-    "Laplace, K-FAC": {"lr": (0.1,), "weight_decay": (3e-3, 1e-2), "temperature": (0.3, 0.1, 0.03)},
+    "Laplace, K-FAC": {"lr": (0.1,), "weight_decay": (1e-2, 2e-2), "temperature": (0.1, 0.03, 0.01)},
     "IVON": IVON_GRID,
     "VI, diagonal, Price": IVON_GRID,
-    "VI, diagonal, GGN": POSTERIOR_GRID,
-    "VOGN": POSTERIOR_GRID,
+    "VI, diagonal, GGN": DIAGONAL_GRID,
+    "VOGN": DIAGONAL_GRID,
     "VI, K-FAC, GGN": KFAC_GRID,
     "VI, K-FAC, emp. Fisher": KFAC_GRID,
 }
 TUNED: dict[str, Options] = {  # the best of each
-    "SGD": {"lr": 0.1, "weight_decay": 1e-2},
-    "AdamW": {"lr": 1e-3, "weight_decay": 3.0},
-    "Laplace, K-FAC": {"lr": 0.1, "weight_decay": 1e-2, "temperature": 0.03},
-    "IVON": {"lr": 0.3, "hess_init": 3.0, "prior_precision": 10.0},
+    "SGD": {"lr": 0.1, "weight_decay": 2e-2},
+    "AdamW": {"lr": 3e-3, "weight_decay": 3.0},
+    "Laplace, K-FAC": {"lr": 0.1, "weight_decay": 2e-2, "temperature": 0.01},
+    "IVON": {"lr": 0.3, "hess_init": 1.0, "prior_precision": 10.0},
     "VI, diagonal, Price": {"lr": 0.3, "hess_init": 1.0, "prior_precision": 10.0},
-    "VI, diagonal, GGN": {"lr": 0.02, "prior_precision": 50.0, "temperature": 0.1},
-    "VOGN": {"lr": 0.02, "prior_precision": 100.0, "temperature": 0.05},
-    "VI, K-FAC, GGN": {"lr": 0.2, "prior_precision": 100.0, "temperature": 0.1},
-    "VI, K-FAC, emp. Fisher": {"lr": 0.2, "prior_precision": 50.0, "temperature": 0.1},
+    "VI, diagonal, GGN": {"lr": 0.02, "prior_precision": 100.0, "temperature": 0.02},
+    "VOGN": {"lr": 0.02, "prior_precision": 100.0, "temperature": 0.02},
+    "VI, K-FAC, GGN": {"lr": 0.2, "prior_precision": 100.0, "temperature": 0.05},
+    "VI, K-FAC, emp. Fisher": {"lr": 0.2, "prior_precision": 100.0, "temperature": 0.05},
 }
 OPTIONS = {name: {**FIXED.get(name, {}), **TUNED[name]} for name in MAKERS}
 FACTORED: Options = {"damping_type": "factored"}
@@ -217,8 +225,8 @@ GAP_OPTIONS: dict[str, Options] = {
 }
 
 
-def network(seed: int) -> nn.Module:
-    return initialise(dense((784, 100, 100, 10), nn.ReLU), seed, "relu")
+def dense_network() -> nn.Module:
+    return initialise(dense((784, 100, 100, 10), nn.ReLU), 0, "relu")
 
 
 def batches(data: Labelled, seed: int, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -231,7 +239,7 @@ def batches(data: Labelled, seed: int, epochs: int) -> Iterator[tuple[Tensor, Te
 
 
 def trained(name: str, options: Options, data: Labelled, seed: int, epochs: int) -> tuple[nn.Module, Training]:
-    model = network(seed)
+    model = lenet(seed)
     training = MAKERS[name](model, len(data.images), seed, **options)
     schedule = CosineAnnealingLR(training.optimizer, epochs * (len(data.images) // BATCH))
     for x, y in batches(data, seed, epochs):
@@ -403,6 +411,12 @@ def _validated(name: str, options: Options, train: Labelled, epochs: int) -> flo
 
 # ---------------------------------------------------------------------------------------------- costs
 
+STEPS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {  # (model, batch, rounds)
+    "step": (lenet, BATCH, 10),
+    "step, dense": (dense_network, BATCH, 15),
+    "step, wide": (wide_mlp, 512, 5),
+}
+
 
 def costs(names: list[str], make_model: Callable[[], nn.Module], batch: int, rounds: int) -> dict[str, float]:
     """A training step of each method in SGD steps, by the processor's time."""
@@ -571,15 +585,16 @@ def available() -> list[str]:
     return [name for name in MAKERS if name != "IVON" or importlib.util.find_spec("ivon") is not None]
 
 
-def report(outcomes: dict[str, Outcome], small: dict[str, float], wide: dict[str, float], caption: str) -> Table:
+def report(outcomes: dict[str, Outcome], steps: dict[str, dict[str, float]], caption: str) -> Table:
+    """A row per method; steps: by column, what a step of each costs."""
     table = Table(title="MNIST digits, 1,000 training images", caption=caption, box=box.SIMPLE)
     table.add_column("method", no_wrap=True)
-    for name in (*MEASURES, "step", "step, wide"):
+    for name in (*MEASURES, *steps):
         table.add_column(name, justify="right", no_wrap=True)
     nothing = [""] * len(MEASURES)
-    for name in [*outcomes, *(name for name in small if name not in outcomes)]:
+    for name in dict.fromkeys([*outcomes, *(name for each in steps.values() for name in each)]):
         shown = cells(outcomes[name]) if name in outcomes else nothing
-        table.add_row(name, *shown, *(f"{each[name]:.1f}" if name in each else "" for each in (small, wide)))
+        table.add_row(name, *shown, *(f"{each[name]:.2f}" if name in each else "" for each in steps.values()))
     return table
 
 
@@ -614,10 +629,11 @@ def main() -> None:
         return
     seeds, epochs = (args.seeds[:1], 10) if args.quick else (args.seeds, args.epochs)
     outcomes = compare(names, train, test, seeds, epochs)
-    small = costs(names, lambda: network(0), BATCH, rounds=2 if args.quick else 15)
-    wide = {} if args.quick else costs(names, wide_mlp, 512, rounds=5)
+    steps = {}
+    for name, (make, batch, rounds) in [*STEPS.items()][: 1 if args.quick else None]:
+        steps[name] = costs(names, make, batch, 2 if args.quick else rounds)
     caption = f"seeds {seeds}, {epochs} epochs; mean ± standard error; steps in SGD steps; torch {torch.__version__}"
-    console.print(report(outcomes, small, wide, caption))
+    console.print(report(outcomes, steps, caption))
     if "IVON" not in available():
         console.print("IVON is not installed. To compare: pip install ivon-opt", markup=False)
     paths = args.results / "reliability.png", args.results / "gap.png"

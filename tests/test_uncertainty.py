@@ -72,18 +72,18 @@ def test_linearised_predictions_are_those_of_the_glm():
 def test_every_method_learns_and_is_drawn(tmp_path):
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(10, (300,), generator=generator)
-    centres = torch.rand(10, 784, generator=generator)
+    centres = torch.rand(10, 1, 4, 4, generator=generator).repeat_interleave(7, 2).repeat_interleave(7, 3).flatten(1)
     images = (centres[labels] + 0.1 * torch.randn(300, 784, generator=generator)).clamp(0, 1)
     data, test = Labelled(images[:200], labels[:200]), Labelled(images[200:], labels[200:])
     names = [name for name in uncertainty.available() if name != "Laplace, K-FAC"]
-    outcomes = uncertainty.compare(names, data, test, [0], epochs=2, draws=2)
+    outcomes = uncertainty.compare(names, data, test, [0], epochs=8, draws=2)
     assert list(outcomes) == names
     for name, outcome in outcomes.items():
         assert all(math.isfinite(values[0]) for values in outcome.values.values()), name
     assert outcomes["AdamW"].values["accuracy %"][0] > 30
     uncertainty.draw_reliability(outcomes, tmp_path / "reliability.png")
     assert (tmp_path / "reliability.png").stat().st_size > 1000
-    assert uncertainty.report(outcomes, {"SGD": 1.0}, {}, "").row_count == len(names)
+    assert uncertainty.report(outcomes, {"step": {"SGD": 1.0}, "step, wide": {}}, "").row_count == len(names)
 
 
 def test_the_grids_have_one_size():
@@ -108,5 +108,5 @@ def test_the_gap_is_drawn(tmp_path, monkeypatch):
 def test_the_table_of_costs_begins_with_the_methods_asked_for(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["uncertainty", "--methods", "SGD", "VOGN"])
     names = uncertainty.arguments().methods
-    small = uncertainty.costs(names, lambda: uncertainty.network(0), 20, rounds=1)
+    small = uncertainty.costs(names, uncertainty.dense_network, 20, rounds=1)
     assert list(small) == names and all(value > 0 for value in small.values())
