@@ -71,7 +71,7 @@ RESULTS = Path(__file__).parent / "results"
 TEST_IMAGES, BATCH, EPOCHS = 4000, 100, 60
 VALIDATION_SEEDS, VALIDATION_IMAGES = (100, 101), 200
 BINS, DRAWS = 15, 32
-EVERY = 10  # steps between measurements of the curvature, and its inverses, after as many steps
+EVERY = 10  # the interval of the curvature that "auto" stands for
 
 Options = dict[str, Any]
 Predict = Callable[[Tensor], Tensor]  # images to class probabilities
@@ -167,14 +167,9 @@ MAKERS: dict[str, Callable[..., Training]] = {
     "VI, K-FAC, emp. Fisher": vi_training,
 }
 
-
-def interval(step: int) -> int:
-    return 1 if step < EVERY else EVERY
-
-
 MEASURED: Options = {  # where the curvature is measured; the damping is that of the step, not of the posterior
-    "momentum": 0.9, "damping": 0.1, "init_precision": 1e4, "update_every": interval,
-    "refactor_every": interval, "ema_decay": 0.99, "kl_clip": 0.01,
+    "momentum": 0.9, "damping": 0.1, "init_precision": 1e4, "update_every": "auto",
+    "refactor_every": "auto", "ema_decay": 0.99, "kl_clip": 0.01,
 }  # fmt: skip
 KFAC: Options = {"approx": "kfac", **MEASURED}
 FIXED: dict[str, Options] = {

@@ -792,9 +792,17 @@ def test_metrics_of_a_quadratic_step(kl_clip):
         assert found["kl"] == pytest.approx(0.5 * kl_clip) and found["step_along_0"] < 0.5
 
 
-def test_curvature_is_measured_in_each_of_the_first_steps_and_then_rarely():
+AUTO = {"update_every": "auto", "refactor_every": "auto"}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [SecondOrderOptimizer, lambda m: Preconditioner(m, **AUTO), lambda m: VIOptimizer(m, 20, damping=1.0, **AUTO)],
+    ids=["SecondOrderOptimizer", "Preconditioner", "VIOptimizer"],
+)
+def test_curvature_is_measured_in_each_of_the_first_steps_and_then_rarely(make):
     model = make_model()
-    optimizer = SecondOrderOptimizer(model)
+    optimizer = make(model)
     blocks, counts = len(optimizer._blocks), []
     copied = None
     for t in range(32):
@@ -807,7 +815,8 @@ def test_curvature_is_measured_in_each_of_the_first_steps_and_then_rarely():
         counts.append(optimizer.metrics()["measurements"] / blocks)
     assert counts == [*range(1, 12), *[11] * 9, *[12] * 10, 13, 13]
     assert copied is not None and torch.equal(flat(model.parameters()), flat(copied[0].parameters()))
-    again = SecondOrderOptimizer(make_model())
+    assert all(block.measurements == block.factorisations == 13 for block in optimizer._blocks)
+    again = make(make_model())
     saved = optimizer.state_dict()
     for state in saved["state"].values():
         if "step" in state:

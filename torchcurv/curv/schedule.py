@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-ADAPTIVE = "adaptive"
+ADAPTIVE, AUTO = "adaptive", "auto"
 Interval = int | str | Callable[[int], int]
 
 

@@ -21,10 +21,12 @@ from torchcurv.curv.curvature import OPTION_NAMES, Curvature, Options, partition
 from torchcurv.curv.kinds import GRADIENT, INPUT
 from torchcurv.curv.layers import Layer, find_layers
 from torchcurv.curv.record import Record
-from torchcurv.curv.schedule import ADAPTIVE, Pace, check_interval, interval_at, value_at
+from torchcurv.curv.schedule import ADAPTIVE, AUTO, Pace, check_interval, interval_at, value_at
 from torchcurv.optim.update import inner, norm_of, scale_within
 
 _INTERVALS = ("update_every", "refactor_every")
+INTERVAL = 10  # what "auto" stands for
+OF_THE_BATCH = ("full", "block")  # which are made of the rows of one batch where these are few
 _VALUES = ("damping", "ema_decay")  # which may be functions of the step, too
 _READ_LATER = (*_INTERVALS, "damping", "damping_scale", "ema_decay", "refresh_tol", "refresh_cap", "refresh_warmup")
 _DAMPING_TOLERANCE = 0.1  # relative change of the damping after which an inverse that holds it is computed anew
@@ -49,7 +51,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     _finalizer: Any = None
     _kl_clip: float | None = None  # κ, of the optimizers that clip
     _last: dict[str, Tensor]  # what is known of the last step, 0-d
-    _copied: ClassVar[tuple[str, ...]] = ("_unsupported", "_schedules", "_steps", "defaults")  # with the model
+    _copied: ClassVar[tuple[str, ...]] = ("_unsupported", "_schedules", "_early", "_steps", "defaults")
 
     def __init__(
         self,
@@ -88,6 +90,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             "seed": seed,
         }
         self._schedules: dict[tuple[int, str], Callable[[int], Any]] = {}
+        self._early: set[tuple[int, str]] = set()  # (group, interval) that are 1 in the beginning
         self._steps = 0
         self._check_group(self._at_step({**step_defaults, **curvature_options}))
         if params is None:
@@ -113,6 +116,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             groups = len(self.param_groups)
             self._schedules = {key: value for key, value in self._schedules.items() if key[0] < groups}
+            self._early = {key for key in self._early if key[0] < groups}
             raise
 
     def _take_group(self, index: int) -> None:
@@ -125,16 +129,19 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 "of the module given as the first argument"
             )
         schedules = {key: group[key] for key in (*_INTERVALS, *_VALUES)}
+        early = {(index, key) for key in _INTERVALS if group[key] == AUTO}
         group.update(self._at_step(group))
         self._check_group(group)
+        self._early = {pair for pair in self._early if pair[0] != index} | early
         for key, value in schedules.items():
             self._schedules.pop((index, key), None)
             if callable(value):
                 self._schedules[index, key] = value
 
     def _at_step(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of a group with what functions of the step say now."""
-        found = dict(options)
+        """The options of a group with what "auto" stands for, and what functions of the step say now."""
+        every = 1 if options["curv_type"] == INPUT or options["approx"] in OF_THE_BATCH else INTERVAL
+        found = {**options, **{key: every for key in _INTERVALS if options[key] == AUTO}}
         for key in (*_INTERVALS, *_VALUES):
             if callable(options[key]):
                 found[key] = (interval_at if key in _INTERVALS else value_at)(key, options[key], self._steps)
@@ -269,7 +276,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self.param_groups[index][key] = interval_at(key, schedule, self._steps)
         interval = check_interval(key, self.param_groups[index][key])
         assert isinstance(interval, int)
-        return interval
+        return 1 if self._steps < INTERVAL and (index, key) in self._early else interval
 
     def _due(self) -> list[str]:
         for block, index in zip(self._blocks, self._group_index, strict=True):
@@ -661,7 +668,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _restore(self) -> None:
         """Blocks and counters from `state`."""
-        self._last = {}
+        self._last, early = {}, self._early  # the groups say what "auto" has become
         self._steps = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
         for index, group in enumerate(self.param_groups):
             for key, value in self.defaults.items():
@@ -669,6 +676,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             schedules = {key: self._schedules.get((index, key)) for key in (*_INTERVALS, *_VALUES)}
             group.update({key: schedule for key, schedule in schedules.items() if schedule is not None})
             self._take_group(index)
+        self._early = early
         self._build()
         for block in self._blocks:
             block.load_state(self.state.get(block.params[0], {}).get(block.state_key, {}))

@@ -32,8 +32,6 @@ STEP_OPTIONS = (
 )
 DAMPING_SCALES = ("absolute", "relative")
 MOMENTUM_TYPES = ("preconditioned", "raw")
-INTERVAL = 10  # steps between measurements, and factorisations, unless one says otherwise
-OF_THE_BATCH = ("full", "block")  # which are made of the rows of one batch where these are few
 LEAST_SHARE = 0.01  # of a relative damping, in a model of a loss that curves less than its running average says
 MOST_DIRECTIONS = 4.5  # per output of a batch, that LM damping leaves to the curvature
 STEP_RULES, DAMPING_RULES = ("fixed", "quadratic"), ("fixed", "lm")
@@ -131,7 +129,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     of convolutional networks" (2017).
     """
 
-    _copied: ClassVar[tuple[str, ...]] = (*CurvatureOptimizer._copied, "_kl_clip", "_control", "_early")
+    _copied: ClassVar[tuple[str, ...]] = (*CurvatureOptimizer._copied, "_kl_clip", "_control")
 
     def __init__(
         self,
@@ -195,7 +193,6 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         self._kl_clip = checked_kl_clip(kl_clip, None if quadratic else 0.01)
         given = locals()
         self._control = {name: given[name] for name in _CONTROL}
-        self._early: set[tuple[int, str]] = set()  # (group, interval) that are 1 in the beginning
         self._moved: list[tuple[float | Tensor, list[Tensor]]] = []  # (lr, steps or their norms) of the last step
         _check_control(self._control, grad_scaler)
         super().__init__(
@@ -205,11 +202,6 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             {name: given[name] for name in OPTION_NAMES},
             **{name: given[name] for name in WHOLE_OPTIONS},
         )
-
-    def _at_step(self, options: dict[str, Any]) -> dict[str, Any]:
-        every = 1 if options["curv_type"] == INPUT or options["approx"] in OF_THE_BATCH else INTERVAL
-        chosen = {key: every for key in ("update_every", "refactor_every") if options[key] == "auto"}
-        return super()._at_step({**options, **chosen})
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -231,17 +223,13 @@ class SecondOrderOptimizer(CurvatureOptimizer):
                 raise TypeError('damping is a tensor; damping_rule="lm" changes a number')
 
     def _take_group(self, index: int) -> None:
-        group = self.param_groups[index]
-        early = {(index, key) for key in ("update_every", "refactor_every") if group[key] == "auto"}
         super()._take_group(index)
-        self._early = {pair for pair in self._early if pair[0] != index} | early
         if self._control["damping_rule"] == "lm" and (index, "damping") in self._schedules:
             raise ValueError('damping is a function of the step; with damping_rule="lm" pass the number to start from')
 
     def _restore(self) -> None:
-        self._moved, early = [], self._early
+        self._moved = []
         super()._restore()
-        self._early = early
 
     @property
     def _warming_up(self) -> bool:
@@ -257,10 +245,6 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             return super()._shift(block, group)
         own = group["damping"] * block.mean_eigenvalue()
         return own if group["curv_type"] == INPUT else own + group["l2"]
-
-    def _interval(self, index: int, key: str) -> int:
-        interval = super()._interval(index, key)
-        return 1 if self._steps < INTERVAL and (index, key) in self._early else interval
 
     def _step_of(self, index: int) -> int | None:
         return None if self._warming_up else super()._step_of(index)

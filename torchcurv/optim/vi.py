@@ -87,6 +87,8 @@ class VIOptimizer(CurvatureOptimizer):
             they cost one product instead of two. That with ε is kept: as much memory as the drawn parameters.
         init_precision: Σ^-1 of the first draws, per group; None: that of the prior.
         noise_variance: σ² of a Gaussian likelihood, for losses that are the mean or the sum of squared errors.
+        update_every, refactor_every: with "auto" or a function of the step that is 1 at first, the covariance follows
+            the first steps of training, where curvature changes fast and a step by an old one can be the last.
         lr, momentum: of the mean. kl_clip: bounds the step by ν <= 1 as in SecondOrderOptimizer.
         damping: λ >= 0 added to C + δ̃ in the step, but not in Σ.
         damping_type: "exact", or "factored": Σ is then the inverse of the two damped Kronecker factors, which is
