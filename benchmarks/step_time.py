@@ -127,6 +127,7 @@ def torchcurv_step(work: Work, model: nn.Module, loss_fn: nn.Module, x: Tensor, 
         model, loss_fn=loss_fn, curv_type=work.curvature.removesuffix(" exact"), approx=work.approx,
         samples=None if work.curvature == "ggn exact" else 1, lr=1e-4, momentum=0.9, damping=0.1,
         ema_decay=0.95, update_every=work.update_every, refactor_every=work.refactor_every,
+        max_positions=None,  # others measure all
     )  # fmt: skip
 
     def step() -> None:

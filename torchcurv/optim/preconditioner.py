@@ -49,7 +49,7 @@ class Preconditioner(CurvatureOptimizer):
         indefinite: str = "abs",
         factor_blocks: int = 1,
         max_factor_dim: int | None = 8192,
-        max_positions: int | None = 2**17,
+        max_positions: int | None = 2**15,
         partition: str | None = None,
         rank: int = 16,
         reduction: str | None = None,
