@@ -396,7 +396,7 @@ def test_the_comparison_runs_from_end_to_end(tiny, monkeypatch, tmp_path, capsys
     defaults.main()
     rows = json.loads(path.read_text())["problems"]["mlp"]["summary"]
     assert rows[-1]["options"] == {**defaults.KFAC, "lr": 0.2}
-    assert defaults.saved(path, replace(tiny, batch_size=2000), [0, 1], time.process_time)
+    assert defaults.saved(path, replace(tiny, batch_size=defaults.LARGE["mlp"][0]), [0, 1], time.process_time)
     assert not defaults.saved(path, tiny, [0, 1], time.process_time)  # of other batches
 
 
