@@ -200,7 +200,7 @@ TUNED: dict[str, Options] = {  # the best of each
     "SGD": {"lr": 0.1, "weight_decay": 2e-2},
     "AdamW": {"lr": 3e-3, "weight_decay": 3.0},
     "Laplace, K-FAC": {"lr": 0.1, "weight_decay": 2e-2, "temperature": 0.01},
-    "IVON": {"lr": 0.3, "hess_init": 1.0, "prior_precision": 10.0},
+    "IVON": {"lr": 0.3, "hess_init": 3.0, "prior_precision": 20.0},
     "VI, diagonal, Price": {"lr": 0.3, "hess_init": 1.0, "prior_precision": 10.0},
     "VI, diagonal, GGN": {"lr": 0.02, "prior_precision": 100.0, "temperature": 0.02},
     "VOGN": {"lr": 0.02, "prior_precision": 200.0, "temperature": 0.02},
