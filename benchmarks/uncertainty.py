@@ -20,7 +20,7 @@ from those as they are. Means and standard errors over the seeds, which see the 
 
 Options come from a grid of 6 for every method (`GRIDS`), by the NLL of 200 of the 1,000 training images when trained
 on the other 800: the mean over two splits with seeds of their own (100, 101). The ranges of the grids were found by
-trial on the same splits: 5 trials for SGD, AdamW, Laplace and Price's estimate, 16 of IVON (temperatures of 0.02 to
+trial on the same splits: 5 trials for SGD, AdamW, Laplace and Price's estimate, 18 of IVON (temperatures of 0.02 to
 0.3 among them, which are worse), 20 to 30 of each measured diagonal, 40 of K-FAC with the GGN and 15 with the empirical
 Fisher. Some of the best options lie at an edge. 200 images choose coarsely: other draws change a score by about 0.03,
 as much as most options do. Nothing is chosen on test digits or on the reported seeds.
@@ -166,7 +166,6 @@ MAKERS: dict[str, Callable[..., Training]] = {
     "VI, K-FAC, GGN": vi_training,
     "VI, K-FAC, emp. Fisher": vi_training,
 }
-
 MEASURED: Options = {  # where the curvature is measured; the damping is that of the step, not of the posterior
     "momentum": 0.9, "damping": 0.1, "init_precision": 1e4, "update_every": "auto",
     "refactor_every": "auto", "ema_decay": 0.99, "kl_clip": 0.01,
