@@ -165,6 +165,21 @@ def test_factors_of_every_kth_sample(case, kind, sharing):
         close(corrected.trace(), oracles.block_from_arrays(*some, module).trace())  # its basis is not unique
 
 
+def test_factors_of_every_kth_sample_have_their_weights():
+    model, _, x, y = problem(next(case for case in ALL_LAYERS if case.id.startswith("conv2d")), n=7)
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 3.0]).double(), reduction="sum")
+    options = {"params": list(model.get_submodule("layer").parameters())}
+    got = curvature(model, loss, [(x, y)], max_positions=1, **options)  # the first sample alone
+    alone = curvature(model, loss, [(x[:1], y[:1])], **options)
+    close(got.to_dense(), 7 * alone.to_dense())
+    two = oracles.layer_arrays(model, loss, x, y, "layer")[0].shape[1] * 7 // 2 + 1
+    got, alone = (
+        curvature(model, loss, [batch], max_positions=limit, **options)
+        for batch, limit in (((x, y), two), ((x[::2], y[::2]), None))
+    )
+    close(got.to_dense(), alone.to_dense() * 7 / 4)
+
+
 def test_units_too_wide_for_a_matrix_keep_their_diagonal():
     model, loss, x, y = problem(cases.LAYERS[0])
     wide, diagonal = (curvature(model, loss, [(x, y)], approx=a, max_factor_dim=1) for a in ("unit", "diag"))
