@@ -499,11 +499,17 @@ def kron_factors(a: Tensor, s: Tensor, sharing: str = "expand", weights: Tensor 
     """A [g, i, i] = sum w a a^T / sum w and B [g, o, o] = sum_{v,n,r} s s^T.
 
     sharing "reduce": a is first averaged over r, s summed over r. weights: [n], or [n, r] for "expand".
+    "whole": with several positions the partial traces of the block, A divided by its trace.
     """
+    if sharing == "whole" and a.shape[1] > 1:
+        V = torch.einsum("vnrgo,nrgi->vngoi", s, a)
+        A = torch.einsum("vngoi,vngoj->gij", V, V)
+        traces = A.diagonal(dim1=1, dim2=2).sum(-1)
+        return A / torch.where(traces > 0, traces, 1)[:, None, None], torch.einsum("vngoi,vngpi->gop", V, V)
     if sharing == "reduce":
         a, s = a.mean(1, keepdim=True), s.sum(2, keepdim=True)
-    elif sharing != "expand":
-        raise ValueError(f"sharing {sharing!r}: expand or reduce")
+    elif sharing not in ("expand", "whole"):
+        raise ValueError(f"sharing {sharing!r}: expand, reduce or whole")
     n, r = a.shape[:2]
     weights = torch.ones(n, 1, dtype=a.dtype) if weights is None else weights.reshape(n, -1)
     if weights.shape[1] not in (1, r):

@@ -41,10 +41,14 @@ def is_token_layer(module):
 
 def kfac_truth(a, s, module, sharing="expand", blocks=1):
     """B ⊗ A of each group, of each factor only the diagonal blocks; the vocabulary side is a diagonal."""
-    A, B = oracles.kron_factors(a, s, sharing, None)
+    A, B = oracles.kron_factors(a, s, known_sharing(sharing, module), None)
     A, B = A * mask(A.shape[-1], A.shape[-1] if is_token_layer(module) else blocks), B * mask(B.shape[-1], blocks)
     products = [torch.kron(left.contiguous(), right.contiguous()) for left, right in zip(B, A, strict=True)]
     return oracles.to_param_order(torch.block_diag(*products), module)
+
+
+def known_sharing(sharing, module):
+    return "expand" if sharing == "whole" and is_token_layer(module) else sharing
 
 
 def mask(d, blocks):
@@ -78,8 +82,9 @@ def test_every_approximation_of_every_layer_equals_its_dense_truth(case, kind):
     for approx in ("diag", "unit", "block", "kfac"):
         got = curvature(model, loss, [(x, y)], approx=approx, **options)
         close(got.to_dense(), layer_truth(approx, a, s, module))
-    reduced = curvature(model, loss, [(x, y)], sharing="reduce", **options)
-    close(reduced.to_dense(), layer_truth("kfac", a, s, module, "reduce"))
+    for sharing in ("reduce", "whole"):
+        got = curvature(model, loss, [(x, y)], sharing=sharing, **options)
+        close(got.to_dense(), layer_truth("kfac", a, s, module, sharing))
     rows = curvature(model, loss, [(x, y)], approx="block", rows_limit=1, **options)
     close(rows.to_dense(), layer_truth("block", a, s, module))
 
@@ -102,7 +107,7 @@ def test_batch_statistics_count_as_constants(case, kind):
         close(got.to_dense(), expected.to_dense())
 
 
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("sharing", ["expand", "reduce", "whole"])
 @pytest.mark.parametrize("case", ALL_LAYERS, ids=ids(ALL_LAYERS))
 def test_ekfac_has_the_exact_second_moments_in_its_basis(case, sharing):
     model, loss, x, y = problem(case)
@@ -111,7 +116,7 @@ def test_ekfac_has_the_exact_second_moments_in_its_basis(case, sharing):
     got = curvature(model, loss, [(x, y)], approx="ekfac", sharing=sharing, params=module.parameters())
     left, right = got.blocks["layer"].basis
     right = dense_side(right, a.shape[-1])
-    truth = oracles.ekfac_from_arrays(a, s, sharing, module=module, bases=(right, left))
+    truth = oracles.ekfac_from_arrays(a, s, known_sharing(sharing, module), module=module, bases=(right, left))
     close(got.to_dense(), truth)
     close(got.trace(), oracles.block_from_arrays(a, s, module).trace())
 
@@ -120,11 +125,38 @@ def dense_side(side, d):
     return side if side.dim() == 3 else torch.stack([torch.block_diag(*blocks)[:d, :d] for blocks in side])
 
 
+@pytest.mark.parametrize("case", ALL_LAYERS, ids=ids(ALL_LAYERS))
+def test_factors_of_whole_gradients_have_the_partial_traces_of_the_block(case):
+    model, loss, x, y = problem(case)
+    module = model.get_submodule("layer")
+    a, s = oracles.layer_arrays(model, loss, x, y, "layer")
+    if is_token_layer(module) or a.shape[1] == 1:
+        return
+    g, o, d = *s.shape[-2:], a.shape[-1]
+    order = oracles.param_order(module).argsort()
+    whole, block = (
+        curvature(model, loss, [(x, y)], params=module.parameters(), **options).to_dense()[order][:, order]
+        for options in ({"sharing": "whole"}, {"approx": "block"})
+    )
+    whole, block = whole.reshape(g, o, d, g, o, d), block.reshape(g, o, d, g, o, d)
+    for axes in ("gopgoq->gpq", "gopgrp->gor"):
+        close(torch.einsum(axes, whole), torch.einsum(axes, block))
+
+
+def test_whole_gradients_add_up_over_signals_and_micro_batches():
+    case = next(case for case in ALL_LAYERS if case.id.startswith("conv2d"))
+    model, _, x, y = problem(case, n=6)
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    parts = [(x[:2], y[:2]), (x[2:], y[2:])]
+    options = {"sharing": "whole", "params": list(model.get_submodule("layer").parameters())}
+    close(curvature(model, loss, parts, **options).to_dense(), curvature(model, loss, [(x, y)], **options).to_dense())
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     case=st.sampled_from([c for c in ALL_LAYERS if not c.id.startswith(("batchnorm", "groupnorm"))]),
     blocks=st.integers(1, 6),
-    sharing=st.sampled_from(["expand", "reduce"]),
+    sharing=st.sampled_from(["expand", "reduce", "whole"]),
 )
 def test_factors_in_blocks(case, blocks, sharing):
     model, loss, x, y = problem(case)
@@ -145,7 +177,7 @@ def test_factors_in_blocks(case, blocks, sharing):
     close(exact.trace(), oracles.block_from_arrays(a, s, module).trace())
 
 
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("sharing", ["expand", "reduce", "whole"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ALL_LAYERS, ids=ids(ALL_LAYERS))
 def test_factors_of_every_kth_sample(case, kind, sharing):
@@ -226,7 +258,9 @@ def test_models(case, approx):
 
 
 @settings(max_examples=40, deadline=None)
-@given(setting=cases.conv_settings(), kind=st.sampled_from(KINDS), sharing=st.sampled_from(["expand", "reduce"]))
+@given(
+    setting=cases.conv_settings(), kind=st.sampled_from(KINDS), sharing=st.sampled_from(["expand", "reduce", "whole"])
+)
 def test_convolutions_of_any_setting(setting, kind, sharing):
     x = setting.make_input()
     model = cases.net_around(setting.make_layer(), setting.input_shape)

@@ -352,6 +352,12 @@ KFAC_EXACT = {
     "one datum": ("mlp", "expand", "024", 1, CE),
     "one datum, reduce": ("mlp", "reduce", "024", 1, CE),
     "one datum, mean pooling": ("pooled_linear", "reduce", "01", 1, CE),
+    "deep linear, MSE, whole": ("deep_linear", "whole", "012", 4, None),
+    "deep linear by position, MSE, whole": ("deep_linear_seq", "whole", "012", 4, None),
+    "position-wise linear and mean pooling, whole": ("pooled_linear", "whole", "01", 4, None),
+    "convolution before global pooling, whole": ("conv_before_pool", "whole", "0", 4, None),
+    "one datum, whole": ("mlp", "whole", "024", 1, CE),
+    "one datum, mean pooling, whole": ("pooled_linear", "whole", "01", 1, CE),
 }
 
 KFAC_NOT_EXACT = {
@@ -365,6 +371,7 @@ KFAC_NOT_EXACT = {
     "weighted pooling": ("weighted_pool", "reduce", "01", 4, None),
     "softmax regression": ("softmax_regression", "expand", ("",), 20, CE),
     "mlp": ("mlp", "expand", "02", 4, CE),
+    "mlp, whole": ("mlp", "whole", "02", 4, CE),
 }
 
 

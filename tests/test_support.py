@@ -31,6 +31,7 @@ APPROXIMATIONS = {
     "kfac": {"approx": "kfac"},
     "kfac, exact damping": {"approx": "kfac", "damping_type": "exact"},
     "kfac, reduce": {"approx": "kfac", "sharing": "reduce"},
+    "kfac, whole": {"approx": "kfac", "sharing": "whole"},
     "ekfac": {"approx": "ekfac"},
     "diag": {"approx": "diag"},
     "lowrank": {"approx": "lowrank", "rank": 8},

@@ -223,7 +223,10 @@ class Sides:
 class Kronecker:
     """C ≈ B ⊗ A per group: A = mean a a^T, B = sum s s^T (Martens & Grosse 2015; Eschenhagen et al. 2023).
 
-    sharing: "expand" takes every position as a sample, "reduce" averages a and sums s over positions first.
+    sharing: "expand" takes every position as a sample, "reduce" averages a and sums s over positions first. "whole"
+        takes the gradient G = sum_r s a^T [o, d] of a sample as it is: B = sum G G^T and A = sum G^T G / sum norm(G)²,
+        so that B ⊗ A has the partial traces of C, and is C where that is a Kronecker product. With one position all
+        are the same.
     corrected: keep also the exact second moments in the eigenbasis of B ⊗ A, and use them as its eigenvalues
         (ekfac; George et al. 2018). They are measured in the basis of the last factor and carried to a new one.
     sides: how A and B are kept; None: dense. A weight that is also used transposed (an embedding and its output
@@ -255,18 +258,27 @@ class Kronecker:
         for use in stats.only_layer("kfac"):
             suffix, inner, outer = ("_t", left, right) if use.transposed else ("", right, left)
             found: Tensors = {}
-            if "A" in wanted:
+            whole = self.sharing == "whole" and use.s.shape[2] > 1
+            if "A" in wanted and whole:
+                cov = use.row_gram("right", inner) * stats.scale
+                found = {f"A{suffix}": cov, f"count{suffix}": cov.diagonal(dim1=-2, dim2=-1).flatten(1).sum(-1)}
+            elif "A" in wanted:
                 cov, count = use.inputs.cov(self.sharing, inner)
                 if stats.share != 1:
                     cov, count = cov * stats.share, count * stats.share
-                found = {f"A{suffix}": cov, f"count{suffix}": count}
+                found = {f"A{suffix}": cov, f"count{suffix}": self._counts(count, len(cov))}
             if "B" in wanted:
-                found[f"B{suffix}"] = use.output_cov(self.sharing, outer).mul_(stats.scale)
+                own = use.row_gram("left", outer) if whole else use.output_cov(self.sharing, outer)
+                found[f"B{suffix}"] = own.mul_(stats.scale)
             for key, value in found.items():
                 tensors[key] = tensors[key] + value if key in tensors else value
         if self.corrected and basis is not None and "B" in wanted:
             tensors["moments"] = stats.squares(*basis)
         return tensors
+
+    def _counts(self, count: Tensor, groups: int) -> Tensor:
+        """What A is divided by: one number, or for whole gradients one per group."""
+        return count.expand(groups).clone() if self.sharing == "whole" else count
 
     def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
         raise NotImplementedError
@@ -284,7 +296,7 @@ class Kronecker:
             if f"B{suffix}" in tensors:
                 of_A, of_B = (tensors[f"{key}{suffix}"].diagonal(dim1=-2, dim2=-1).flatten(1).sum(-1) for key in "AB")
                 count = tensors[f"count{suffix}"]
-                total = total + of_A @ of_B / count.clamp_min(torch.finfo(count.dtype).tiny)
+                total = total + (of_A * of_B / count.clamp_min(torch.finfo(count.dtype).tiny)).sum()
         return total
 
     def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
@@ -294,7 +306,8 @@ class Kronecker:
         tensors: Tensors = {}
         for suffix in sides.uses:
             A, B = (left, right) if suffix else (right, left)
-            tensors |= {f"A{suffix}": A.clone(), f"count{suffix}": like.new_zeros(()), f"B{suffix}": B.clone()}
+            count = self._counts(like.new_zeros(()), g)
+            tensors |= {f"A{suffix}": A.clone(), f"count{suffix}": count, f"B{suffix}": B.clone()}
         return {**tensors, "moments": like.new_zeros(g, o, d)} if self.corrected else tensors
 
     def factor(
@@ -321,8 +334,8 @@ class Kronecker:
         pairs = []
         for suffix in ("", "_t"):
             if f"B{suffix}" in tensors:
-                count = tensors[f"count{suffix}"]
-                A, B = tensors[f"A{suffix}"] / count.clamp_min(torch.finfo(count.dtype).tiny), tensors[f"B{suffix}"]
+                A, count, B = (tensors[f"{key}{suffix}"] for key in ("A", "count", "B"))
+                A = A / count.clamp_min(torch.finfo(count.dtype).tiny).reshape(-1, *(1,) * (A.dim() - 1))
                 pairs.append((A, B) if suffix else (B, A))
         if len(pairs) == 1:
             return pairs[0]

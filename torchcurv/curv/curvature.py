@@ -45,7 +45,7 @@ APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
     "block": lambda options, layers: Dense(spectrum=_spectrum(options)),
     "unit": lambda options, layers: Dense(True, _wide(options, layers[0]), _spectrum(options)),
     "kfac": lambda options, layers: _kfac(options, layers[0]),
-    "ekfac": lambda options, layers: Kronecker(options.sharing, corrected=True, sides=_sides(options, layers[0])),
+    "ekfac": lambda options, layers: _kronecker(options, layers[0], corrected=True),
     "diag": lambda options, layers: Diagonal(_spectrum(options)),
     "lowrank": lambda options, layers: LargestPairs(options.rank, _spectrum(options)),
 }
@@ -54,7 +54,7 @@ HESSIAN_METHODS = (None, "exact", "hutchinson", "propagate", "price")
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "curv_type": (*KINDS, SECOND, INPUT),
     "approx": (*APPROXIMATIONS, None),
-    "sharing": ("expand", "reduce"),
+    "sharing": ("expand", "reduce", "whole"),
     "damping_type": ("factored", "exact"),
     "hessian_method": HESSIAN_METHODS,
     "indefinite": SPECTRA,
@@ -77,12 +77,22 @@ def _sides(options: Options, layer: Layer) -> Sides:
     return Sides.of(layer, options.factor_blocks, options.max_factor_dim)
 
 
+def _shared(options: Options, layer: Layer) -> str:
+    """How positions count: there is no gradient of a sample without signals, nor a small one of tokens."""
+    unknown = options.curv_type in (SECOND, INPUT) or any(s.transposed or s.view.tokens for s in layer.sites)
+    return "expand" if options.sharing == "whole" and unknown else options.sharing
+
+
+def _kronecker(options: Options, layer: Layer, corrected: bool = False) -> Kronecker:
+    return Kronecker(_shared(options, layer), corrected, _sides(options, layer), _spectrum(options))
+
+
 def _kfac(options: Options, layer: Layer) -> Approximation:
-    sides = _sides(options, layer)
     if options.curv_type != INPUT:
-        return Kronecker(options.sharing, sides=sides, spectrum=_spectrum(options))
+        return _kronecker(options, layer)
     each_step = options.ema_decay == 0 and options.update_every == 1 and options.refactor_every == 1
-    return InputSide.of(layer, sides, options.sharing, each_step and options.damping_type == "factored")
+    by_rows = each_step and options.damping_type == "factored"
+    return InputSide.of(layer, _sides(options, layer), _shared(options, layer), by_rows)
 
 
 _METHODS_OF: dict[str | None, tuple[str, ...]] = {
@@ -104,7 +114,11 @@ class Options:
         those of a "group", a "layer", or a "parameter".
     rank: how many eigenpairs "lowrank" keeps, those of largest magnitude.
     samples: signals drawn per pass (random signs for the ggn, labels for the Fisher); None sends all of them.
-    sharing: "expand" or "reduce", how K-FAC treats positions that share a weight.
+    sharing: how K-FAC treats positions that share a weight. "expand": each is a sample of its own, as if their signals
+        were independent. "reduce": inputs are averaged and signals added up over them first, as if each position had
+        the same. "whole": the gradient G of a sample is taken as it is, A = Σ G^T G / Σ norm(G)² and B = Σ G G^T; then
+        B ⊗ A has the partial traces of C, and is C wherever that is a Kronecker product. With one position per sample
+        there is no difference. Embeddings, tied weights, curv_type="hessian" and "input" take it for "expand".
     damping: λ of (C + λ I)^-1, in units of the loss per squared parameter; > 0 for a step.
     damping_type: "exact" Tikhonov through eigenvectors, or "factored" over the Kronecker factors by Cholesky.
     ema_decay: the fraction ρ of the old that a running average keeps per step (ρ^k over the k steps between two

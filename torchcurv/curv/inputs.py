@@ -73,6 +73,23 @@ def block_gram(x: Tensor, blocks: int) -> Tensor:
     return torch.einsum("nrgkp,nrgkq->gkpq", parts, parts)
 
 
+def product_gram(x: Tensor, y: Tensor, blocks: int) -> Tensor:
+    """The diagonal blocks of sum_n M^T M for M = sum_r y x^T [g, q, d], of x [n, r, g, d] and y [n, r, g, q].
+
+    With fewer r than q without M: sum_{n,r,t} (y_r · y_t) x_r x_t^T.
+    """
+    r, g, d = x.shape[1:]
+    if r > y.shape[-1]:
+        return block_gram(torch.einsum("nrgq,nrgd->nqgd", y, x), blocks)
+    z = torch.einsum("ngrt,ntgd->nrgd", torch.einsum("nrgq,ntgq->ngrt", y, y), x)
+    m = side_shape(g, d, blocks)[-1]
+    if blocks == 1:
+        return torch.einsum("nrgp,nrgq->gpq", x, z)
+    if m == 1:
+        return (x * z).sum((0, 1))[..., None, None]
+    return torch.einsum("nrgkp,nrgkq->gkpq", folded(x, m), folded(z, m))
+
+
 # -------------------------------------------------------------------------------------- one layer's inputs
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchcurv.curv.inputs import Inputs, block_gram
+from torchcurv.curv.inputs import Inputs, block_gram, product_gram
 from torchcurv.curv.layers import Layer
 from torchcurv.curv.linalg import aligned_empty, times_squares
 from torchcurv.curv.sides import times
@@ -63,6 +63,20 @@ class Use:
         if self.transposed and self.layer.bias is not None:
             s = F.pad(s, (0, 1))  # on this side lies the bias, which this use does not touch
         return block_gram(s.flatten(0, 1), blocks)
+
+    def row_gram(self, side: str, blocks: int) -> Tensor:
+        """sum_{v,n} G G^T ("left") or G^T G ("right") of the rows G = sum_r s a^T [o, d], as a side."""
+        n, r, g, o = self.s.shape[1:]
+        size = max(1, 16 * CHUNK // (g * max(r, o) * self.layer.shape[-1]))
+
+        def grams() -> Iterator[Tensor]:
+            for start in range(0, n, size):
+                some = slice(start, start + size)
+                a = self.inputs.of(some).with_ones
+                for s in self.s[:, some]:
+                    yield product_gram(s, a, blocks) if side == "left" else product_gram(a, s, blocks)
+
+        return _added(grams())
 
     def row_chunks(
         self, signals: slice = slice(None), samples: slice = slice(None), outputs: slice = slice(None)
