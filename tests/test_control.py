@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import cases
 import measured
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 import torchcurv.optim.second_order as second_order_module
 from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer, curvature
+from torchcurv.curv.passes import Receiver
 from torchcurv.optim.evaluation import RIDGE, Evaluation, minimiser
 from torchcurv.optim.update import levenberg_marquardt, scale_within
 
@@ -136,6 +138,124 @@ def test_buffers_that_a_pass_replaces_come_back():
     evaluation.curvature(directions(model, 2), {p: p.detach() for p in model.parameters()})
     evaluation.loss_now()
     assert model.calls == 1
+
+
+def losses_and_slopes(model, x, y, d):
+    """ℓ_i and ∇ℓ_i·d of every sample."""
+    each = [F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]) for i in range(len(x))]
+    slopes = [flat(torch.autograd.grad(loss, list(model.parameters()))) @ flat(d.values()) for loss in each]
+    return torch.stack([loss.detach() for loss in each]), torch.stack(slopes)
+
+
+@pytest.mark.parametrize("samples", [1, 4, 6, None])
+@pytest.mark.parametrize("penalty", [0.0, 0.3])
+@pytest.mark.parametrize("hooks", [False, True])
+def test_the_change_of_a_loss_is_of_first_order_that_of_the_batch_and_else_that_of_its_part(samples, penalty, hooks):
+    model, (x, y) = make_model(), DATA[0]
+    if hooks:
+        model.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+        model.register_forward_hook(lambda _, args, output: output.sin())
+
+    def evaluate():
+        output = model(x)
+        loss = F.cross_entropy(output, y)
+        return loss + penalty * sum(p.square().sum() for p in model.parameters()) if penalty else loss, output
+
+    (d,), at = directions(model, 1), {p: p.detach().clone() for p in model.parameters()}
+    evaluation = Evaluation(model, evaluate, samples)
+    evaluation.backward()
+    slope = sum((p.grad * d[p]).sum() for p in d)
+    before, slopes = losses_and_slopes(model, x, y, d)
+    with torch.no_grad():
+        for p in d:
+            p += d[p]
+    product, change = evaluation.checked(d, at, slope)
+    after, _ = losses_and_slopes(model, x, y, d)
+    if penalty or samples in (6, None):
+        expected = evaluate()[0].detach() - evaluation.loss.detach()
+    else:
+        expected = slope + (after - before - slopes)[:samples].mean()
+    torch.testing.assert_close(change, expected)
+    for p in d:
+        p.data.copy_(at[p])
+    if not hooks:
+        C = ggn(model, x[:samples], y[:samples])
+        torch.testing.assert_close(product, flat(d.values()) @ C @ flat(d.values()))
+
+
+@pytest.mark.parametrize("trigger", ["module", "name", "observe", "sum", "weights"])
+def test_factors_are_made_of_as_many_samples_as_they_need(trigger):
+    """Of the first 16 (4 + 1) = 80 of 200."""
+    model, x, y = cases.seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()), None, None
+    x, y = cases.randn(200, 4), torch.arange(200) % 3
+    weight = torch.tensor([0.5, 1.0, 2.0]).double() if trigger == "weights" else None
+    loss = nn.CrossEntropyLoss(weight, reduction="sum" if trigger == "sum" else "mean")
+    options = {"samples": None, "damping_type": "exact"}
+    optimizer = SecondOrderOptimizer(
+        model, loss_fn={"name": "cross_entropy", "observe": None}.get(trigger, loss), step_rule="quadratic",
+        model_samples=7, **options,
+    )  # fmt: skip
+    total = nn.CrossEntropyLoss(weight, reduction="sum")
+    expected = {
+        block.name: curvature(model, total, [(x[:80], y[:80])], params=block.params, **options).to_dense()
+        for block in optimizer._blocks
+    }
+
+    def evaluate():
+        output = model(x)
+        if trigger == "observe":
+            optimizer.observe(output, y, loss)
+        return loss(output, y), output
+
+    optimizer.step(evaluate)
+    terms = {"sum": 1, "weights": float(weight[y].sum()) if weight is not None else 1}.get(trigger, 200)
+    for block in optimizer._blocks:
+        truth = expected[block.name]
+        scale = 200 / 80 / terms
+        vectors = torch.eye(len(truth), dtype=truth.dtype)
+        got = torch.stack([cat(block, v) for v in vectors])
+        torch.testing.assert_close(got @ (scale * truth + 0.01 * vectors), vectors, rtol=1e-5, atol=1e-6)
+
+
+def test_an_output_that_is_flattened_to_rows_is_cut_by_samples():
+    """16 (4 + 1) rows are those of 40 samples with two positions each."""
+    directions = []
+    for n in (200, 40):
+        model = cases.seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double())
+        x, y, loss = cases.randn(200, 2, 4)[:n], (torch.arange(400) % 3)[: 2 * n], nn.CrossEntropyLoss()
+        optimizer = SecondOrderOptimizer(model, loss_fn=loss, step_rule="quadratic", model_samples=7, samples=None)
+
+        def evaluate(model=model, x=x, y=y, loss=loss):
+            output = model(x)
+            return loss(output.view(-1, 3), y), output
+
+        optimizer.step(evaluate)
+        gradients = {p: cases.randn(*p.shape, seed=k) for k, p in enumerate(model.parameters())}
+        directions.append(flat(optimizer._solve(gradients).values()))
+    torch.testing.assert_close(*directions)
+
+
+def cat(block, v):
+    """(C + 0.01)^-1 v by the factor of a block, in the order of its parameters."""
+    given = v.split([p.numel() for p in block.params])
+    pieces = [piece.of(part.reshape(p.shape)) for piece, p, part in zip(block.pieces, block.params, given, strict=True)]
+    return torch.cat([x.flatten() for x in block.direction(pieces, 0.01)])
+
+
+@pytest.mark.parametrize("kind", ["small batch", "model_samples", "empirical_fisher", "dropout", "diag"])
+def test_factors_are_made_of_all_samples_where_a_part_is_not_enough_or_not_possible(kind):
+    n = 150 if kind == "small batch" else 200
+    model, x, y = make_model(0.5 if kind == "dropout" else 0.0), cases.randn(n, 4), torch.arange(n) % 3
+    options = {"curv_type": kind} if kind == "empirical_fisher" else {"approx": kind} if kind == "diag" else {}
+    optimizer = SecondOrderOptimizer(
+        model, step_rule="quadratic", model_samples=None if kind == "model_samples" else 7, **options
+    )
+    seen = []
+    deliver = Receiver.deliver
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Receiver, "deliver", lambda self, *a, **k: (seen.append(self.n), deliver(self, *a, **k))[1])
+        optimizer.step(closure(model, x, y))
+    assert seen and set(seen) == {n}
 
 
 def test_micro_batches_need_one_output():
@@ -447,15 +567,19 @@ def test_damping_changes_every_t_steps_and_stays_within_bounds():
     groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "damping": 1.0}]
     optimizer = SecondOrderOptimizer(
         model, groups, step_rule="quadratic", damping_rule="lm", damping_interval=2, damping_decay=0.5, damping=0.1,
-        damping_bounds=(0.02, 10.0),
+        damping_bounds=(0.002, 10.0),
     )  # fmt: skip
     seen = []
     for x, y in DATA[:1] * 14:
         optimizer.step(closure(model, x, y))
         seen.append([group["damping"] for group in optimizer.param_groups])
-    assert seen[0] == [0.1, 1.0] and seen[1] in ([0.025, 0.25], [0.1, 1.0], [0.4, 4.0]) and seen[2] == seen[1]
-    assert all(0.02 <= low <= 10 and 0.02 <= high <= 10 for low, high in seen)
-    assert seen[-1] == [0.02, 0.02]  # the model is good: it is trusted
+    for before, after in pairwise([[0.1, 1.0], *seen[:2]]):  # the first two one by one
+        assert after[0] / before[0] == pytest.approx(after[1] / before[1])
+        assert after[0] / before[0] in (pytest.approx(0.5), 1, pytest.approx(2))
+    ratio = seen[3][0] / seen[1][0]
+    assert seen[2] == seen[1] and ratio in (pytest.approx(0.25), 1, pytest.approx(4))
+    assert all(0.002 <= low <= 10 and 0.002 <= high <= 10 for low, high in seen)
+    assert seen[-1] == [0.002, 0.002]  # the model is good: it is trusted
 
 
 @pytest.mark.parametrize("step_rule", ["fixed", "quadratic"])
@@ -938,7 +1062,7 @@ def test_damping_is_relative_where_the_optimizer_chooses_its_steps():
         return group["damping_scale"], group["damping"]
 
     assert chosen() == chosen(step_rule="quadratic") == chosen(damping_rule="lm") == ("absolute", 0.01)
-    assert chosen(step_rule="quadratic", damping_rule="lm") == ("relative", 0.1) == chosen(damping_scale="relative")
+    assert chosen(step_rule="quadratic", damping_rule="lm") == ("relative", 0.03) == chosen(damping_scale="relative")
     assert chosen(step_rule="quadratic", damping_rule="lm", damping_scale="absolute") == ("absolute", 0.01)
 
 

@@ -57,6 +57,7 @@ KINDS: dict[str, Callable[..., Iterator[Tensor]]] = {
     "fisher": _fisher,
     "empirical_fisher": _empirical_fisher,
 }
+SENT = ("ggn", "fisher")  # whose signals are drawn, and sent by a pass of our own
 SECOND, INPUT = "hessian", "input"  # send no signals
 GRADIENT = "gradient"  # the share of every sample in the gradient of L / R: no curvature, but rows to read with one
 

@@ -181,9 +181,10 @@ class Receiver:
             for use in uses:
                 block.add({"diag": use.weighted_squares()})
             return
-        left, right = block.sides
-        A, count = self.inputs(reached).cov(block.options.sharing, right)
-        B = torch.stack([_output_side(call, at_calls[id(call)], block.options.sharing) for call in reached]).sum(0)
+        (left, right), approx = block.sides, block.approx
+        assert isinstance(approx, Kronecker)
+        A, count = self.inputs(reached).cov(approx.sharing, right)
+        B = torch.stack([_output_side(call, at_calls[id(call)], approx.sharing) for call in reached]).sum(0)
         block.add({"A": A, "count": count, "B": to_blocks(B * self.n, left)})
 
     def _check_propagated(self, calls: list[Call], approx: str | None) -> None:
@@ -232,7 +233,7 @@ class Pass:
         arriving: Tensor | None = None,
     ) -> None:
         self.record, self.capture, self.loss, self.terms = record, capture, loss, terms
-        self.blocks, self.f, self.f_edge = blocks, f, f_edge
+        self.blocks, self.f, self.f_edge, self.output_edge = blocks, f, f_edge, output_edge
         self.loss_scale, self.arriving = loss_scale, arriving
         self.edges = {id(call): output_edge if edge is None else edge for call, edge in capture.calls}
         self.receiver = Receiver(record, terms, [call for call, _ in capture.calls])
@@ -255,7 +256,8 @@ class Pass:
         try:
             with full_precision(self.f.device.type):
                 first_order = [block for block in self.blocks if block.kind != SECOND]
-                self.verify([block for block in first_order if record.doubtful(block, self.receiver.n)])
+                sender, share = self.of_part()
+                sender.verify([block for block in first_order if record.doubtful(block, sender.receiver.n)])
                 kinds: dict[tuple[str, int | None], list[Curvature]] = {}
                 for block in self.blocks:
                     if block.name in record.due:
@@ -270,12 +272,23 @@ class Pass:
                     elif kind == "empirical_fisher" and own_loss_only:
                         self.listen(blocks, factor)
                     else:
-                        self.send(blocks, kind, samples, factor)
+                        sender.send(blocks, kind, samples, factor / share)
         finally:
             record.forward.inside = False
         record.passes += 1
 
     # ------------------------------------------------------------------------ a pass of our own
+
+    def of_part(self) -> tuple[Pass, float]:
+        """The pass that sends our own signals, and what share of the samples it is of."""
+        part = self.record.part
+        found = self.record.find(part) if part is not None and self.f_edge[:2] == self.output_edge[:2] else None
+        if found is None or part is None:
+            return self, 1.0
+        capture, edge = found
+        share, terms = capture.n / self.receiver.n, self.terms.first(capture.n)
+        f = part.detach().reshape(-1, *self.f.shape[1:])  # the loss may have been given the output flattened to rows
+        return Pass(self.record, capture, self.blocks, self.loss, terms, edge, f, edge), share
 
     def send(self, blocks: list[Curvature], kind: str, samples: int | None, factor: Tensor | float) -> None:
         """Send the kind's signals from f to the layers of these blocks."""

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from torchcurv.curv.approx import Kronecker
 from torchcurv.curv.capture import Call, Capture, Edge, Frozen, edge_of, frozen
 from torchcurv.curv.curvature import Curvature
 from torchcurv.curv.forward import Forward
 from torchcurv.curv.hooks import Hook, argument, ignored
-from torchcurv.curv.kinds import SECOND
+from torchcurv.curv.kinds import SECOND, SENT
 from torchcurv.curv.losses import Loss, Terms, at_least_float32, loss_of
 from torchcurv.curv.passes import Pass
 from torchcurv.curv.propagate import Tape
 
+ROWS = 16  # per row and column of a factor that is made of a part of the batch
 TAPES = 8  # forward passes whose functions are kept until a backward comes
 
 
@@ -87,6 +89,7 @@ class Record:
         self.step, self.passes = 0, 0
         self.task = -1  # the backward call that the last pass belongs to
         self.summed: Tensor | float | None = None  # terms of the losses that are sums, in this step; None: no such loss
+        self.part: Tensor | None = None  # the model's output for the first samples, which signals of our own start from
         self.tapes: list[list[Any]] = []  # [forward pass, its tape, whether a pass has used it]
         # Blocks whose gradient was found to be that of their recorded calls, and whether of more than one sample.
         self.verified: dict[str, bool] = {}
@@ -325,6 +328,20 @@ class Record:
         self.task = task
         if loss.reduction == "sum":
             self.summed = terms.count if self.summed is None else self.summed + terms.count
+
+    def samples_needed(self, f: Tensor) -> int:
+        """How many samples of this output the K-FAC factors that are due can be made of, by a pass of our own, so that
+        each has ROWS rows per row and column; all of them where there is no such pass, or other blocks are due."""
+        found, n = self.find(f), len(f)
+        blocks = [block for block in self.blocks if block.name in self.due]
+        if found is None or not blocks or not all(b.kind in SENT and isinstance(b.approx, Kronecker) for b in blocks):
+            return n
+        positions: dict[int, int] = {}
+        for call, _ in found[0].calls:
+            g, o, _ = self.layers[call.layer].site_shape(call.site)
+            positions[call.layer] = positions.get(call.layer, 0) + call.shape.numel() // (g * o)
+        layers = [k for block in blocks for k in self.members[block.name] if k in positions]
+        return max((-(-ROWS * n * max(self.layers[k].shape[1:]) // positions[k]) for k in layers), default=n)
 
     def _loss(self) -> Loss:
         assert self.loss_fn is not None

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
@@ -40,10 +41,10 @@ class Evaluation:
 
     closure: returns the loss, a 0-d tensor, or (loss, output), without calling backward(). output: f, of which the
         loss is a function; by default what the model returned last.
-    samples: so many of the batch, the first, are what products with J are made of; None: all. Every tensor argument of
-        the model that is as long as the output counts as a batch. All samples are taken where fewer would be another
-        function: where the closure does more than to call the model on its output, where random numbers are drawn, and
-        where batch norms normalise with the batch.
+    samples: so many of the batch, the first, are its part: what runs again runs on these, and stands for all. None: the
+        part is all of the batch. Every tensor argument of the model that is as long as the output counts as a batch.
+        It is all as well where fewer would be another function: where the closure does more than to call the model on
+        its output, where random numbers are drawn, and where batch norms normalise with the batch.
     products: whether `curvature` will be asked for, for which the graph is kept.
     """
 
@@ -55,11 +56,13 @@ class Evaluation:
         self._draws = self._generators()
         with torch.enable_grad():
             self.loss, self.output, calls = self._closure()
-        self._part: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.count, self._call = len(self.output), None
         drawn = any(not torch.equal(x, y) for x, y in zip(self._draws, self._generators(), strict=True))
-        together = any(isinstance(m, _BatchNorm) and uses_batch_statistics(m) for m in model.modules())
         if len(calls) == 1 and calls[0].is_all(self.output) and not drawn:
-            self._part = _first(calls[0], len(self.output), None if together else samples)
+            self._call = calls[0]
+            together = any(isinstance(m, _BatchNorm) and uses_batch_statistics(m) for m in model.modules())
+            if samples is not None and not together:
+                self.count = min(self.count, samples)
         self._slope = self._at_output() if products else torch.zeros(())
 
     def _at_output(self) -> Tensor:
@@ -78,6 +81,19 @@ class Evaluation:
         with _without_backward():
             self.loss.backward(retain_graph=self._products)
 
+    @property
+    def share(self) -> float:
+        """The part of the batch, as a share of it."""
+        return self.count / len(self.output)
+
+    @torch.enable_grad()
+    def output_of(self, count: int) -> Tensor:
+        """f of the first so many samples, as a forward pass of their own computes it; not where the part is all."""
+        assert self._call is not None
+        args, kwargs = self._call.first(count)
+        with self._again():
+            return self.model(*args, **kwargs)
+
     @torch.no_grad()
     def loss_now(self) -> Tensor:
         """The loss of this batch at what the parameters hold now."""
@@ -86,17 +102,52 @@ class Evaluation:
 
     def curvature(self, directions: list[Vector], at: Vector) -> Tensor:
         """[k, k] of d_i^T C d_j; at: all parameters, as they were when the loss was computed."""
-        tangents = [at_least_float32(self._along(d, at)) for d in directions]
+        return self._gram([self._along(d, at) for d in directions])
+
+    @torch.no_grad()
+    def checked(self, d: Vector, at: Vector, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """(d^T C d, L(at + d) - L(at)), with the parameters at + d now. slope: g·d.
+
+        The part stands for the batch in all but the first order g·d of the change, where there is no other way from
+        the parameters to the loss than by the output.
+        """
+        tangent = self._along(d, at)
+        if self.share == 1 or _reaches(self.loss, self.output, set(at)):
+            return self._gram([tangent])[0, 0], self.loss_now() - self.loss
+        with self._again(), self._in_place_of_all():
+            change = self._closure()[0] - self.loss - inner(self._slope[: self.count], tangent)
+        return self._gram([tangent])[0, 0], slope + change / self.share
+
+    @contextmanager
+    def _in_place_of_all(self) -> Iterator[None]:
+        """The model runs on the part, and returns what it did before of the other samples."""
+        n, kept = len(self.output), self.output[self.count :]
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return _first((args, kwargs), n, self.count)
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            return torch.cat([output, kept])
+
+        hooks = [self.model.register_forward_pre_hook(before, prepend=True, with_kwargs=True)]
+        hooks.append(self.model.register_forward_hook(after))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _gram(self, tangents: list[Tensor]) -> Tensor:
+        """[k, k] of t_i^T H_L t_j, for t_i = J d_i."""
         products = [self._hessian_times(t) for t in tangents]
-        rows = [torch.stack([inner(t, x) for x in products]) for t in tangents]
-        return torch.stack(rows) * (len(self.output) / len(tangents[0]))
+        return torch.stack([torch.stack([inner(t, x) for x in products]) for t in tangents]) / self.share
 
     @torch.no_grad()
     def _along(self, direction: Vector, at: Vector) -> Tensor:
-        """J d, for the first of the samples."""
+        """J d, for the part, in float32 or better."""
         _load_forward_mode()
         try:
-            return self._differentiated(direction, at)
+            return at_least_float32(self._differentiated(direction, at))
         except NotImplementedError as error:
             raise NotImplementedError(
                 f"the model cannot be differentiated in forward mode, as a model of its loss needs: {error}. Take "
@@ -109,10 +160,11 @@ class Evaluation:
                 p: forward_ad.make_dual(x, direction[p].to(x.dtype)) if p in direction else x for p, x in at.items()
             }
             names = self._closure.names
-            if self._part is None:
+            if self._call is None:
                 output = functional_call(self._closure, {f"model.{names[p]}": x for p, x in values.items()}, ())[1]
             else:
-                output = functional_call(self.model, {names[p]: x for p, x in values.items()}, *self._part)
+                own = {names[p]: x for p, x in values.items()}
+                output = functional_call(self.model, own, *self._call.first(self.count))
             tangent = forward_ad.unpack_dual(output).tangent
         return torch.zeros_like(output) if tangent is None else tangent
 
@@ -168,6 +220,10 @@ class _Call(NamedTuple):
         """Whether the model alone makes the output, without the closure's help."""
         return self.output is output and version_of(output) == self.version and not self.autocast
 
+    def first(self, count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments, for the first so many samples."""
+        return _first((self.args, self.kwargs), len(self.output), count)
+
 
 class _Closure(nn.Module):
     """A closure as a function of the parameters of the model that it calls: (loss, output, calls of the model)."""
@@ -179,16 +235,22 @@ class _Closure(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor, list[_Call]]:
         calls: list[_Call] = []
+        given: list[tuple[Any, Any]] = []  # to the calls that run, before other hooks change it
 
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def start(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given.append((args, kwargs))
+
+        def end(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-            calls.append(_Call(args, kwargs, output, version_of(output), autocast))
+            calls.append(_Call(*given.pop(), output, version_of(output), autocast))
 
-        hook = self.model.register_forward_hook(note, with_kwargs=True)
+        hooks = [self.model.register_forward_pre_hook(start, prepend=True, with_kwargs=True)]
+        hooks.append(self.model.register_forward_hook(end))
         try:
             result = self.closure()
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         if isinstance(result, tuple) and len(result) != 2:
             raise TypeError(f"the closure returned {len(result)} values; return the loss, or (loss, output)")
         if not isinstance(result, tuple) and len(calls) > 1:
@@ -208,14 +270,24 @@ class _Closure(nn.Module):
         return loss, output, calls
 
 
-def _first(call: _Call, n: int, samples: int | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call of the model with n samples, for the first of them."""
-    count = n if samples is None else min(n, samples)
+def _first(tree: Any, n: int, count: int) -> Any:
+    """Every tensor in it that is n long, cut to the first so many."""
+    return tree_map(lambda x: x[:count] if isinstance(x, Tensor) and x.dim() and len(x) == n else x, tree)
 
-    def cut(x: Any) -> Any:
-        return x[:count] if isinstance(x, Tensor) and x.dim() and len(x) == n else x
 
-    return tree_map(cut, call.args), tree_map(cut, call.kwargs)
+def _reaches(loss: Tensor, output: Tensor, params: set[Tensor]) -> bool:
+    """Whether the loss depends on any of the parameters otherwise than by the output."""
+    seen = {get_gradient_edge(output).node}
+    todo = [get_gradient_edge(loss).node]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", None) in params:
+            return True
+        todo += [below for below, _ in node.next_functions if below is not None]
+    return False
 
 
 @cache

@@ -63,7 +63,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     V^T G V / V^T C V of it, but by 0.01 at least.
 
     With damping_rule="lm" (Levenberg and Marquardt) the damping of every group is divided by ω = damping_decay^T if, on
-    the batch of every T-th step,
+    the batch of every T-th step (ω = damping_decay for each of the first T),
 
         ρ = (L(θ + d) - L(θ)) / (g·d + ½ d^T (G + l2) d)
 
@@ -71,6 +71,10 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     fits any model that has more directions than the batch has outputs (samples times classes, or pixels): where
     Σ tr C (C + λ)^-1 over the blocks is above 4.5 times these, the damping is divided by ω whatever ρ is, and above two
     thirds of that it is not made smaller.
+
+    Of batches larger than `model_samples` the first so many stand for all: in products with G, and in L(θ + d) - L(θ)
+    but for its first order g·d. K-FAC factors are then made of the first samples as well: of as many as give each 16
+    rows (samples times positions) per row and column, where half of the batch has these.
 
     Both need `step(closure)`, with a closure that returns the loss, or (loss, output), without calling backward():
 
@@ -93,7 +97,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         momentum: 0 <= momentum < 1; for step_rule="quadratic" any but 0 lets the model choose. nesterov: look ahead.
         momentum_type: "preconditioned" averages V, "raw" averages g before preconditioning.
         damping: λ > 0, a number, a 0-d tensor, or a function of the step; for damping_rule="lm" the first value. None:
-            0.01, or 0.1 if it is relative. damping_type: "factored" or "exact" (through eigenvectors).
+            0.01, or 0.03 if it is relative. damping_type: "factored" or "exact" (through eigenvectors).
         damping_scale: "absolute": λ is in units of the loss's curvature. "relative": it is the damping times the mean
             eigenvalue of each block, tr C / dim C, so that no loss, width or layer has units of its own. "auto":
             relative for step_rule="quadratic" with damping_rule="lm", else absolute.
@@ -105,15 +109,17 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             KL clip, which then has no effect on it.
         normalize_weights: after each step every tensor that moved and has two or more dimensions has norm sqrt(2 o),
             for o = p.shape[0] outputs: for weights in front of a normalisation, whose scale means nothing.
-        step_rule: "fixed", or "quadratic". model_samples: products with G are made of so many of a larger batch; None:
-            of all. Fewer are faster, and fit a model to themselves: 125 let classifiers diverge.
-        damping_rule: "fixed", or "lm", with damping_interval = T, damping_decay, and damping_bounds of λ.
+        step_rule: "fixed", or "quadratic". model_samples: so many of a larger batch stand for it; None: it is taken as
+            a whole. Fewer are faster, and fit a model to themselves: 125 let classifiers diverge.
+        damping_rule: "fixed", or "lm", with damping_interval = T, damping_decay, and damping_bounds of λ; None: 1e-4 to
+            1e8 if it is relative, else from 1e-8.
         curvature_warmup: the first so many steps measure curvature and leave the parameters alone.
         samples: signals drawn per step; None: the exact curvature (one backward pass per output element).
         update_every, refactor_every: an int, a function of the step, "adaptive", or "auto": 1 in the first 10 steps,
             where curvature changes fast, and then 10; always 1 for curv_type="input" and for approx="full" and "block",
             which may be made of the rows of one batch.
-        sharing, ema_decay (or a function of the step), refresh_tol, refresh_cap, refresh_warmup, rows_limit,
+        sharing: see `torchcurv.curv.curvature.Options`; None: "whole" for step_rule="quadratic", else "expand".
+        ema_decay (or a function of the step), refresh_tol, refresh_cap, refresh_warmup, rows_limit,
             factor_blocks, max_factor_dim, max_positions, partition, rank: see `torchcurv.curv.curvature.Options`.
         reduction, class_dim: of a loss given by name. output_fn: from the model's output to the loss's input.
         grad_scaler: the torch.amp.GradScaler that scales the loss, if any.
@@ -156,10 +162,10 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         damping_rule: str = "fixed",
         damping_interval: int = 5,
         damping_decay: float = 0.7,
-        damping_bounds: tuple[float, float] = (1e-8, 1e8),
+        damping_bounds: tuple[float, float] | None = None,
         curvature_warmup: int = 0,
         samples: int | None = 1,
-        sharing: str = "expand",
+        sharing: str | None = None,
         damping_type: str = "factored",
         ema_decay: float | Callable[[int], float] = 0.95,
         update_every: int | str | Callable[[int], int] = "auto",
@@ -188,8 +194,13 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         lr = (1.0 if quadratic else 0.1) if lr is None else lr
         if damping_scale == "auto":
             damping_scale = "relative" if quadratic and damping_rule == "lm" else "absolute"
+        relative = damping_scale == "relative"
         if damping is None:
-            damping = 0.1 if damping_scale == "relative" else 0.01
+            damping = 0.03 if relative else 0.01
+        if damping_bounds is None:
+            damping_bounds = (1e-4 if relative else 1e-8, 1e8)
+        if sharing is None:
+            sharing = "whole" if quadratic else "expand"
         self._kl_clip = checked_kl_clip(kl_clip, None if quadratic else 0.01)
         given = locals()
         self._control = {name: given[name] for name in _CONTROL}
@@ -274,10 +285,10 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         assert self.model is not None
         control = self._control
         quadratic = control["step_rule"] == "quadratic" and not self._warming_up
-        checked = control["damping_rule"] == "lm" and (self._steps + 1) % control["damping_interval"] == 0
+        checked = self._steps_to_check()
         self.zero_grad()
-        evaluation = Evaluation(self.model, closure, control["model_samples"], products=quadratic or checked)
-        evaluation.backward()
+        evaluation = Evaluation(self.model, closure, control["model_samples"], products=quadratic or checked > 0)
+        self._backward(evaluation)
         self._last = {"loss": evaluation.loss.detach()}
         with torch.no_grad():
             if self._refresh():
@@ -285,6 +296,17 @@ class SecondOrderOptimizer(CurvatureOptimizer):
                     self._controlled_update(evaluation, checked)
                 self._finish_step()
         return evaluation.loss.detach()
+
+    def _backward(self, evaluation: Evaluation) -> None:
+        """Gradients of the batch; curvature of a part of it where that is enough and half of it or less."""
+        record, n = self._require_record(), len(evaluation.output)
+        needed = record.samples_needed(evaluation.output) if evaluation.share < 1 else n
+        if needed <= n // 2:
+            record.part = evaluation.output_of(needed)
+        try:
+            evaluation.backward()
+        finally:
+            record.part = None
 
     def _update(self) -> None:
         if self._warming_up:
@@ -352,7 +374,14 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 
     # ------------------------------------------------------------------------------- step control
 
-    def _controlled_update(self, evaluation: Evaluation, checked: bool) -> None:
+    def _steps_to_check(self) -> int:
+        """Over how many steps the damping is to change after this one: the first T one by one, then all T."""
+        interval, step = self._control["damping_interval"], self._steps - self._control["curvature_warmup"]
+        if self._control["damping_rule"] != "lm" or step < 0:
+            return 0
+        return 1 if step < interval else interval if (step + 1) % interval == 0 else 0
+
+    def _controlled_update(self, evaluation: Evaluation, checked: int) -> None:
         before = {p: p.detach().clone() for p in self._params() if p.grad is not None} if checked else {}
         if self._control["step_rule"] == "quadratic":
             self._quadratic_update(evaluation)
@@ -361,7 +390,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         if not checked:
             return
         try:
-            self._adapt_damping(evaluation, before)
+            self._adapt_damping(evaluation, before, checked)
         except Exception:
             self._take_back(before)
             raise
@@ -413,21 +442,22 @@ class SecondOrderOptimizer(CurvatureOptimizer):
                 relative.update(dict.fromkeys(block.params, group["damping"] * block.mean_eigenvalue()))
         return fixed, relative
 
-    def _adapt_damping(self, evaluation: Evaluation, before: Vector) -> None:
-        """Levenberg and Marquardt's rule, for the step that was made; one host sync."""
+    def _adapt_damping(self, evaluation: Evaluation, before: Vector, steps: int) -> None:
+        """Levenberg and Marquardt's rule, for the step that was made, to count for so many; one host sync."""
         moved = {p: (p.detach() - x).to(torch.promote_types(x.dtype, torch.float32)) for p, x in before.items()}
         l2 = {p: group["l2"] for group in self.param_groups for p in group["params"]}
         gradients = {p: p.grad for p in before if p.grad is not None}
-        linear, square = dot(moved, gradients) + dot(moved, before, l2), dot(moved, moved, l2)
-        predicted = linear + 0.5 * (evaluation.curvature([moved], before)[0, 0] + square)
-        actual = evaluation.loss_now() - evaluation.loss.detach() + dot(moved, before, l2) + 0.5 * square
+        slope = dot(moved, gradients)
+        curvature, change = evaluation.checked(moved, before, slope)
+        decay = dot(moved, before, l2) + 0.5 * dot(moved, moved, l2)
+        predicted, actual = slope + 0.5 * curvature + decay, change + decay
         dimension = self._effective_dimension(evaluation.loss.detach())
         self._last |= {"predicted": predicted, "actual": actual, "effective_dimension": dimension}
-        size = evaluation.loss.detach().abs() * (8 * torch.finfo(evaluation.loss.dtype).eps)
+        size = evaluation.loss.detach().abs() * (8 * torch.finfo(evaluation.loss.dtype).eps / evaluation.share)
         read = torch.stack([x.double() for x in (actual, predicted, size, dimension)])
         change, expected, noise, directions = read.tolist()
         control = self._control
-        omega = control["damping_decay"] ** control["damping_interval"]
+        omega = control["damping_decay"] ** steps
         factor = levenberg_marquardt(change, expected, omega, noise)
         crowding = directions / (MOST_DIRECTIONS * evaluation.output.numel())
         if crowding > 2 / 3:  # smaller by ω, it would leave up to half as many more
