@@ -582,6 +582,20 @@ def test_damping_changes_every_t_steps_and_stays_within_bounds():
     assert seen[-1] == [0.002, 0.002]  # the model is good: it is trusted
 
 
+def test_damping_changes_by_single_steps_at_first():
+    """Where the model is right at every step: least squares."""
+    model, x, y = cases.seeded(lambda: nn.Linear(4, 2).double()), cases.randn(20, 4), cases.randn(20, 2, seed=1)
+    optimizer = SecondOrderOptimizer(
+        model, loss_fn="mse", lr=0.1, step_rule="quadratic", damping_rule="lm", damping_interval=3, damping_decay=0.5,
+        damping=1.0, curvature_warmup=2, damping_bounds=(1e-8, 1e8), **EXACT,
+    )  # fmt: skip
+    seen = []
+    for _ in range(12):
+        optimizer.step(closure(model, x, y, F.mse_loss))
+        seen.append(math.log2(optimizer.param_groups[0]["damping"]))
+    assert seen == [0, 0, -1, -2, -3, -3, -3, -6, -6, -6, -9, -9]
+
+
 @pytest.mark.parametrize("step_rule", ["fixed", "quadratic"])
 def test_a_step_that_makes_its_loss_rise_is_taken_back(step_rule):
     model, (x, y) = make_model(), DATA[0]

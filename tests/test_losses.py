@@ -53,6 +53,17 @@ def test_a_named_loss_gives_the_curvature_of_its_module(case, kind):
     close(measured(opt), truth(opt, case.loss, x, y, kind))
 
 
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(ignore_index=1), nn.MSELoss(), nn.BCEWithLogitsLoss()])
+def test_the_terms_of_the_first_samples_have_the_factor_of_all(loss):
+    f, labels = cases.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    y = labels if isinstance(loss, nn.CrossEntropyLoss) else nn.functional.one_hot(labels, 3).double()
+    every = loss_of(loss).terms(f, y, 5)
+    some, alone = every.first(3), loss_of(loss).terms(f[:3], y[:3], 3)
+    assert torch.equal(some.f, alone.f) and torch.equal(some.residual(), alone.residual())
+    assert (some.weights is None and alone.weights is None) or torch.equal(some.weights, alone.weights)
+    assert float(some.reduction) == float(every.reduction) != float(alone.reduction)
+
+
 def test_a_right_prediction_of_gradient_zero_is_a_term_and_an_ignored_one_is_not():
     model, x, y, loss = cases.seeded(lambda: nn.Linear(4, V)), cases.randn(N, 4), labels(N), nn.CrossEntropyLoss()
     with torch.no_grad():

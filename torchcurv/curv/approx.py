@@ -225,8 +225,9 @@ class Kronecker:
 
     sharing: "expand" takes every position as a sample, "reduce" averages a and sums s over positions first. "whole"
         takes the gradient G = sum_r s a^T [o, d] of a sample as it is: B = sum G G^T and A = sum G^T G / sum norm(G)²,
-        so that B ⊗ A has the partial traces of C, and is C where that is a Kronecker product. With one position all
-        are the same.
+        so that B ⊗ A has the partial traces of C, and is C where that is a Kronecker product; elsewhere it is one step
+        of the power iteration towards the nearest one (Morwani et al. 2025, 2406.17748). With one position all are the
+        same.
     corrected: keep also the exact second moments in the eigenbasis of B ⊗ A, and use them as its eigenvalues
         (ekfac; George et al. 2018). They are measured in the basis of the last factor and carried to a new one.
     sides: how A and B are kept; None: dense. A weight that is also used transposed (an embedding and its output
