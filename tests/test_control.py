@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import torchcurv.optim.second_order as second_order_module
 from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer, curvature
 from torchcurv.curv.passes import Receiver
-from torchcurv.optim.evaluation import RIDGE, Evaluation, minimiser
+from torchcurv.optim.evaluation import RIDGE, Evaluation, minimiser, sample_order
 from torchcurv.optim.update import levenberg_marquardt, scale_within
 
 DATA = [(cases.randn(6, 4, seed=t), torch.arange(6) % 3) for t in range(5)]
@@ -71,13 +71,13 @@ def directions(model, count):
 
 
 @pytest.mark.parametrize("samples", [1, 4, 512, None])
-def test_the_model_is_made_of_the_first_samples(samples):
+def test_the_model_is_made_of_some_samples(samples):
     model, (x, y) = make_model(), DATA[0]
-    got = Evaluation(model, closure(model, x, y), samples).curvature(
-        directions(model, 2), {p: p.detach() for p in model.parameters()}
-    )
+    evaluation = Evaluation(model, closure(model, x, y), samples, seed=3)
+    got = evaluation.curvature(directions(model, 2), {p: p.detach() for p in model.parameters()})
     d = torch.stack([flat(vector.values()) for vector in directions(model, 2)])
-    measured.close(got, d @ ggn(model, x[:samples], y[:samples]) @ d.T)
+    part = slice(None) if samples in (512, None) else sample_order(6, 3)[:samples]
+    measured.close(got, d @ ggn(model, x[part], y[part]) @ d.T)
 
 
 @pytest.mark.parametrize("kind", ["dropout", "batch norm", "called twice", "its own output", "edited", "autocast"])
@@ -174,18 +174,19 @@ def test_the_change_of_a_loss_is_of_first_order_that_of_the_batch_and_else_that_
     if penalty or samples in (6, None):
         expected = evaluate()[0].detach() - evaluation.loss.detach()
     else:
-        expected = slope + (after - before - slopes)[:samples].mean()
+        expected = slope + (after - before - slopes)[evaluation.part].mean()
     torch.testing.assert_close(change, expected)
     for p in d:
         p.data.copy_(at[p])
     if not hooks:
-        C = ggn(model, x[:samples], y[:samples])
+        part = slice(None) if evaluation.part is None else evaluation.part
+        C = ggn(model, x[part], y[part])
         torch.testing.assert_close(product, flat(d.values()) @ C @ flat(d.values()))
 
 
 @pytest.mark.parametrize("trigger", ["module", "name", "observe", "sum", "weights"])
 def test_factors_are_made_of_as_many_samples_as_they_need(trigger):
-    """Of the first 16 (4 + 1) = 80 of 200."""
+    """Of 16 (4 + 1) = 80 of 200."""
     model, x, y = cases.seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()), None, None
     x, y = cases.randn(200, 4), torch.arange(200) % 3
     weight = torch.tensor([0.5, 1.0, 2.0]).double() if trigger == "weights" else None
@@ -195,9 +196,9 @@ def test_factors_are_made_of_as_many_samples_as_they_need(trigger):
         model, loss_fn={"name": "cross_entropy", "observe": None}.get(trigger, loss), step_rule="quadratic",
         model_samples=7, **options,
     )  # fmt: skip
-    total = nn.CrossEntropyLoss(weight, reduction="sum")
+    total, part = nn.CrossEntropyLoss(weight, reduction="sum"), sample_order(200, 0)[:80]
     expected = {
-        block.name: curvature(model, total, [(x[:80], y[:80])], params=block.params, **options).to_dense()
+        block.name: curvature(model, total, [(x[part], y[part])], params=block.params, **options).to_dense()
         for block in optimizer._blocks
     }
 
@@ -220,14 +221,14 @@ def test_factors_are_made_of_as_many_samples_as_they_need(trigger):
 def test_an_output_that_is_flattened_to_rows_is_cut_by_samples():
     """16 (4 + 1) rows are those of 40 samples with two positions each."""
     directions = []
-    for n in (200, 40):
+    for part in (torch.arange(200), sample_order(200, 0)[:40]):
         model = cases.seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double())
-        x, y, loss = cases.randn(200, 2, 4)[:n], (torch.arange(400) % 3)[: 2 * n], nn.CrossEntropyLoss()
+        x, y, loss = cases.randn(200, 2, 4)[part], (torch.arange(400) % 3).reshape(200, 2)[part], nn.CrossEntropyLoss()
         optimizer = SecondOrderOptimizer(model, loss_fn=loss, step_rule="quadratic", model_samples=7, samples=None)
 
         def evaluate(model=model, x=x, y=y, loss=loss):
             output = model(x)
-            return loss(output.view(-1, 3), y), output
+            return loss(output.view(-1, 3), y.flatten()), output
 
         optimizer.step(evaluate)
         gradients = {p: cases.randn(*p.shape, seed=k) for k, p in enumerate(model.parameters())}
@@ -256,6 +257,118 @@ def test_factors_are_made_of_all_samples_where_a_part_is_not_enough_or_not_possi
         patch.setattr(Receiver, "deliver", lambda self, *a, **k: (seen.append(self.n), deliver(self, *a, **k))[1])
         optimizer.step(closure(model, x, y))
     assert seen and set(seen) == {n}
+
+
+CONTROL = {"step_rule": "quadratic", "damping_rule": "lm", "model_samples": 16}
+
+
+class Clips(nn.Module):
+    """Values of every sample as `kind` takes them: in ways that a part of the arguments would change."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.layer = kind, nn.Linear(4, 3).double()
+        self.register_buffer("scale", torch.linspace(1, 2, 100).double()[:, None])
+        self.x = cases.randn(100, 4)
+
+    def forward(self, x, more=None):
+        if self.kind == "time first":
+            return self.layer(x).mean(0)
+        if self.kind == "own data":
+            return self.layer(self.x) + x.sum()
+        if self.kind == "count":
+            return self.layer(x.reshape(more, 4))
+        if self.kind == "buffer":
+            return self.layer(x) * self.scale
+        return self.layer(more[x])  # a table that is as long as the batch
+
+
+@pytest.mark.parametrize("kind", ["time first", "own data", "count", "buffer", "table"])
+def test_a_model_whose_arguments_cannot_be_cut_runs_on_all_of_them(kind):
+    model, y = cases.seeded(lambda: Clips(kind)), torch.arange(100) % 3
+    given = {
+        "time first": (cases.randn(100, 100, 4),), "own data": (torch.zeros(3),), "count": (cases.randn(100, 4), 100),
+        "buffer": (cases.randn(100, 4),), "table": (torch.arange(100), cases.randn(100, 4)),
+    }[kind]  # fmt: skip
+    evaluation = Evaluation(model, lambda: F.cross_entropy(model(*given), y), 16)
+    assert evaluation.part is None and evaluation.share == 1
+    if kind == "time first":
+        return  # it has no curvature by samples
+    whole = SecondOrderOptimizer(model, **{**CONTROL, "model_samples": None})
+    part = SecondOrderOptimizer(twin := copy.deepcopy(model), **CONTROL)
+    for optimizer, own in ((whole, model), (part, twin)):
+        for _ in range(4):
+            optimizer.step(lambda own=own: F.cross_entropy(own(*given), y))
+    assert torch.equal(flat(model.parameters()), flat(twin.parameters()))
+
+
+def test_whether_arguments_can_be_cut_is_tried_once_for_their_shapes():
+    model, known = make_model(), {}
+    for n, entries in ((20, 1), (20, 1), (30, 2), (4, 2)):
+        Evaluation(model, closure(model, cases.randn(n, 4), torch.arange(n) % 3), 8, known=known)
+        assert len(known) == entries and all(known.values())
+
+
+def test_buffers_that_the_backward_pass_needs_stay_as_they_are():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.register_buffer("factor", torch.tensor(2.0))
+
+        def forward(self, x):
+            return self.layer(x) * self.factor
+
+    models = [
+        nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3).eval(), nn.Tanh(), nn.Linear(3, 3)).double(),
+        nn.Sequential(Scaled(), nn.Linear(3, 3)).double(),
+    ]
+    for model in models:
+        optimizer, buffers = SecondOrderOptimizer(model, **CONTROL), list(model.buffers())
+        x, y = cases.randn(200, 4), torch.arange(200) % 3
+        losses = [float(optimizer.step(closure(model, x, y))) for _ in range(7)]
+        assert losses[-1] < losses[0] and all(a is b for a, b in zip(model.buffers(), buffers, strict=True))
+
+
+def test_samples_that_do_not_count_may_come_first():
+    model, x, y = make_model(), cases.randn(200, 4), torch.arange(200) % 3
+    y[:60] = -100
+    optimizer = SecondOrderOptimizer(model, **CONTROL)
+    losses = [float(optimizer.step(closure(model, x, y))) for _ in range(9)]
+    assert max(losses) <= losses[0]
+
+
+def test_a_second_output_of_one_node_is_another_way_to_the_loss():
+    model, x, y = nn.Linear(4, 6).double(), cases.randn(40, 4), torch.arange(40) % 3
+
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.other = model, None
+
+        def forward(self, x):
+            first, self.other = self.layer(x).split(3, 1)
+            return first
+
+    split = Split()
+    evaluation = Evaluation(split, lambda: F.cross_entropy(split(x), y) + split.other.square().mean(), 8)
+    at = {p: p.detach().clone() for p in split.parameters()}
+    (d,) = directions(split, 1)
+    with torch.no_grad():
+        for p in d:
+            p += d[p]
+    change = evaluation.checked(d, at, torch.zeros(()).double())[1]
+    expected = F.cross_entropy(split(x), y) + split.other.square().mean() - evaluation.loss
+    torch.testing.assert_close(change, expected.detach())
+
+
+def test_an_empty_batch_changes_nothing():
+    model, x, y = make_model(), cases.randn(200, 4), torch.arange(200) % 3
+    optimizer = SecondOrderOptimizer(model, **CONTROL, momentum=0.0)
+    for n in (200, 200, 0):
+        before = flat(model.parameters())
+        optimizer.step(lambda n=n: F.cross_entropy(model(x[:n]), y[:n], reduction="sum") / 200)
+    assert torch.equal(flat(model.parameters()), before)
 
 
 def test_micro_batches_need_one_output():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from torchcurv import curvature
+from torchcurv import SecondOrderOptimizer, curvature
 
 APPROXIMATIONS = ["full", "block", "unit", "kfac", "ekfac", "diag"]
 KINDS = ["ggn", "fisher", "empirical_fisher"]
@@ -141,6 +141,53 @@ def test_factors_of_whole_gradients_have_the_partial_traces_of_the_block(case):
     whole, block = whole.reshape(g, o, d, g, o, d), block.reshape(g, o, d, g, o, d)
     for axes in ("gopgoq->gpq", "gopgrp->gor"):
         close(torch.einsum(axes, whole), torch.einsum(axes, block))
+
+
+class Mixed(nn.Module):
+    """A layer that sees one position of a sample, or several, or both."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.head = nn.Linear(4, 5), nn.Linear(5, cases.CLASSES)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.one(x)).mean(1))
+
+
+def test_whole_gradients_of_one_position_have_the_units_of_those_of_several():
+    model, y = cases.seeded(lambda: Mixed().double()), torch.arange(6) % cases.CLASSES
+    loss, options = nn.CrossEntropyLoss(reduction="sum"), {"params": list(model.one.parameters()), "sharing": "whole"}
+    x, z = cases.randn(6, 1, 4), cases.randn(6, 3, 4, seed=1)
+    alone = [curvature(model, loss, [(value, y)], **options).trace() for value in (x, z)]
+    close(curvature(model, loss, [(x, y), (z, y)], **options).trace(), sum(alone))
+    close(alone[0], curvature(model, loss, [(x, y)], params=options["params"]).trace())
+
+
+def test_a_weight_of_unlike_modules_is_not_taken_as_a_whole():
+    model, y = cases.seeded(lambda: Mixed().double()), torch.arange(6) % cases.CLASSES
+    other = nn.Linear(4, 5, bias=False).double()
+    other.weight = model.one.weight
+    model.other, loss, x = other, nn.CrossEntropyLoss(), cases.randn(6, 3, 4)
+    model.forward = lambda x: model.head(torch.tanh(model.one(x[:, :1])).mean(1) + model.other(x).mean(1))
+    options = {"params": list(model.one.parameters())}
+    whole, expand = (curvature(model, loss, [(x, y)], sharing=s, **options).to_dense() for s in ("whole", "expand"))
+    close(whole, expand)
+
+
+@pytest.mark.parametrize("approx", ["kfac", "ekfac"])
+def test_whole_gradients_need_signals_where_only_inputs_are_due(approx):
+    model = cases.seeded(lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).double())
+    x, y = cases.randn(8, 2, 4, 4), torch.arange(8) % 3
+    optimizer = SecondOrderOptimizer(
+        model, approx=approx, sharing="whole", update_every="adaptive", refresh_tol=0.2, refresh_warmup=2, lr=0.01
+    )
+    wanted = set()
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        wanted |= {tuple(sorted(block.wanted)) for block in optimizer._blocks}
+        optimizer.step()
+    assert ("A",) in wanted
 
 
 def test_whole_gradients_add_up_over_signals_and_micro_batches():

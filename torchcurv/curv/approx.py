@@ -25,7 +25,7 @@ from torchcurv.curv.linalg import Damping, sum_of
 from torchcurv.curv.lowrank import largest_pairs
 from torchcurv.curv.rows import RowSpace
 from torchcurv.curv.sides import block_count, eigenbasis, inverse, mean_diagonal, side_shape, times, times_left, whole
-from torchcurv.curv.stats import Stats
+from torchcurv.curv.stats import Stats, Use
 
 Tensors = dict[str, Tensor]
 Basis = tuple[Tensor, Tensor]
@@ -259,27 +259,21 @@ class Kronecker:
         for use in stats.only_layer("kfac"):
             suffix, inner, outer = ("_t", left, right) if use.transposed else ("", right, left)
             found: Tensors = {}
-            whole = self.sharing == "whole" and use.s.shape[2] > 1
-            if "A" in wanted and whole:
-                cov = use.row_gram("right", inner) * stats.scale
-                found = {f"A{suffix}": cov, f"count{suffix}": cov.diagonal(dim1=-2, dim2=-1).flatten(1).sum(-1)}
-            elif "A" in wanted:
-                cov, count = use.inputs.cov(self.sharing, inner)
-                if stats.share != 1:
-                    cov, count = cov * stats.share, count * stats.share
-                found = {f"A{suffix}": cov, f"count{suffix}": self._counts(count, len(cov))}
-            if "B" in wanted:
-                own = use.row_gram("left", outer) if whole else use.output_cov(self.sharing, outer)
-                found[f"B{suffix}"] = own.mul_(stats.scale)
+            if self.sharing == "whole":
+                found = _whole_gradients(use, wanted, outer, inner, stats.scale)
+            else:
+                if "A" in wanted:
+                    cov, count = use.inputs.cov(self.sharing, inner)
+                    if stats.share != 1:
+                        cov, count = cov * stats.share, count * stats.share
+                    found = {f"A{suffix}": cov, f"count{suffix}": count}
+                if "B" in wanted:
+                    found[f"B{suffix}"] = use.output_cov(self.sharing, outer).mul_(stats.scale)
             for key, value in found.items():
                 tensors[key] = tensors[key] + value if key in tensors else value
         if self.corrected and basis is not None and "B" in wanted:
             tensors["moments"] = stats.squares(*basis)
         return tensors
-
-    def _counts(self, count: Tensor, groups: int) -> Tensor:
-        """What A is divided by: one number, or for whole gradients one per group."""
-        return count.expand(groups).clone() if self.sharing == "whole" else count
 
     def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
         raise NotImplementedError
@@ -295,7 +289,7 @@ class Kronecker:
         total = next(iter(tensors.values())).new_zeros(())
         for suffix in ("", "_t"):
             if f"B{suffix}" in tensors:
-                of_A, of_B = (tensors[f"{key}{suffix}"].diagonal(dim1=-2, dim2=-1).flatten(1).sum(-1) for key in "AB")
+                of_A, of_B = (_traces(tensors[f"{key}{suffix}"]) for key in "AB")
                 count = tensors[f"count{suffix}"]
                 total = total + (of_A * of_B / count.clamp_min(torch.finfo(count.dtype).tiny)).sum()
         return total
@@ -307,7 +301,7 @@ class Kronecker:
         tensors: Tensors = {}
         for suffix in sides.uses:
             A, B = (left, right) if suffix else (right, left)
-            count = self._counts(like.new_zeros(()), g)
+            count = like.new_zeros(g if self.sharing == "whole" else ())
             tensors |= {f"A{suffix}": A.clone(), f"count{suffix}": count, f"B{suffix}": B.clone()}
         return {**tensors, "moments": like.new_zeros(g, o, d)} if self.corrected else tensors
 
@@ -336,7 +330,7 @@ class Kronecker:
         for suffix in ("", "_t"):
             if f"B{suffix}" in tensors:
                 A, count, B = (tensors[f"{key}{suffix}"] for key in ("A", "count", "B"))
-                A = A / count.clamp_min(torch.finfo(count.dtype).tiny).reshape(-1, *(1,) * (A.dim() - 1))
+                A = A / _by_group(count.clamp_min(torch.finfo(count.dtype).tiny), A)
                 pairs.append((A, B) if suffix else (B, A))
         if len(pairs) == 1:
             return pairs[0]
@@ -346,6 +340,41 @@ class Kronecker:
         total = sum(tr_left * tr_right for tr_left, tr_right in traces)
         assert isinstance(left, Tensor) and isinstance(right, Tensor) and isinstance(total, Tensor)
         return left, right / total.clamp_min(torch.finfo(total.dtype).tiny)
+
+
+def _whole_gradients(use: Use, wanted: Collection[str], outer: int, inner: int, scale: Tensor | float) -> Tensors:
+    """A = sum G^T G, count = tr A of each group, and B = sum G G^T.
+
+    With one position B ⊗ A / count is what "expand" has, in the same units as with several.
+    """
+    found: Tensors = {}
+    cov, count = use.inputs.cov("expand", inner) if use.s.shape[2] == 1 else (None, None)
+    if count is not None:
+        count = count.clamp_min(torch.finfo(count.dtype).tiny)
+    if "A" in wanted:
+        if cov is None or count is None:
+            A = use.row_gram("right", inner) * scale
+        else:
+            A = cov * _by_group(use.s.square().sum((0, 1, 2, 4)) * (scale / count), cov)
+        found = {"A": A, "count": _traces(A)}
+    if "B" in wanted:
+        if cov is None or count is None:
+            B = use.row_gram("left", outer)
+        else:
+            B = use.output_cov("expand", outer)
+            B = B * _by_group(_traces(cov) / count, B)
+        found["B"] = B * scale
+    return found
+
+
+def _traces(side: Tensor) -> Tensor:
+    """tr of each group [g]."""
+    return side.diagonal(dim1=-2, dim2=-1).flatten(1).sum(-1)
+
+
+def _by_group(values: Tensor, side: Tensor) -> Tensor:
+    """[g] or [] as factors of a side."""
+    return values.reshape(-1, *(1,) * (side.dim() - 1))
 
 
 def split_damping(mean_a: Tensor, mean_b: Tensor, damping: Tensor, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:

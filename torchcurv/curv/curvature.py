@@ -78,8 +78,11 @@ def _sides(options: Options, layer: Layer) -> Sides:
 
 
 def _shared(options: Options, layer: Layer) -> str:
-    """How positions count: there is no gradient of a sample without signals, nor a small one of tokens."""
-    unknown = options.curv_type in (SECOND, INPUT) or any(s.transposed or s.view.tokens for s in layer.sites)
+    """How positions count. The gradient of a sample is not known without signals, where several uses of a weight are
+    kept apart, and of tokens, where it is large.
+    """
+    apart = len({(s.transposed, s.bias is None, s.view.inputs) for s in layer.sites}) > 1
+    unknown = options.curv_type in (SECOND, INPUT) or apart or any(s.transposed or s.view.tokens for s in layer.sites)
     return "expand" if options.sharing == "whole" and unknown else options.sharing
 
 
@@ -118,7 +121,8 @@ class Options:
         were independent. "reduce": inputs are averaged and signals added up over them first, as if each position had
         the same. "whole": the gradient G of a sample is taken as it is, A = Σ G^T G / Σ norm(G)² and B = Σ G G^T; then
         B ⊗ A has the partial traces of C, and is C wherever that is a Kronecker product. With one position per sample
-        there is no difference. Embeddings, tied weights, curv_type="hessian" and "input" take it for "expand".
+        there is no difference. Embeddings, weights that unlike modules share, and curv_type="hessian" and "input" take
+        it for "expand".
     damping: λ of (C + λ I)^-1, in units of the loss per squared parameter; > 0 for a step.
     damping_type: "exact" Tikhonov through eigenvectors, or "factored" over the Kronecker factors by Cholesky.
     ema_decay: the fraction ρ of the old that a running average keeps per step (ρ^k over the k steps between two
@@ -504,7 +508,8 @@ class Curvature:
     @property
     def inputs_alone(self) -> bool:
         """Whether what came in is all that is measured: no signal needs to be sent."""
-        return self.kind == INPUT or (self.kind != SECOND and tuple(self.wanted) == ("A",))
+        whole = isinstance(self.approx, Kronecker) and self.approx.sharing == "whole"
+        return self.kind == INPUT or (self.kind != SECOND and tuple(self.wanted) == ("A",) and not whole)
 
     def _check_rows(self) -> None:
         """Rows are read when they are used, after the backward pass that brought them."""

@@ -58,10 +58,10 @@ class Terms:
         """Whether no term counts, so that L is zero (or 0/0); never known on an accelerator, where it costs a sync."""
         return self.weights is not None and free_to_read(self.weights) and not bool(self.weights.any())
 
-    def first(self, samples: int) -> Terms:
-        """Those of the first so many samples, with the R of all."""
-        weights = None if self.weights is None else self.weights[:samples]
-        return replace(self, f=self.f[:samples], weights=weights, residual=lambda: self.residual()[:samples])
+    def of(self, samples: Tensor) -> Terms:
+        """Those of some of the samples, with the R of all."""
+        weights = None if self.weights is None else self.weights[samples]
+        return replace(self, f=self.f[samples], weights=weights, residual=lambda: self.residual()[samples])
 
     @property
     def root_weights(self) -> Tensor | None:

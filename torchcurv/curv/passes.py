@@ -281,14 +281,16 @@ class Pass:
 
     def of_part(self) -> tuple[Pass, float]:
         """The pass that sends our own signals, and what share of the samples it is of."""
-        part = self.record.part
-        found = self.record.find(part) if part is not None and self.f_edge[:2] == self.output_edge[:2] else None
-        if found is None or part is None:
+        if self.record.part is None or self.f_edge[:2] != self.output_edge[:2]:
             return self, 1.0
+        output, samples = self.record.part
+        found = self.record.find(output)
+        assert found is not None
         capture, edge = found
-        share, terms = capture.n / self.receiver.n, self.terms.first(capture.n)
-        f = part.detach().reshape(-1, *self.f.shape[1:])  # the loss may have been given the output flattened to rows
-        return Pass(self.record, capture, self.blocks, self.loss, terms, edge, f, edge), share
+        f = output.detach().reshape(-1, *self.f.shape[1:])  # the loss may have been given the output flattened to rows
+        terms = self.terms.of(samples)
+        part = Pass(self.record, capture, self.blocks, self.loss, terms, edge, f, edge)
+        return part, capture.n / self.receiver.n
 
     def send(self, blocks: list[Curvature], kind: str, samples: int | None, factor: Tensor | float) -> None:
         """Send the kind's signals from f to the layers of these blocks."""

@@ -89,7 +89,8 @@ class Record:
         self.step, self.passes = 0, 0
         self.task = -1  # the backward call that the last pass belongs to
         self.summed: Tensor | float | None = None  # terms of the losses that are sums, in this step; None: no such loss
-        self.part: Tensor | None = None  # the model's output for the first samples, which signals of our own start from
+        self.part: tuple[Tensor, Tensor] | None = None  # the model's output for some samples, where our signals start
+        self.cut: dict[Any, bool] = {}  # by the shapes of its arguments, whether the model runs on a part of them
         self.tapes: list[list[Any]] = []  # [forward pass, its tape, whether a pass has used it]
         # Blocks whose gradient was found to be that of their recorded calls, and whether of more than one sample.
         self.verified: dict[str, bool] = {}
@@ -340,6 +341,7 @@ class Record:
         for call, _ in found[0].calls:
             g, o, _ = self.layers[call.layer].site_shape(call.site)
             positions[call.layer] = positions.get(call.layer, 0) + call.shape.numel() // (g * o)
+        positions = {k: count for k, count in positions.items() if count}
         layers = [k for block in blocks for k in self.members[block.name] if k in positions]
         return max((-(-ROWS * n * max(self.layers[k].shape[1:]) // positions[k]) for k in layers), default=n)
 

@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from torchcurv.curv.capture import version_of
 from torchcurv.curv.hooks import unfused
@@ -41,29 +41,61 @@ class Evaluation:
 
     closure: returns the loss, a 0-d tensor, or (loss, output), without calling backward(). output: f, of which the
         loss is a function; by default what the model returned last.
-    samples: so many of the batch, the first, are its part: what runs again runs on these, and stands for all. None: the
-        part is all of the batch. Every tensor argument of the model that is as long as the output counts as a batch.
-        It is all as well where fewer would be another function: where the closure does more than to call the model on
-        its output, where random numbers are drawn, and where batch norms normalise with the batch.
+    samples: so many of a larger batch, drawn at random, are its part: what runs again runs on these, and stands for
+        all. None: the part is all of the batch. Every tensor argument of the model that is as long as the output counts
+        as a batch. It is all as well where fewer would be another function: where the closure does more than to call
+        the model on its output, where random numbers are drawn, where batch norms normalise with the batch, and where
+        the model does not return for a part of its arguments the same part of what it returns for all.
     products: whether `curvature` will be asked for, for which the graph is kept.
+    seed: of the draw of the part. known: which arguments can be cut, by their shapes; filled here.
     """
 
     def __init__(
-        self, model: nn.Module, closure: Callable[[], Any], samples: int | None = None, products: bool = True
+        self,
+        model: nn.Module,
+        closure: Callable[[], Any],
+        samples: int | None = None,
+        products: bool = True,
+        seed: int = 0,
+        known: dict[Any, bool] | None = None,
     ) -> None:
         self.model, self._closure, self._products = model, _Closure(model, closure), products
         self._devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
         self._draws = self._generators()
         with torch.enable_grad():
             self.loss, self.output, calls = self._closure()
-        self.count, self._call = len(self.output), None
+        self._call: _Call | None = None
         drawn = any(not torch.equal(x, y) for x, y in zip(self._draws, self._generators(), strict=True))
         if len(calls) == 1 and calls[0].is_all(self.output) and not drawn:
             self._call = calls[0]
-            together = any(isinstance(m, _BatchNorm) and uses_batch_statistics(m) for m in model.modules())
-            if samples is not None and not together:
-                self.count = min(self.count, samples)
+        self._order, self.part = self._part(samples, seed, {} if known is None else known)
         self._slope = self._at_output() if products else torch.zeros(())
+
+    def _part(self, samples: int | None, seed: int, known: dict[Any, bool]) -> tuple[Tensor | None, Tensor | None]:
+        """(the samples in the order in which they are drawn, those of the part), None where it is all."""
+        n = len(self.output)
+        together = any(isinstance(m, _BatchNorm) and uses_batch_statistics(m) for m in self.model.modules())
+        if self._call is None or samples is None or samples >= n or together:
+            return None, None
+        order = sample_order(n, seed).to(self.output.device)
+        part = order[:samples]
+        key = samples, *(x.shape for x in tree_leaves((self._call.args, self._call.kwargs)) if isinstance(x, Tensor))
+        if key not in known:
+            known[key] = self._can_be_cut(part)
+        return (order, part) if known[key] else (None, None)
+
+    @torch.no_grad()
+    def _can_be_cut(self, part: Tensor) -> bool:
+        """Whether the model returns the part of its output for the part of its arguments. Reads numbers."""
+        expected = self.output.detach()[part]
+        try:
+            found = self.output_of(part)
+        except Exception:  # whatever a model says to a batch that it was not written for
+            return False
+        if not isinstance(found, Tensor) or found.shape != expected.shape:
+            return False
+        gap, size = at_least_float32(found - expected).norm(), at_least_float32(expected).norm()
+        return bool(gap <= max(1e-3, 32 * torch.finfo(found.dtype).eps) * size) or not bool(torch.isfinite(size))
 
     def _at_output(self) -> Tensor:
         """dL/df, which can be differentiated."""
@@ -84,13 +116,17 @@ class Evaluation:
     @property
     def share(self) -> float:
         """The part of the batch, as a share of it."""
-        return self.count / len(self.output)
+        return 1.0 if self.part is None else len(self.part) / len(self.output)
 
-    @torch.enable_grad()
-    def output_of(self, count: int) -> Tensor:
-        """f of the first so many samples, as a forward pass of their own computes it; not where the part is all."""
+    def drawn(self, count: int) -> Tensor:
+        """So many samples, of which the part has been drawn or is drawn first; not where the part is all."""
+        assert self._order is not None
+        return self._order[:count]
+
+    def output_of(self, samples: Tensor) -> Tensor:
+        """f of some of the samples, as a forward pass of their own computes it."""
         assert self._call is not None
-        args, kwargs = self._call.first(count)
+        args, kwargs = self._call.of(samples)
         with self._again():
             return self.model(*args, **kwargs)
 
@@ -112,22 +148,22 @@ class Evaluation:
         the parameters to the loss than by the output.
         """
         tangent = self._along(d, at)
-        if self.share == 1 or _reaches(self.loss, self.output, set(at)):
-            return self._gram([tangent])[0, 0], self.loss_now() - self.loss
-        with self._again(), self._in_place_of_all():
-            change = self._closure()[0] - self.loss - inner(self._slope[: self.count], tangent)
-        return self._gram([tangent])[0, 0], slope + change / self.share
+        product = self._gram([tangent])[0, 0]
+        if self.part is None or _reaches(self.loss, self.output, set(at)):
+            return product, self.loss_now() - self.loss
+        with self._again(), self._in_place_of_all(self.part):
+            change = self._closure()[0] - self.loss - inner(self._slope[self.part], tangent)
+        return product, slope + change / self.share
 
     @contextmanager
-    def _in_place_of_all(self) -> Iterator[None]:
+    def _in_place_of_all(self, part: Tensor) -> Iterator[None]:
         """The model runs on the part, and returns what it did before of the other samples."""
-        n, kept = len(self.output), self.output[self.count :]
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return _first((args, kwargs), n, self.count)
+            return _some((args, kwargs), len(self.output), part)
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            return torch.cat([output, kept])
+            return self.output.index_copy(0, part, output)
 
         hooks = [self.model.register_forward_pre_hook(before, prepend=True, with_kwargs=True)]
         hooks.append(self.model.register_forward_hook(after))
@@ -164,21 +200,27 @@ class Evaluation:
                 output = functional_call(self._closure, {f"model.{names[p]}": x for p, x in values.items()}, ())[1]
             else:
                 own = {names[p]: x for p, x in values.items()}
-                output = functional_call(self.model, own, *self._call.first(self.count))
+                output = functional_call(self.model, own, *self._call.of(self.part))
             tangent = forward_ad.unpack_dual(output).tangent
         return torch.zeros_like(output) if tangent is None else tangent
 
     def _hessian_times(self, v: Tensor) -> Tensor:
         """H_L v, of the samples that v is about."""
-        whole = torch.zeros_like(self._slope)
-        whole[: len(v)] = v
-        return hessian_times(self._slope, self.output, whole)[: len(v)].to(v.dtype)
+        if self.part is None:
+            return hessian_times(self._slope, self.output, v.to(self._slope.dtype)).to(v.dtype)
+        whole = torch.zeros_like(self._slope).index_copy_(0, self.part, v.to(self._slope.dtype))
+        return hessian_times(self._slope, self.output, whole)[self.part].to(v.dtype)
 
     @contextmanager
     def _again(self) -> Iterator[None]:
-        """With the draws of the first time; afterwards generators and buffers are as before."""
+        """With the draws of the first time, and copies of the buffers, which a graph may still need as they are;
+        afterwards generators and buffers are as before.
+        """
         holders = [(module._buffers, name) for module in self.model.modules() for name in module._buffers]
-        buffers = [(held, name, b, b.clone()) for held, name in holders if (b := held[name]) is not None]
+        buffers = [(held, name, b) for held, name in holders if (b := held[name]) is not None]
+        copies = {id(b): b.clone() for _, _, b in buffers}
+        for held, name, buffer in buffers:
+            held[name] = copies[id(buffer)]
         with torch.random.fork_rng(self._devices):
             torch.set_rng_state(self._draws[0])
             for device, state in zip(self._devices, self._draws[1:], strict=True):
@@ -186,9 +228,8 @@ class Evaluation:
             try:
                 yield
             finally:
-                for held, name, buffer, value in buffers:
-                    buffer.copy_(value)
-                    held[name] = buffer  # a forward pass may have put another tensor there
+                for held, name, buffer in buffers:
+                    held[name] = buffer
 
     def _generators(self) -> list[Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]
@@ -220,9 +261,10 @@ class _Call(NamedTuple):
         """Whether the model alone makes the output, without the closure's help."""
         return self.output is output and version_of(output) == self.version and not self.autocast
 
-    def first(self, count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments, for the first so many samples."""
-        return _first((self.args, self.kwargs), len(self.output), count)
+    def of(self, samples: Tensor | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments, for some of the samples, or all."""
+        given = self.args, self.kwargs
+        return given if samples is None else _some(given, len(self.output), samples)
 
 
 class _Closure(nn.Module):
@@ -270,23 +312,32 @@ class _Closure(nn.Module):
         return loss, output, calls
 
 
-def _first(tree: Any, n: int, count: int) -> Any:
-    """Every tensor in it that is n long, cut to the first so many."""
-    return tree_map(lambda x: x[:count] if isinstance(x, Tensor) and x.dim() and len(x) == n else x, tree)
+def sample_order(n: int, seed: int) -> Tensor:
+    """The order in which samples are drawn from a batch of n."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def _some(tree: Any, n: int, samples: Tensor) -> Any:
+    """Every tensor in it that is n long, cut to some of the samples."""
+
+    def cut(x: Any) -> Any:
+        return x[samples.to(x.device)] if isinstance(x, Tensor) and x.dim() and len(x) == n else x
+
+    return tree_map(cut, tree)
 
 
 def _reaches(loss: Tensor, output: Tensor, params: set[Tensor]) -> bool:
     """Whether the loss depends on any of the parameters otherwise than by the output."""
-    seen = {get_gradient_edge(output).node}
-    todo = [get_gradient_edge(loss).node]
+    seen: set[Any] = {tuple(get_gradient_edge(output)[:2])}
+    todo: list[Any] = [tuple(get_gradient_edge(loss)[:2])]
     while todo:
-        node = todo.pop()
-        if node in seen:
+        edge = todo.pop()
+        if edge[0] is None or edge in seen:
             continue
-        seen.add(node)
-        if getattr(node, "variable", None) in params:
+        seen.add(edge)
+        if getattr(edge[0], "variable", None) in params:
             return True
-        todo += [below for below, _ in node.next_functions if below is not None]
+        todo += edge[0].next_functions
     return False
 
 

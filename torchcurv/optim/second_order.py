@@ -72,9 +72,9 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     Σ tr C (C + λ)^-1 over the blocks is above 4.5 times these, the damping is divided by ω whatever ρ is, and above two
     thirds of that it is not made smaller.
 
-    Of batches larger than `model_samples` the first so many stand for all: in products with G, and in L(θ + d) - L(θ)
-    but for its first order g·d. K-FAC factors are then made of the first samples as well: of as many as give each 16
-    rows (samples times positions) per row and column, where half of the batch has these.
+    Of batches larger than `model_samples` so many, drawn at random, stand for all: in products with G, and in
+    L(θ + d) - L(θ) but for its first order g·d. K-FAC factors are then made of a part as well: of as many samples as
+    give each 16 rows (samples times positions) per row and column, where half of the batch has these.
 
     Both need `step(closure)`, with a closure that returns the loss, or (loss, output), without calling backward():
 
@@ -287,7 +287,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         quadratic = control["step_rule"] == "quadratic" and not self._warming_up
         checked = self._steps_to_check()
         self.zero_grad()
-        evaluation = Evaluation(self.model, closure, control["model_samples"], products=quadratic or checked > 0)
+        products, known = quadratic or checked > 0, self._require_record().cut
+        evaluation = Evaluation(self.model, closure, control["model_samples"], products, self._steps, known)
         self._backward(evaluation)
         self._last = {"loss": evaluation.loss.detach()}
         with torch.no_grad():
@@ -299,10 +300,13 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 
     def _backward(self, evaluation: Evaluation) -> None:
         """Gradients of the batch; curvature of a part of it where that is enough and half of it or less."""
-        record, n = self._require_record(), len(evaluation.output)
-        needed = record.samples_needed(evaluation.output) if evaluation.share < 1 else n
-        if needed <= n // 2:
-            record.part = evaluation.output_of(needed)
+        record = self._require_record()
+        if evaluation.part is not None:
+            needed = record.samples_needed(evaluation.output)
+            if needed <= len(evaluation.output) // 2:
+                samples = evaluation.drawn(needed)
+                with torch.enable_grad():
+                    record.part = evaluation.output_of(samples), samples
         try:
             evaluation.backward()
         finally:
