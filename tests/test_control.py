@@ -727,6 +727,20 @@ def test_a_step_that_makes_its_loss_rise_is_taken_back(step_rule):
     assert F.cross_entropy(model(x), y) < loss
 
 
+def test_after_a_step_that_is_taken_back_comes_one_that_is_checked():
+    model, (x, y) = make_model(), DATA[0]
+    options = {"damping": 0.1, "step_rule": "quadratic", "damping_rule": "lm", "damping_interval": 2, "update_every": 1}
+    optimizer = SecondOrderOptimizer(model, lr=300.0, **options)
+    before = flat(model.parameters())
+    for _ in range(5):
+        optimizer.step(closure(model, x, y))
+    resumed = SecondOrderOptimizer(model, lr=300.0, **options)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(2):
+        resumed.step(closure(model, x, y))
+    assert resumed.metrics()["rejected_steps"] == 7 and torch.equal(flat(model.parameters()), before)
+
+
 def test_a_loss_that_is_not_finite_after_the_step_is_taken_back():
     model, (x, y) = make_model(), DATA[0]
     optimizer = SecondOrderOptimizer(model, lr=1e300, kl_clip=None, damping_rule="lm", damping_interval=1)

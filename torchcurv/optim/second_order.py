@@ -63,7 +63,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     V^T G V / V^T C V of it, but by 0.01 at least.
 
     With damping_rule="lm" (Levenberg and Marquardt) the damping of every group is divided by ω = damping_decay^T if, on
-    the batch of every T-th step (ω = damping_decay for each of the first T),
+    the batch of every T-th step (ω = damping_decay for each of the first T, and after a step that was taken back),
 
         ρ = (L(θ + d) - L(θ)) / (g·d + ½ d^T (G + l2) d)
 
@@ -205,6 +205,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         given = locals()
         self._control = {name: given[name] for name in _CONTROL}
         self._moved: list[tuple[float | Tensor, list[Tensor]]] = []  # (lr, steps or their norms) of the last step
+        self._taken_back = False  # whether the last step was
         _check_control(self._control, grad_scaler)
         super().__init__(
             model,
@@ -240,6 +241,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 
     def _restore(self) -> None:
         self._moved = []
+        self._taken_back = any(state.get("taken_back") for state in self.state.values())
         super()._restore()
 
     @property
@@ -379,11 +381,14 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     # ------------------------------------------------------------------------------- step control
 
     def _steps_to_check(self) -> int:
-        """Over how many steps the damping is to change after this one: the first T one by one, then all T."""
+        """Over how many steps the damping is to change after this one: the first T one by one, and one that comes after
+        a step that was taken back; then all T."""
         interval, step = self._control["damping_interval"], self._steps - self._control["curvature_warmup"]
         if self._control["damping_rule"] != "lm" or step < 0:
             return 0
-        return 1 if step < interval else interval if (step + 1) % interval == 0 else 0
+        if (step + 1) % interval == 0 and step >= interval:
+            return interval
+        return int(step < interval or self._taken_back)
 
     def _controlled_update(self, evaluation: Evaluation, checked: int) -> None:
         before = {p: p.detach().clone() for p in self._params() if p.grad is not None} if checked else {}
@@ -471,7 +476,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         low, high = control["damping_bounds"]
         for group in self.param_groups:
             group["damping"] = min(high, max(low, group["damping"] * factor))
-        if not change <= noise:
+        self._taken_back = not change <= noise
+        if self._taken_back:
             first = self.state[next(iter(before))]
             first["rejected_steps"] = first.get("rejected_steps", 0) + 1
             self._take_back(before)
@@ -499,6 +505,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             self._buffer(state, p)
         if self._control["damping_rule"] == "lm":
             state.setdefault("rejected_steps", 0)
+            state["taken_back"] = self._taken_back
 
     def metrics(self) -> dict[str, float]:
         """Those of every optimizer here, and
