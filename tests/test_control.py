@@ -338,6 +338,26 @@ def test_samples_that_do_not_count_may_come_first():
     assert max(losses) <= losses[0]
 
 
+@pytest.mark.parametrize("kind", ["plain", "penalty", "weight of the loss", "own output"])
+def test_gradients_below_the_output_are_those_of_the_loss(kind):
+    model, (x, y), weight = make_model(), DATA[0], nn.Parameter(torch.ones(3).double())
+
+    def evaluate():
+        output = model(x) * 2 if kind == "own output" else model(x)
+        loss = F.cross_entropy(output * weight if kind == "weight of the loss" else output, y)
+        return (loss + model[0].weight.square().sum() if kind == "penalty" else loss), output
+
+    leaves = [*model.parameters(), weight]
+    expected = torch.autograd.grad(evaluate()[0], leaves, allow_unused=True)
+    for measured_now in (True, False):
+        evaluation = Evaluation(model, evaluate)
+        evaluation.backward(measured_now)
+        for leaf, gradient in zip(leaves, expected, strict=True):
+            assert (leaf.grad is None) == (gradient is None) and (gradient is None or torch.equal(leaf.grad, gradient))
+            leaf.grad = None
+        assert evaluation.curvature(directions(model, 1), {p: p.detach() for p in model.parameters()}) > 0
+
+
 def test_a_second_output_of_one_node_is_another_way_to_the_loss():
     model, x, y = nn.Linear(4, 6).double(), cases.randn(40, 4), torch.arange(40) % 3
 

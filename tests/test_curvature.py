@@ -174,6 +174,28 @@ def test_a_weight_of_unlike_modules_is_not_taken_as_a_whole():
     close(whole, expand)
 
 
+def test_averages_of_whole_gradients_give_every_step_one_weight():
+    """However large its gradients are: of the second pass they are a hundredth."""
+    model = cases.seeded(lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 3)).double())
+    y, loss = torch.arange(8) % 3, nn.CrossEntropyLoss(reduction="sum")
+    optimizer = SecondOrderOptimizer(
+        model, loss_fn=loss, sharing="whole", samples=None, ema_decay=1.0, update_every=1, lr=0.0, damping_type="exact"
+    )
+    factors = []
+    for k, scale in enumerate((1.0, 1e-2)):
+        x = cases.randn(8, 2, 4, 4, seed=k)
+        optimizer.zero_grad()
+        (scale * loss(model(x), y)).backward()
+        optimizer.step()
+        a, s = oracles.layer_arrays(model, loss, x, y, "0")
+        A, B = oracles.kron_factors(a, s, "whole")
+        factors.append((A, scale * B))
+    A, B = ((one + other) / 2 for one, other in zip(*factors, strict=True))
+    left, right = optimizer._blocks[0].approx.sides_of(optimizer._blocks[0].tensors)
+    close(right.tril(), A.tril())
+    close(left.tril(), B.tril())
+
+
 @pytest.mark.parametrize("approx", ["kfac", "ekfac"])
 def test_whole_gradients_need_signals_where_only_inputs_are_due(approx):
     model = cases.seeded(lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).double())

@@ -275,6 +275,16 @@ class Kronecker:
             tensors["moments"] = stats.squares(*basis)
         return tensors
 
+    def of_equal_weight(self, tensors: Tensors) -> Tensors:
+        """What was measured for one step, so that its A has as much weight in an average as that of any other: that of
+        whole gradients is large where they are.
+        """
+        if self.sharing != "whole" or "A" not in tensors:
+            return tensors
+        A, count = tensors["A"], tensors["count"]
+        mean = A / _by_group(count.clamp_min(torch.finfo(count.dtype).tiny), A)
+        return {**tensors, "A": mean, "count": torch.ones_like(count)}
+
     def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
         raise NotImplementedError
 

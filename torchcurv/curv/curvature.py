@@ -453,6 +453,8 @@ class Curvature:
         ok = torch.isfinite(self.pending_sum)
         self.forget_pending()
         self._count(0, ~ok)
+        if isinstance(self.approx, Kronecker):
+            new = self.approx.of_equal_weight(new)
         for key, value in new.items():
             if key not in self.weights:
                 self.weights[key], self.tensors[key] = value.new_zeros(()), torch.zeros_like(value)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -108,10 +108,22 @@ class Evaluation:
             )
         return slope
 
-    def backward(self) -> None:
-        """Gradients into `.grad`; the graph stays for `curvature`."""
+    def backward(self, measured: bool = True) -> None:
+        """Gradients into `.grad`; the graph of the loss stays for `curvature`.
+
+        measured: whether hooks wait for the gradient at the loss. If not, only the graph below the output is run, and
+        freed, where there is no other.
+        """
         with _without_backward():
-            self.loss.backward(retain_graph=self._products)
+            if self._products and not measured and self._by_output_alone:
+                self.output.backward(self._slope.detach())
+            else:
+                self.loss.backward(retain_graph=self._products)
+
+    @cached_property
+    def _by_output_alone(self) -> bool:
+        """Whether the loss has a gradient with respect to nothing but by the model's output."""
+        return self._call is not None and not _reaches(self.loss, self.output)
 
     @property
     def share(self) -> float:
@@ -149,7 +161,7 @@ class Evaluation:
         """
         tangent = self._along(d, at)
         product = self._gram([tangent])[0, 0]
-        if self.part is None or _reaches(self.loss, self.output, set(at)):
+        if self.part is None or not self._by_output_alone:
             return product, self.loss_now() - self.loss
         with self._again(), self._in_place_of_all(self.part):
             change = self._closure()[0] - self.loss - inner(self._slope[self.part], tangent)
@@ -326,8 +338,8 @@ def _some(tree: Any, n: int, samples: Tensor) -> Any:
     return tree_map(cut, tree)
 
 
-def _reaches(loss: Tensor, output: Tensor, params: set[Tensor]) -> bool:
-    """Whether the loss depends on any of the parameters otherwise than by the output."""
+def _reaches(loss: Tensor, output: Tensor) -> bool:
+    """Whether a gradient of the loss reaches any leaf otherwise than by the output."""
     seen: set[Any] = {tuple(get_gradient_edge(output)[:2])}
     todo: list[Any] = [tuple(get_gradient_edge(loss)[:2])]
     while todo:
@@ -335,7 +347,7 @@ def _reaches(loss: Tensor, output: Tensor, params: set[Tensor]) -> bool:
         if edge[0] is None or edge in seen:
             continue
         seen.add(edge)
-        if getattr(edge[0], "variable", None) in params:
+        if hasattr(edge[0], "variable"):
             return True
         todo += edge[0].next_functions
     return False

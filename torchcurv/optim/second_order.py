@@ -310,7 +310,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
                 with torch.enable_grad():
                     record.part = evaluation.output_of(samples), samples
         try:
-            evaluation.backward()
+            evaluation.backward(measured=bool(record.due))
         finally:
             record.part = None
 
