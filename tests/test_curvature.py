@@ -130,8 +130,9 @@ def test_factors_of_whole_gradients_have_the_partial_traces_of_the_block(case):
     model, loss, x, y = problem(case)
     module = model.get_submodule("layer")
     a, s = oracles.layer_arrays(model, loss, x, y, "layer")
-    if is_token_layer(module) or a.shape[1] == 1:
-        return
+    if is_token_layer(module) or a.shape[1] == 1:  # there they are not taken as a whole
+        alike = [curvature(model, loss, [(x, y)], params=module.parameters(), sharing=k) for k in ("whole", "expand")]
+        return close(*(got.to_dense() for got in alike))
     g, o, d = *s.shape[-2:], a.shape[-1]
     order = oracles.param_order(module).argsort()
     whole, block = (
@@ -161,6 +162,14 @@ def test_whole_gradients_of_one_position_have_the_units_of_those_of_several():
     alone = [curvature(model, loss, [(value, y)], **options).trace() for value in (x, z)]
     close(curvature(model, loss, [(x, y), (z, y)], **options).trace(), sum(alone))
     close(alone[0], curvature(model, loss, [(x, y)], params=options["params"]).trace())
+    A, B, total = 0, 0, 0
+    for value in (x, z):
+        factors = oracles.kron_factors(*oracles.layer_arrays(model, loss, value, y, "one"), "whole")
+        own, left = (factor[0] / factor[0].trace() for factor in factors)
+        trace = factors[0][0].trace() * factors[1][0].trace()
+        A, B, total = A + trace * own, B + trace * left, total + trace
+    both = oracles.to_param_order(torch.kron(B, A / total), model.one)
+    close(curvature(model, loss, [(x, y), (z, y)], **options).to_dense(), both)
 
 
 def test_a_weight_of_unlike_modules_is_not_taken_as_a_whole():

@@ -283,7 +283,7 @@ class Kronecker:
             return tensors
         A, count = tensors["A"], tensors["count"]
         mean = A / _by_group(count.clamp_min(torch.finfo(count.dtype).tiny), A)
-        return {**tensors, "A": mean, "count": torch.ones_like(count)}
+        return {**tensors, "A": mean, "count": (count > 0).to(count.dtype)}
 
     def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
         raise NotImplementedError
@@ -357,24 +357,17 @@ def _whole_gradients(use: Use, wanted: Collection[str], outer: int, inner: int, 
 
     With one position B ⊗ A / count is what "expand" has, in the same units as with several.
     """
-    found: Tensors = {}
-    cov, count = use.inputs.cov("expand", inner) if use.s.shape[2] == 1 else (None, None)
-    if count is not None:
+    if use.s.shape[2] > 1:
+        A = use.row_gram("right", inner) if "A" in wanted else None
+        B = use.row_gram("left", outer) if "B" in wanted else None
+    else:
+        cov, count = use.inputs.cov("expand", inner)
         count = count.clamp_min(torch.finfo(count.dtype).tiny)
-    if "A" in wanted:
-        if cov is None or count is None:
-            A = use.row_gram("right", inner) * scale
-        else:
-            A = cov * _by_group(use.s.square().sum((0, 1, 2, 4)) * (scale / count), cov)
-        found = {"A": A, "count": _traces(A)}
-    if "B" in wanted:
-        if cov is None or count is None:
-            B = use.row_gram("left", outer)
-        else:
-            B = use.output_cov("expand", outer)
-            B = B * _by_group(_traces(cov) / count, B)
-        found["B"] = B * scale
-    return found
+        A = cov * _by_group(use.s.square().sum((0, 1, 2, 4)) / count, cov) if "A" in wanted else None
+        B = use.output_cov("expand", outer) if "B" in wanted else None
+        B = None if B is None else B * _by_group(_traces(cov) / count, B)
+    found = {} if A is None else {"A": A * scale, "count": _traces(A) * scale}
+    return found if B is None else {**found, "B": B * scale}
 
 
 def _traces(side: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def _shared(options: Options, layer: Layer) -> str:
     """How positions count. The gradient of a sample is not known without signals, where several uses of a weight are
     kept apart, and of tokens, where it is large.
     """
-    apart = len({(s.transposed, s.bias is None, s.view.inputs) for s in layer.sites}) > 1
+    apart = len({s.reading for s in layer.sites}) > 1
     unknown = options.curv_type in (SECOND, INPUT) or apart or any(s.transposed or s.view.tokens for s in layer.sites)
     return "expand" if options.sharing == "whole" and unknown else options.sharing
 

@@ -61,6 +61,11 @@ class Site:
         return bool(self.part)
 
     @property
+    def reading(self) -> tuple[Any, ...]:
+        """What is the same at sites that see their weight alike, whose calls are further positions of one another."""
+        return self.transposed, self.bias is None, self.view.inputs
+
+    @property
     def geometry(self) -> tuple[Any, ...]:
         settings = ("groups", "kernel_size", "stride", "padding", "dilation", "padding_mode", "output_padding")
         return (self.view, *(getattr(self.module, key, None) for key in settings))

@@ -81,11 +81,8 @@ class Receiver:
         limit, options = block.options.max_positions, block.options
         if limit is None or not isinstance(block.approx, Kronecker) or options.curv_type in (INPUT, SECOND):
             return 1
-        positions = 0
-        for k in self.record.members[block.name]:
-            for call in filter(reached, self.calls.get(k, [])):
-                g, o, _ = self.record.layers[k].site_shape(call.site)
-                positions += call.shape.numel() // (g * o)
+        calls = (call for k in self.record.members[block.name] for call in self.calls.get(k, []))
+        positions = sum(self.record.positions(call) for call in calls if reached(call))
         return max(1, min(self.n, -(-positions // limit)))
 
     def check(self, call: Call) -> None:
@@ -116,8 +113,7 @@ class Receiver:
         alike: dict[tuple[Any, ...], list[Call]] = {}
         for call in self.calls.get(layer, []):
             if reached(call):
-                key = call.site.transposed, call.site.bias is None, call.site.view.inputs
-                alike.setdefault(key, []).append(call)
+                alike.setdefault(call.site.reading, []).append(call)
         return alike.values()
 
     def uses(self, layer: int, got: Callable[[Call], list[Tensor | None]], every: int = 1) -> list[Use]:
@@ -164,7 +160,7 @@ class Receiver:
         for used in self._alike(k, lambda call: id(call) in reached):
             inputs = self.inputs(used)
             g, o, _ = layer.site_shape(used[0].site)
-            positions = sum(call.shape.numel() for call in used) // (self.n * g * o)
+            positions = sum(self.record.positions(call) for call in used) // self.n
             uses.append(Use(inputs, layer.params[0].new_empty(0, self.n, positions, g, o)))
         if uses:
             block.measure(Stats([uses], 1.0, 1.0, block.layers))

@@ -330,6 +330,11 @@ class Record:
         if loss.reduction == "sum":
             self.summed = terms.count if self.summed is None else self.summed + terms.count
 
+    def positions(self, call: Call) -> int:
+        """Samples times positions of one use of a layer."""
+        g, o, _ = self.layers[call.layer].site_shape(call.site)
+        return call.shape.numel() // (g * o)
+
     def samples_needed(self, f: Tensor) -> int:
         """How many samples of this output the K-FAC factors that are due can be made of, by a pass of our own, so that
         each has ROWS rows per row and column; all of them where there is no such pass, or other blocks are due."""
@@ -339,8 +344,7 @@ class Record:
             return n
         positions: dict[int, int] = {}
         for call, _ in found[0].calls:
-            g, o, _ = self.layers[call.layer].site_shape(call.site)
-            positions[call.layer] = positions.get(call.layer, 0) + call.shape.numel() // (g * o)
+            positions[call.layer] = positions.get(call.layer, 0) + self.positions(call)
         positions = {k: count for k, count in positions.items() if count}
         layers = [k for block in blocks for k in self.members[block.name] if k in positions]
         return max((-(-ROWS * n * max(self.layers[k].shape[1:]) // positions[k]) for k in layers), default=n)
