@@ -1,0 +1,286 @@
+"""The engine: blocks of the curvature that are measured, averaged, factorised and applied, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from torchcurv.curv.block.block import Curvature
+from torchcurv.curv.block.refresh import Pace
+from torchcurv.curv.capture.recorder import Record
+from torchcurv.optim.engine.building import Blueprint, same
+from torchcurv.optim.engine.damping import DampingPolicy, Group, has_changed
+from torchcurv.optim.engine.report import warn_of_failures
+from torchcurv.optim.engine.witness import check_captured, check_unfrozen
+
+# Options that all groups under one block must agree on at each step.
+_SHARED = (
+    *("update_every", "refactor_every", "damping", "damping_scale", "ema_decay"),
+    *("refresh_tol", "refresh_cap", "refresh_warmup"),
+)
+
+
+class Schedule(Protocol):
+    """What the engine asks of the options of groups."""
+
+    def interval(self, index: int, key: str, step: int) -> int: ...
+
+    def adaptive(self, index: int, key: str) -> bool: ...
+
+    def constant(self, index: int, key: str) -> int | None: ...
+
+    def apply(self, step: int) -> None: ...
+
+
+class CurvatureEngine:
+    """The blocks of an optimizer, each with the parameter group it belongs to, and what feeds them.
+
+    blueprint: how blocks are made. recording: arguments of the recorder. schedule: intervals, and options that are
+    functions of the step. damping: what is added to eigenvalues.
+    factors: whether steps solve with factors, or only multiply with what was measured.
+    warmup: so many steps only measure. waits_for_gradients: whether a step without gradients does nothing.
+    hint: why nothing may have been captured, beyond what the recorder knows.
+    """
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        recording: dict[str, Any],
+        schedule: Schedule,
+        damping: DampingPolicy,
+        *,
+        factors: bool = True,
+        warmup: int = 0,
+        waits_for_gradients: bool = True,
+        hint: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self.blueprint, self.recording, self.schedule, self.damping = blueprint, recording, schedule, damping
+        self.factors, self.warmup, self.waits_for_gradients = factors, warmup, waits_for_gradients
+        self.step = 0
+        self.groups: Sequence[Group] = ()
+        self.pairs: list[tuple[Curvature, int]] = []
+        self.recorder: Record | None = None
+        self.hint = hint
+        self.unsaved: list[Curvature] = []
+        self.only_zeros = False  # whether the last refresh found gradients of zeros and nothing that was captured
+        self.hooked = False
+        self._trained: list[bool] = []  # which parameters were trainable when the blocks were built
+
+    # ------------------------------------------------------------------------------------ building
+
+    @property
+    def blocks(self) -> list[Curvature]:
+        return [block for block, _ in self.pairs]
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether this step only measures."""
+        return self.step < self.warmup
+
+    def params(self) -> Iterator[Tensor]:
+        return (p for group in self.groups for p in group["params"])
+
+    def by_group(self) -> Iterator[tuple[Curvature, Group]]:
+        return ((block, self.groups[index]) for block, index in self.pairs)
+
+    def build(self, groups: Sequence[Group], state: dict[Any, Any]) -> None:
+        """Blocks and recorder for the groups as they are now; blocks that did not change are kept, with their state."""
+        old = {block.key: block for block in self.blocks}
+        fresh = self.blueprint.blocks(groups)
+        self.remove()
+        self.groups, self.pairs = groups, []
+        for block, index in fresh:
+            self._check_rows(block, index)
+            kept = old.get(block.key, block)
+            kept.name, kept.layers, kept.options = block.name, block.layers, block.options
+            kept.draws_apart = kept.draws_apart or (
+                kept.factor is None and self.damping.of_draws(groups[index]) is not None
+            )
+            self.pairs.append((kept, index))
+        self._trained = [p.requires_grad for p in self.params()]
+        known = {(block.params[0], block.state_key) for block in self.blocks}
+        for p, own in state.items():
+            for key in [key for key in own if key.startswith("curvature") and (p, key) not in known]:
+                del own[key]
+        self.unsaved = [b for b in self.blocks if b.state_key not in state.get(b.params[0], {})]
+        self.recorder = Record(
+            self.blueprint.model, self.blocks, **self.recording, unsupported=self.blueprint.unsupported
+        )
+        self.hooked = True
+        self.begin_step()
+
+    def _check_rows(self, block: Curvature, index: int) -> None:
+        each = all(self.schedule.constant(index, key) == 1 for key in ("update_every", "refactor_every"))
+        if block.uses_rows and not each:
+            raise ValueError(
+                f"block {block.name!r} has {block.size} parameters, more than rows_limit={block.options.rows_limit}, "
+                "and is solved through its rows, which belong to one step: set update_every=1 and refactor_every=1 for "
+                "it, or raise rows_limit"
+            )
+
+    @property
+    def outdated(self) -> bool:
+        """Whether parameters were frozen or unfrozen since the blocks were built."""
+        return self._trained != [p.requires_grad for p in self.params()]
+
+    def unfrozen(self) -> list[Tensor]:
+        """Parameters that are trainable and were not when the blocks were built."""
+        pairs = zip(self.params(), self._trained, strict=True)
+        return [p for p, before in pairs if p.requires_grad and not before]
+
+    def remove(self) -> None:
+        """Take every hook away."""
+        self.hooked = False
+        if self.recorder is not None:
+            self.recorder.remove()
+
+    # ------------------------------------------------------------------------------------ refresh
+
+    def begin_step(self) -> None:
+        """Say what the next forward passes feed."""
+        assert self.recorder is not None
+        self.recorder.start_step(self.step, self._due())
+
+    def _due(self) -> list[str]:
+        for block, index in self.pairs:
+            block.want(self._own_step(index))
+        measured = [block for block in self.blocks if block.by_passes]
+        return [block.name for block in measured if self.warming_up or self.step >= block.next_update]
+
+    def refresh(self) -> bool:
+        """Merge what was captured and factor what is due. False: there is nothing to step on."""
+        self.only_zeros = False
+        if all(p.grad is None for p in self.params()):
+            return not self.waits_for_gradients
+        if self.outdated:
+            check_unfrozen(self)
+        self.schedule.apply(self.step)
+        reached = [pair for pair in self.pairs if any(p.grad is not None for p in pair[0].params)]
+        missing = [block for block, _ in reached if self.step >= block.next_update and not block.captured]
+        if missing and not check_captured(self, missing):
+            self.only_zeros = True
+            return False
+        for block, index in reached:
+            if block.captured:
+                self._update_average(block, index)
+        self._check_shared(reached)
+        changed = [pair for pair in reached if pair[0].changes]
+        self._decide(changed)
+        if self.factors and not self.warming_up:
+            self._factorise(reached, changed)
+        return True
+
+    def _own_step(self, index: int) -> int | None:
+        """The step, for blocks that are measured at intervals of their own choice."""
+        return self.step if self.schedule.adaptive(index, "update_every") and not self.warming_up else None
+
+    def _update_average(self, block: Curvature, index: int) -> None:
+        adaptive = self.schedule.adaptive(index, "update_every")
+        watched = adaptive or self.schedule.adaptive(index, "refactor_every")
+        decay = self.groups[index]["ema_decay"] if block.by_passes else 0.0
+        block.update(decay, not self._is_due(block, index), self.step, watched)
+        if not adaptive:
+            block.next_update = self.step + self.schedule.interval(index, "update_every", self.step)
+            if any(pace.next for pace in block.paces.values()):  # it was adaptive before
+                block.paces = {part: Pace() for part in block.paces}
+        self.unsaved.append(block)
+
+    def _decide(self, changed: list[tuple[Curvature, int]]) -> None:
+        """Let blocks of adaptive intervals see how far they moved: a host read where one was measured."""
+        moves = [(block, part, change) for block, _ in changed for part, change in block.changes.items()]
+        if not moves:
+            return
+        device = moves[0][2].device
+        read = torch.stack([change.to(device, torch.float64) for _, _, change in moves]).tolist()
+        for block, index in changed:
+            own = {part: value for (other, part, _), value in zip(moves, read, strict=True) if other is block}
+            block.decide(self._own_step(index), own)
+
+    def _factorise(self, reached: list[tuple[Curvature, int]], changed: list[tuple[Curvature, int]]) -> None:
+        """Factors of what is stale; what went wrong before is read first, and only then."""
+        read = [block for block, index in changed if self.schedule.adaptive(index, "refactor_every")]
+        warn_of_failures(read)
+        stale = [(block, index) for block, index in reached if self._is_stale(block, index)]
+        warn_of_failures([block for block, _ in stale if block not in read])
+        for block, index in stale:
+            group = self.groups[index]
+            of_draws = self.damping.of_draws(group)
+            block.draws_apart = of_draws is not None
+            nominal = self.damping.nominal(group)
+            block.refactor(self.damping.shift(block, group), 0.0 if of_draws is None else of_draws, nominal)
+            if not self.schedule.adaptive(index, "refactor_every"):
+                block.next_refactor = self.step + self.schedule.interval(index, "refactor_every", self.step)
+            self.unsaved.append(block)
+
+    def _is_due(self, block: Curvature, index: int) -> bool:
+        """Whether a factorisation is due whatever was measured."""
+        if not block.has_factor:
+            return True
+        if not self.schedule.adaptive(index, "refactor_every") and self.step >= block.next_refactor:
+            return True
+        group = self.groups[index]
+        if block.bakes_damping() and has_changed(self.damping.nominal(group), block.factor_damping):
+            return True
+        of_draws = self.damping.of_draws(group)
+        return block.draws_apart and of_draws is not None and has_changed(of_draws, block.draw_damping)
+
+    def _is_stale(self, block: Curvature, index: int) -> bool:
+        moved = self.schedule.adaptive(index, "refactor_every") and (block.moved or block.retry)
+        return block.measured and (moved or self._is_due(block, index))
+
+    def _check_shared(self, pairs: list[tuple[Curvature, int]]) -> None:
+        """A block over several groups has one damping and one schedule."""
+        several = [(block, index) for block, index in pairs if len(block.layers) > 1]
+        groups = {p: group for group in self.groups for p in group["params"]} if several else {}
+        for block, index in several:
+            own = self.groups[index]
+            for other in {id(groups[p]): groups[p] for p in block.params}.values():
+                for key in _SHARED:
+                    if not same(own.get(key), other.get(key)):
+                        raise ValueError(
+                            f"block {block.name!r} lies over groups with {key}={own.get(key)!r} and "
+                            f'{key}={other.get(key)!r}: give them equal ones, or build the optimizer with '
+                            'partition="group"'
+                        )
+
+    # ---------------------------------------------------------------------------------------- use
+
+    def precondition(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """(C + λ I)^-1 applied to the gradients of the covered parameters, in float32 or better."""
+        solved: dict[Tensor, Tensor] = {}
+        for block, group in self.by_group():
+            if not block.has_factor or not any(p in gradients for p in block.params):
+                continue
+            given = [
+                piece.of(gradients[p] if (p := piece.param) in gradients else torch.zeros_like(p))
+                for piece in block.pieces
+            ]
+            damping = None if block.bakes_damping() else self.damping.shift(block, group)
+            for piece, x in zip(block.pieces, block.direction(given, damping), strict=True):
+                p = piece.param
+                if p in gradients and piece.rows is None:
+                    solved[p] = x
+                elif p in gradients:
+                    piece.of(solved.setdefault(p, gradients[p].to(x.dtype, copy=True))).copy_(x)
+        return solved
+
+    def forget(self) -> None:
+        """Gradients are gone, and what was captured for them."""
+        for block in self.blocks:
+            block.forget_pending()
+
+    def save(self, state: dict[Any, dict[str, Any]]) -> None:
+        """The blocks that changed into the state of their first parameter."""
+        for block in dict.fromkeys(self.unsaved):
+            block.release_rows()
+            state[block.params[0]][block.state_key] = block.state()
+        self.unsaved = []
+
+    def load(self, state: dict[Any, dict[str, Any]]) -> None:
+        """The inverse of `save`."""
+        for block in self.blocks:
+            block.load_state(state.get(block.params[0], {}).get(block.state_key, {}))
+        self.begin_step()

@@ -1,0 +1,81 @@
+"""What an optimizer tells: a table of what every parameter got, numbers of the last step, warnings of failures."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torchcurv.curv.block.block import Curvature, read_flags
+from torchcurv.curv.kinds.base import GRADIENT, INPUT
+from torchcurv.optim.update import norm_of
+
+if TYPE_CHECKING:
+    from torchcurv.optim.engine.engine import CurvatureEngine
+
+
+def warn_of_failures(blocks: list[Curvature]) -> None:
+    """Read what went wrong since the last factorisation: the only host read, and only when one is due."""
+    for block, counts in zip(blocks, read_flags(blocks), strict=True):
+        skipped, failed = (now - before for now, before in zip(counts, block.reported, strict=True))
+        block.reported, block.retry = counts, failed > 0
+        if skipped:
+            _warn(f"block {block.name!r}: {skipped} curvature measurements were not finite and were left out")
+        if failed:
+            _warn(
+                f"block {block.name!r}: {failed} factorisations failed; the last good factor was kept, and the next "
+                "one is computed in float64 with ten times the damping"
+            )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=8)  # the line that calls step(), through torch's own wrappers of it
+
+
+def metrics_of(engine: CurvatureEngine, last: dict[str, Tensor]) -> dict[str, float]:
+    """Counts, and 0-d tensors as plain numbers: one host read for all of them."""
+    blocks = engine.blocks
+    counts = {
+        "step": engine.step,
+        "measurements": sum(block.measurements for block in blocks),
+        "factorisations": sum(block.factorisations for block in blocks),
+    }
+    flags = [block.flags for block in blocks if block.flags is not None]
+    params = list(engine.params())
+    device = params[0].device
+    bad = torch.stack([flag.to(device) for flag in flags]).sum(0) if flags else torch.zeros(2, device=device)
+    tensors = {"skipped_measurements": bad[0], "failed_factorisations": bad[1], "parameter_norm": norm_of(params)}
+    gradients = [p.grad for p in params if p.grad is not None]
+    if gradients:
+        tensors["gradient_norm"] = norm_of(gradients)
+    tensors["damping"] = torch.as_tensor(engine.groups[0]["damping"], dtype=torch.float64)
+    tensors |= last
+    values = torch.stack([value.to(device, torch.float64) for value in tensors.values()]).tolist()
+    return {**counts, **dict(zip(tensors, values, strict=True))}
+
+
+def summary_of(engine: CurvatureEngine) -> str:
+    """A table of what every parameter got: layer, curvature, approximation, block sizes, memory in bytes."""
+    rows = [("parameter", "shape", "block", "curv_type", "approx", "block sizes", "memory")]
+    owners: dict[Tensor, list[Curvature]] = {}
+    for block in engine.blocks:
+        for p in block.params if block.kind != GRADIENT else ():
+            owners.setdefault(p, []).append(block)
+    names = engine.blueprint.names
+    for p in engine.params():
+        name, shape = names.get(p, "?"), "x".join(map(str, p.shape)) or "scalar"
+        if p not in owners:
+            rows.append((name, shape, "-", "-", "plain gradient" if p.requires_grad else "frozen", "-", "-"))
+        rows += [(name, shape, *_cells(block, p)) for block in owners.get(p, ())]
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cells(block: Curvature, p: Tensor) -> tuple[str, str, str, str, str]:
+    options, memory = block.options, f"{block.memory():,}" if p is block.params[0] else '"'
+    draws = options.samples is not None and options.curv_type not in ("empirical_fisher", INPUT)
+    kind = f"{options.curv_type}({options.samples})" if draws else options.curv_type
+    return block.name, kind, str(options.approx), block.sizes(), memory

@@ -1,0 +1,79 @@
+"""Whether the curvature that a step needs was captured; if not, what the user is told."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from torchcurv.curv.block.block import Curvature
+
+if TYPE_CHECKING:
+    from torchcurv.optim.engine.engine import CurvatureEngine
+
+
+def check_unfrozen(engine: CurvatureEngine) -> None:
+    """A parameter that is trained since the blocks were built has a gradient but no curvature."""
+    options = {p: group["approx"] for group in engine.groups for p in group["params"]}
+    names = engine.blueprint.names
+    found = [names[p] for p in engine.unfrozen() if p.grad is not None and options[p] is not None]
+    if found and engine.blueprint.unsupported == "error":
+        raise RuntimeError(
+            f"the parameters {', '.join(found)} were frozen when the curvature blocks were built and have gradients "
+            "now: call optimizer.zero_grad() after requires_grad_(True) and before the forward pass"
+        )
+
+
+def check_captured(engine: CurvatureEngine, missing: list[Curvature]) -> bool:
+    """A gradient whose curvature was not captured is an error, or trains as it is if the user said so.
+
+    False: all gradients are zero, as in the step that a checkpoint library takes to make the state exist.
+    """
+    refuses = engine.blueprint.unsupported == "error"
+    if not refuses and any(block.next_update for block in engine.blocks):
+        return True
+    names = [b.name for b in missing if any(p.grad.any() for p in b.params if p.grad is not None)]
+    nothing = not any(block.captured for block in engine.blocks)
+    if not names:
+        return not nothing
+    used = _unknown_uses(engine, missing)
+    if used and refuses:
+        raise RuntimeError(
+            f"nothing is known of the curvature of {', '.join(used)}: a parameter of a module's own may be added to, or "
+            'multiplied with, something of the batch. Put it into a group with approx=None, or with approx="diag" to '
+            'have its gradients taken sample by sample, or pass unsupported="gradient", or teach torchcurv the module '
+            "with torchcurv.register_view"
+        )
+    if nothing and not used:
+        raise RuntimeError(
+            f"there are gradients but no curvature was captured: {_silent_trigger(engine)}. Call the model and the "
+            "loss between two steps with gradients enabled, then loss.backward(); the optimizer must have been built "
+            "before that forward pass (and before torch.compile's first call)"
+        )
+    if refuses:
+        raise RuntimeError(
+            f"layers {', '.join(names)} have gradients but their curvature was not captured: their forward was not "
+            "called by the pass that reached the loss (functional use of a weight?). Put their parameters into a group "
+            'with approx=None, or pass unsupported="gradient"'
+        )
+    return True
+
+
+def _unknown_uses(engine: CurvatureEngine, missing: list[Curvature]) -> list[str]:
+    assert engine.recorder is not None
+    unknown, names = engine.recorder.forward.unknown_uses, engine.blueprint.names
+    return [f"{names[p]} in torch.{unknown[p]}" for b in missing for p in b.params if p in unknown]
+
+
+def _silent_trigger(engine: CurvatureEngine) -> str:
+    assert engine.recorder is not None
+    hint, loss_fn = engine.hint(), engine.recorder.loss_fn
+    if hint is not None:
+        return hint
+    if not engine.hooked:
+        return "optimizer.remove() has taken its hooks away"
+    if loss_fn is None:
+        return "loss_fn=None and optimizer.observe(output, target, loss_fn) was not called in this step"
+    if isinstance(loss_fn, nn.Module):
+        return "the loss module given as loss_fn= was not called on the model's output in this step"
+    return "no backward() reached the model's output through a recorded forward pass"
