@@ -198,7 +198,7 @@ FULL = {"approx": "full", "damping_type": "factored", "num_samples": 2, "kl_warm
 
 CASES = {
     "plain": Case(NEWTON),
-    "kfac": Case(NEWTON, {**EVERY, "momentum": 0.9, "kl_clip": 0.1}),
+    "kfac": Case(NEWTON, {**EVERY, "refactor_every": 4, "momentum": 0.9, "kl_clip": 0.1}),
     "kfac exact": Case(NEWTON, {**EVERY, "damping_type": "exact", "samples": None}),
     "kfac adaptive": Case(NEWTON, {**ADAPTIVE, "lr": 0.05}),
     "kfac schedules": Case(NEWTON, {"damping": lambda t: 0.1 / (1 + t), "update_every": lambda t: 1 + t // 2}),
