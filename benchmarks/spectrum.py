@@ -22,7 +22,7 @@ from benchmarks.data import mnist
 from benchmarks.hessian_quality import LOSS, trained
 from benchmarks.problems import mlp
 from torchcurv import curvature
-from torchcurv.curv.estimate import SpectralDensity
+from torchcurv.curv.linalg.stochastic import SpectralDensity
 from torchcurv.plot import plot_layers, plot_spectrum
 
 matplotlib.use("Agg")

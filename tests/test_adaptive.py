@@ -13,10 +13,10 @@ from measured import close
 from torch import nn
 
 from torchcurv import Preconditioner, SecondOrderOptimizer
-from torchcurv.curv import stats
-from torchcurv.curv.inputs import Inputs
-from torchcurv.curv.passes import Pass
-from torchcurv.curv.schedule import Pace
+from torchcurv.curv.block.refresh import Pace
+from torchcurv.curv.capture.signal_pass import Pass
+from torchcurv.curv.statistics import block as stats
+from torchcurv.curv.statistics.inputs import Inputs
 
 EACH = {"update_every": 1, "refactor_every": 1}
 ADAPTIVE = {"update_every": "adaptive", "refactor_every": "adaptive"}

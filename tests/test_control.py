@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import torchcurv.optim.second_order as second_order_module
 from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer, curvature
-from torchcurv.curv.passes import Receiver
-from torchcurv.optim.evaluation import RIDGE, Evaluation, minimiser, sample_order
+from torchcurv.curv.capture.assemble import Receiver
+from torchcurv.optim.control.quadratic_model import RIDGE, Evaluation, minimiser, sample_order
 from torchcurv.optim.update import levenberg_marquardt, scale_within
 
 DATA = [(cases.randn(6, 4, seed=t), torch.arange(6) % 3) for t in range(5)]

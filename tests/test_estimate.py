@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchcurv.curv import estimate
-from torchcurv.curv.estimate import Symmetric
+from torchcurv.curv.linalg import stochastic as estimate
+from torchcurv.curv.linalg.krylov import Symmetric
 
 SIZES = st.integers(1, 30)
 SEEDS = st.integers(0, 99)

@@ -1,6 +1,7 @@
 """What a block can do with its matrix, against dense linear algebra in float64."""
 
 import warnings
+from contextlib import nullcontext
 
 import cases
 import oracles
@@ -11,13 +12,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torchcurv import SecondOrderOptimizer, curvature
-from torchcurv.curv import curvature as curvature_module
-from torchcurv.curv import linalg
-from torchcurv.curv.approx import Dense, Diagonal, Kronecker, project_moments
-from torchcurv.curv.curvature import Curvature, Options
-from torchcurv.curv.factor import Eigen, Inverse
-from torchcurv.curv.layers import find_layers
-from torchcurv.curv.linalg import inverse_spd
+from torchcurv.curv.approximations.dense import Dense
+from torchcurv.curv.approximations.diagonal import Diagonal
+from torchcurv.curv.approximations.factors import Eigen, Inverse
+from torchcurv.curv.approximations.kronecker import Kronecker, project_moments
+from torchcurv.curv.block.block import Curvature, read_flags
+from torchcurv.curv.layers.find import find_layers
+from torchcurv.curv.linalg import symmetric as linalg
+from torchcurv.curv.linalg.symmetric import inverse_spd
+from torchcurv.curv.numerics import assume_accelerator
+from torchcurv.curv.options import Options
 
 APPROXIMATIONS = cases.APPROXIMATIONS
 LAMBDA = 0.03
@@ -196,9 +200,7 @@ def block_of(approx="diag", **options):
 )
 def test_the_running_average_is_bias_corrected_and_leaves_out_what_is_not_finite(rho, bad, accelerator):
     block, kept = block_of(), []
-    with pytest.MonkeyPatch.context() as patch:
-        if accelerator:
-            patch.setattr(curvature_module, "free_to_read", lambda flag: False)
+    with assume_accelerator() if accelerator else nullcontext():
         for k, value in enumerate(bad):
             x = cases.randn(1, 3, 5, seed=k).square()
             kept += [x.clone()] if value is None else []
@@ -206,7 +208,7 @@ def test_the_running_average_is_bias_corrected_and_leaves_out_what_is_not_finite
                 x[0, 0, 0] = value
             block.add({"diag": x})
             block.update(rho)
-    assert curvature_module.read_flags([block]) == [(len(bad) - len(kept), 0)]
+    assert read_flags([block]) == [(len(bad) - len(kept), 0)]
     times = [k for k, value in enumerate(bad) if value is None]  # the old fades while nothing new is let in
     weights = torch.tensor([rho ** (times[-1] - k) for k in times], dtype=torch.float64)
     if kept:
@@ -265,12 +267,11 @@ def stepper(approx="kfac", **options):
     return optimizer, optimizer._blocks[0], step
 
 
-@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "accelerator"])
 @pytest.mark.parametrize("approx", ["kfac", "block"])
-def test_a_failed_factorisation_keeps_the_last_good_factor_and_is_tried_again(approx, accelerator, monkeypatch):
-    if accelerator:
-        monkeypatch.setattr(curvature_module, "free_to_read", lambda flag: False)
-        monkeypatch.setattr(linalg, "free_to_read", lambda flag: False)
+def test_a_failed_factorisation_keeps_the_last_good_factor_and_is_tried_again(approx, device, request, monkeypatch):
+    if device == "accelerator":
+        request.getfixturevalue("accelerator")
     optimizer, block, step = stepper(approx)
     step()
     good = {key: value.clone() for key, value in block.factor.state().items()}
@@ -286,7 +287,8 @@ def test_a_failed_factorisation_keeps_the_last_good_factor_and_is_tried_again(ap
     asked = []
     inverse_spd = linalg.inverse_spd
     monkeypatch.setattr(
-        "torchcurv.curv.sides.inverse_spd", lambda m, d: (asked.append((m.dtype, d)), inverse_spd(m, d))[1]
+        "torchcurv.curv.linalg.block_diagonal.inverse_spd",
+        lambda m, d: (asked.append((m.dtype, d)), inverse_spd(m, d))[1],
     )
     with pytest.warns(UserWarning, match=r"block '0': 1 factorisations failed.*last good factor"):
         step()

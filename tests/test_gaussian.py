@@ -7,8 +7,8 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 from torchcurv import curvature
-from torchcurv.curv.gaussian import Gaussian, GaussianBlock
-from torchcurv.curv.linalg import lower_times, times_lower_transposed
+from torchcurv.curv.linalg.symmetric import lower_times, times_lower_transposed
+from torchcurv.curv.posterior.gaussian import Gaussian, GaussianBlock
 
 SCALE, DAMPING, DRAWS = 5.0, 0.3, 200_000
 SHAPES = {

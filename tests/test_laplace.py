@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from torchcurv import curvature, laplace
-from torchcurv.curv.draws import arguments
+from torchcurv.curv.posterior.draws import arguments
 
 DELTA, NOISE, TAU, DRAWS = 0.7, 0.3, 0.4, 100_000
 KINDS = ["ggn", "fisher", "empirical_fisher", "hessian"]

@@ -7,7 +7,7 @@ from measured import KINDS, Part, close, measured, optimizer, truth
 from torch import nn
 from torch.nn import functional as F
 
-from torchcurv.curv.losses import loss_of
+from torchcurv.curv.losses.table import loss_of
 
 N, T, V = 4, 3, cases.CLASSES
 NAMED = {"ce": "cross_entropy", "nll": "nll", "mse": "mse", "bce": "bce_with_logits"}

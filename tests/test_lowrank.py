@@ -10,11 +10,11 @@ from measured import close
 from torch import nn
 
 from torchcurv import SecondOrderOptimizer, curvature, directions
-from torchcurv.curv import rows as rows_module
-from torchcurv.curv.factor import LowRank
-from torchcurv.curv.lowrank import largest_pairs
-from torchcurv.curv.rows import RowSpace
-from torchcurv.curv.stats import Stats
+from torchcurv.curv.approximations import rows as rows_module
+from torchcurv.curv.approximations.factors import LowRank
+from torchcurv.curv.approximations.low_rank import largest_pairs
+from torchcurv.curv.approximations.rows import RowSpace
+from torchcurv.curv.statistics.block import Stats
 from torchcurv.optim import DirectionalNewton
 from torchcurv.optim.directional import above, constant, from_noise, top_k
 
@@ -201,7 +201,7 @@ def test_several_backward_passes_make_one_batch():
 
 
 def test_signals_in_chunks_are_of_the_same_samples(monkeypatch):
-    from torchcurv.curv import passes
+    from torchcurv.curv.capture import signal_pass as passes
 
     model, loss_fn, x, y = problem("cnn", 5)
     (whole,) = directions(model, loss_fn, [(x, y)], cutoff=1e-9).values()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from torchcurv import SecondOrderOptimizer, curvature
-from torchcurv.optim.evaluation import Evaluation
+from torchcurv.optim.control.quadratic_model import Evaluation
 
 KINDS = ["ggn", "empirical_fisher"]
 ATTENTION = [case for case in models.MODELS if case.id in ("vit", "encoder")]  # with nn.MultiheadAttention

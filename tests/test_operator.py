@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchcurv import CurvatureOperator, curvature
-from torchcurv.curv.estimate import Estimate
+from torchcurv.curv.linalg.stochastic import Estimate
 
 KINDS = ["hessian", "ggn", "fisher", "empirical_fisher"]
 LOSS = nn.CrossEntropyLoss()

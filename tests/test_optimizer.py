@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from contextlib import nullcontext
 
 import cases
 import oracles
@@ -15,9 +16,8 @@ from torch.nn.utils import vector_to_parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchcurv import Preconditioner, SecondOrderOptimizer
-from torchcurv.curv import curvature as curvature_module
-from torchcurv.curv import linalg as linalg_module
-from torchcurv.curv import losses as losses_module
+from torchcurv.curv.approximations.rows import RowSpace
+from torchcurv.curv.numerics import assume_accelerator
 
 APPROXIMATIONS = cases.APPROXIMATIONS
 LOSS = nn.CrossEntropyLoss()
@@ -363,7 +363,7 @@ def test_a_bad_row_does_not_reach_the_parameters_and_is_counted():
 def test_an_indefinite_gram_matrix_is_tried_again_in_float64_with_more_damping(monkeypatch):
     model = make_model()
     optimizer = SecondOrderOptimizer(model, approx="full", rows_limit=1, damping=0.5, **PLAIN)
-    gram = curvature_module.RowSpace.gram
+    gram = RowSpace.gram
 
     def indefinite(self):
         matrix = gram(self)
@@ -371,7 +371,7 @@ def test_an_indefinite_gram_matrix_is_tried_again_in_float64_with_more_damping(m
         return matrix
 
     with monkeypatch.context() as patch:
-        patch.setattr(curvature_module.RowSpace, "gram", indefinite)
+        patch.setattr(RowSpace, "gram", indefinite)
         train(model, optimizer, [0])
     assert optimizer.metrics()["failed_factorisations"] == 1 and flat(model.parameters()).isfinite().all()
     x, y = BATCHES[1]
@@ -529,40 +529,33 @@ class Syncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def as_on_an_accelerator(monkeypatch):
-    for module in (curvature_module, linalg_module, losses_module):
-        monkeypatch.setattr(module, "free_to_read", lambda flag: False)
-
-
 @pytest.mark.parametrize("momentum_type", ["raw", "preconditioned"])
 @pytest.mark.parametrize("kind", ["ggn", "fisher", "empirical_fisher"])
 @pytest.mark.parametrize("approx", APPROXIMATIONS)
 def test_the_path_of_an_accelerator_takes_the_same_steps_and_reads_nothing_between_refreshes(
-    approx, kind, momentum_type, monkeypatch
+    approx, kind, momentum_type
 ):
     """Forward, backward and step, measuring every time; values are read when a factorisation is due."""
     options = {"approx": approx, "curv_type": kind, "refactor_every": 4, "momentum_type": momentum_type}
     options |= {"lr": torch.tensor(0.1, dtype=torch.float64), "weight_decay": 0.1, "l2": 0.1, "nesterov": True}
     results = []
-    for accelerator in (False, True):
-        if accelerator:
-            as_on_an_accelerator(monkeypatch)
-        model = make_model()
-        optimizer = SecondOrderOptimizer(model, **options)
-        for t in range(6):
-            optimizer.zero_grad()
-            with Syncs() as syncs:
-                backward(model, t)
-                optimizer.step()
-            assert not syncs.found or not accelerator or t % 4 == 0
-        results.append(flat(model.parameters()))
+    for device in (nullcontext, assume_accelerator):
+        with device():
+            model = make_model()
+            optimizer = SecondOrderOptimizer(model, **options)
+            for t in range(6):
+                optimizer.zero_grad()
+                with Syncs() as syncs:
+                    backward(model, t)
+                    optimizer.step()
+                assert not syncs.found or device is nullcontext or t % 4 == 0
+            results.append(flat(model.parameters()))
     close(*results, 1e-12)
 
 
 @pytest.mark.parametrize("approx", ["kfac", "diag", "block"])
-def test_a_refresh_reads_all_its_flags_at_once(approx, monkeypatch):
+def test_a_refresh_reads_all_its_flags_at_once(approx, accelerator, monkeypatch):
     """However many layers there are; the eigendecomposition of torch reads its own."""
-    as_on_an_accelerator(monkeypatch)
     reads = []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (reads.append(self.shape), tolist(self))[1])
@@ -577,8 +570,7 @@ def test_a_refresh_reads_all_its_flags_at_once(approx, monkeypatch):
     assert reads == [(6, 2)] and not syncs.found
 
 
-def test_adaptive_intervals_read_their_moves_at_once_and_nothing_while_they_rest(monkeypatch):
-    as_on_an_accelerator(monkeypatch)
+def test_adaptive_intervals_read_their_moves_at_once_and_nothing_while_they_rest(accelerator, monkeypatch):
     reads = []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (reads.append(self.shape), tolist(self))[1])

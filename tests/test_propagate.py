@@ -13,8 +13,10 @@ from cases import randn, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchcurv.curv.capture import edge_of
-from torchcurv.curv.propagate import RESIDUALS, Tape, propagate
+from torchcurv.curv.graph import edge_of
+from torchcurv.curv.hessian.local import RESIDUALS
+from torchcurv.curv.hessian.propagate import propagate
+from torchcurv.curv.hessian.tape import Tape
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 

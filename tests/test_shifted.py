@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torchcurv import curvature
-from torchcurv.curv.inputs import position_gram
-from torchcurv.curv.shifted import shifted_cov
-from torchcurv.curv.views import VIEWS, _conv_moments, _padded, conv_output_size
+from torchcurv.curv.layers.conv_covariance import shifted_cov
+from torchcurv.curv.layers.convolution import conv_moments as _conv_moments
+from torchcurv.curv.layers.convolution import conv_output_size
+from torchcurv.curv.layers.convolution import padded_input as _padded
+from torchcurv.curv.layers.table import VIEWS
+from torchcurv.curv.statistics.gram import position_gram
 
 
 def by_patches(conv, x):

@@ -1,10 +1,11 @@
 """torchcurv: the curvature of a network's loss, layer by layer, in a form an optimizer can use."""
 
 from torchcurv import nn, optim
-from torchcurv.curv.losses import register_loss
-from torchcurv.curv.operator import CurvatureSet, curvature, directions
-from torchcurv.curv.products import CurvatureOperator
-from torchcurv.curv.views import register_view
+from torchcurv.curv.analysis.curvature_set import CurvatureSet
+from torchcurv.curv.analysis.measure import curvature, directions
+from torchcurv.curv.analysis.operator import CurvatureOperator
+from torchcurv.curv.layers.table import register_view
+from torchcurv.curv.losses.table import register_loss
 from torchcurv.laplace import LaplacePosterior, laplace
 from torchcurv.optim.preconditioner import Preconditioner
 from torchcurv.optim.second_order import SecondOrderOptimizer

@@ -15,15 +15,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchcurv.curv.curvature import Curvature
-from torchcurv.curv.draws import arguments, holding, outputs_under
-from torchcurv.curv.estimate import check_count
-from torchcurv.curv.gaussian import Gaussian, GaussianBlock, Number, kl_of_block, sum_of_terms
-from torchcurv.curv.likelihood import Likelihood, Watched, double
-from torchcurv.curv.linearised import Call, Network, batch_size, covariance_of_rows, is_training, samples_of
-from torchcurv.curv.losses import BinaryCrossEntropy, Loss, SquaredError, at_least_float32, loss_of
-from torchcurv.curv.operator import curvature
-from torchcurv.curv.rows import RowSpace
+from torchcurv.curv.analysis.measure import curvature
+from torchcurv.curv.approximations.rows import RowSpace
+from torchcurv.curv.block.block import Curvature
+from torchcurv.curv.checks import check_count
+from torchcurv.curv.losses.binary_cross_entropy import BinaryCrossEntropy
+from torchcurv.curv.losses.likelihood import Likelihood, Watched, double
+from torchcurv.curv.losses.loss import Loss
+from torchcurv.curv.losses.squared_error import SquaredError
+from torchcurv.curv.losses.table import loss_of
+from torchcurv.curv.numerics import at_least_float32
+from torchcurv.curv.posterior.draws import arguments, holding, outputs_under
+from torchcurv.curv.posterior.gaussian import Gaussian, GaussianBlock, Number, kl_of_block, sum_of_terms
+from torchcurv.curv.posterior.linearised import Call, Network, batch_size, covariance_of_rows, is_training, samples_of
 
 Precision = float | Tensor | dict[str, Any]  # of the prior: one, [blocks], or by the name of a block
 _POSITIVE = "a number > 0"
@@ -87,7 +91,7 @@ def laplace(
         noise_variance: σ² of a regression; 1 by default. Only for squared errors.
         seed: of the posterior's own draws, and of the signals if there are `samples`.
         options: `sharing`, `rows_limit`, `factor_blocks`, `max_factor_dim`, and those of the Hessian, as in
-            `torchcurv.curv.curvature.Options`. Damping is exact.
+            `torchcurv.curv.options.Options`. Damping is exact.
 
     The Hessian is taken as it is (`indefinite="keep"`), which is right at a minimum; elsewhere its sum with the prior
     may have no inverse, which raises, and "abs" or "clip" make one.

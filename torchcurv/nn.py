@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from torchcurv.curv.linalg import inverse_spd
-from torchcurv.curv.losses import at_least_float32
-from torchcurv.curv.passes import full_precision
-from torchcurv.curv.schedule import check_number
-from torchcurv.curv.views import LINEAR, VIEWS
+from torchcurv.curv.checks import check_number
+from torchcurv.curv.layers.table import LINEAR, VIEWS
+from torchcurv.curv.linalg.symmetric import inverse_spd
+from torchcurv.curv.numerics import at_least_float32, full_precision
 
 
 class ISAACLinear(nn.Linear):

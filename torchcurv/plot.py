@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from torchcurv.curv.estimate import SpectralDensity
-from torchcurv.curv.products import CurvatureOperator
-from torchcurv.curv.spectra import Spectra
+from torchcurv.curv.analysis.operator import CurvatureOperator
+from torchcurv.curv.analysis.spectra import Spectra
+from torchcurv.curv.linalg.stochastic import SpectralDensity
 
 QUARTILES = (0, 0.25, 0.75, 1)
 VISIBLE = 1e-8  # of the largest magnitude: eigenvalues below it count as zero

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchcurv.curv.curvature import OPTION_NAMES, Options
-from torchcurv.curv.schedule import Interval, check_number
+from torchcurv.curv.checks import Interval, check_number
+from torchcurv.curv.options import OPTION_NAMES, Options
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
 from torchcurv.optim.update import scale_within
 
@@ -25,7 +25,7 @@ class AdaHesScale(CurvatureOptimizer):
     groups with approx=None have h = g: they are trained by Adam.
 
     Args:
-        residual: "keep" is HesScale, "zero" HesScaleGN; see `torchcurv.curv.curvature.Options`.
+        residual: "keep" is HesScale, "zero" HesScaleGN; see `torchcurv.curv.options.Options`.
         delta: size of the trust region in units of the loss, or None. max_scale: bound on s.
         update_every: steps between two measurements of h.
         The others are those of SecondOrderOptimizer and of torch.optim.Adam.

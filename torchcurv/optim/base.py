@@ -17,11 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchcurv.curv.curvature import OPTION_NAMES, Curvature, Options, partition, read_flags
-from torchcurv.curv.kinds import GRADIENT, INPUT
-from torchcurv.curv.layers import Layer, find_layers
-from torchcurv.curv.record import Record
-from torchcurv.curv.schedule import ADAPTIVE, AUTO, Pace, check_interval, interval_at, value_at
+from torchcurv.curv.block.block import Curvature, partition, read_flags
+from torchcurv.curv.block.refresh import Pace
+from torchcurv.curv.capture.recorder import Record
+from torchcurv.curv.checks import ADAPTIVE, AUTO, check_interval, interval_at, value_at
+from torchcurv.curv.kinds.base import GRADIENT, INPUT
+from torchcurv.curv.layers.find import find_layers
+from torchcurv.curv.layers.layer import Layer
+from torchcurv.curv.options import OPTION_NAMES, Options
 from torchcurv.optim.update import inner, norm_of, scale_within
 
 _INTERVALS = ("update_every", "refactor_every")

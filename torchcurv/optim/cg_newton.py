@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchcurv.curv.curvature import OPTION_NAMES, Options
-from torchcurv.curv.schedule import check_number
-from torchcurv.curv.second import Products, hessian_times
+from torchcurv.curv.checks import check_number
+from torchcurv.curv.hessian.products import Products, hessian_times
+from torchcurv.curv.options import OPTION_NAMES, Options
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
 from torchcurv.optim.update import inner
 

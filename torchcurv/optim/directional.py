@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchcurv.curv.curvature import OPTION_NAMES, Curvature, Options
-from torchcurv.curv.directions import (
+from torchcurv.curv.analysis.directions import (
     Criterion,
     DirectionalDamping,
     Directions,
@@ -18,9 +17,11 @@ from torchcurv.curv.directions import (
     directions_of,
     with_shares,
 )
-from torchcurv.curv.kinds import GRADIENT
-from torchcurv.curv.layers import Layer
-from torchcurv.curv.schedule import check_number
+from torchcurv.curv.block.block import Curvature
+from torchcurv.curv.checks import check_number
+from torchcurv.curv.kinds.base import GRADIENT
+from torchcurv.curv.layers.layer import Layer
+from torchcurv.curv.options import OPTION_NAMES, Options
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchcurv.curv.curvature import OPTION_NAMES
+from torchcurv.curv.options import OPTION_NAMES
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
 
 

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchcurv.curv.curvature import OPTION_NAMES, Curvature
-from torchcurv.curv.estimate import check_count
-from torchcurv.curv.kinds import INPUT
-from torchcurv.curv.schedule import check_number
+from torchcurv.curv.block.block import Curvature
+from torchcurv.curv.checks import check_count, check_number
+from torchcurv.curv.kinds.base import INPUT
+from torchcurv.curv.options import OPTION_NAMES
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
-from torchcurv.optim.evaluation import Evaluation, Vector, minimiser
+from torchcurv.optim.control.quadratic_model import Evaluation, Vector, minimiser
 from torchcurv.optim.update import (
     descend_,
     dot,
@@ -118,9 +118,9 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         update_every, refactor_every: an int, a function of the step, "adaptive", or "auto": 1 in the first 10 steps,
             where curvature changes fast, and then 10; always 1 for curv_type="input" and for approx="full" and "block",
             which may be made of the rows of one batch.
-        sharing: see `torchcurv.curv.curvature.Options`; None: "whole" for step_rule="quadratic", else "expand".
+        sharing: see `torchcurv.curv.options.Options`; None: "whole" for step_rule="quadratic", else "expand".
         ema_decay (or a function of the step), refresh_tol, refresh_cap, refresh_warmup, rows_limit,
-            factor_blocks, max_factor_dim, max_positions, partition, rank: see `torchcurv.curv.curvature.Options`.
+            factor_blocks, max_factor_dim, max_positions, partition, rank: see `torchcurv.curv.options.Options`.
         reduction, class_dim: of a loss given by name. output_fn: from the model's output to the loss's input.
         grad_scaler: the torch.amp.GradScaler that scales the loss, if any.
         unsupported: "error" lists parameters without a known curvature, "gradient" trains them with the gradient.

@@ -1,8 +1,9 @@
 """VIOptimizer: variational inference with a Gaussian whose precision is a curvature of any kind and shape.
 
 The mean of the posterior is what the parameters hold outside of `sampled_params`; the covariance lies in the factors
-of the blocks (torchcurv.curv.gaussian). Notation: N terms of the loss in the data, τ temperature, δ prior precision,
-δ̃ = τ δ / N, C the running average of the curvature of the mean loss, μ the mean, θ a draw, ĝ the mean gradient.
+of the blocks (torchcurv.curv.posterior.gaussian). Notation: N terms of the loss in the data, τ temperature, δ prior
+precision, δ̃ = τ δ / N, C the running average of the curvature of the mean loss, μ the mean, θ a draw, ĝ the mean
+gradient.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchcurv.curv.curvature import OPTION_NAMES, Curvature
-from torchcurv.curv.draws import outputs_under
-from torchcurv.curv.estimate import check_count
-from torchcurv.curv.gaussian import Gaussian, GaussianBlock, kl_of_block
-from torchcurv.curv.hooks import Hook
-from torchcurv.curv.kinds import SECOND
-from torchcurv.curv.losses import loss_of
-from torchcurv.curv.schedule import check_number
+from torchcurv.curv.block.block import Curvature
+from torchcurv.curv.capture.hooks import Hook
+from torchcurv.curv.checks import check_count, check_number
+from torchcurv.curv.kinds.base import SECOND
+from torchcurv.curv.losses.table import loss_of
+from torchcurv.curv.options import OPTION_NAMES
+from torchcurv.curv.posterior.draws import outputs_under
+from torchcurv.curv.posterior.gaussian import Gaussian, GaussianBlock, kl_of_block
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer, moved
-from torchcurv.optim.draws import Aside, Kept, Shared, Spread, changed, is_wide, marks_of, mean_of
+from torchcurv.optim.posterior_draws import Aside, Kept, Shared, Spread, changed, is_wide, marks_of, mean_of
 from torchcurv.optim.second_order import check_step_options, checked_kl_clip
 from torchcurv.optim.update import descend_, momentum_
 

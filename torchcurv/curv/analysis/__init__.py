@@ -1,0 +1,1 @@
+"""Looking at curvature: whole data sets, operators, spectra, directions."""

@@ -1,0 +1,259 @@
+"""Looking at curvature: the blocks of L over a whole data set, as one symmetric operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from torchcurv.curv.analysis.curvature_set import CurvatureSet
+from torchcurv.curv.analysis.directions import Criterion, Directions, check_choices, directions_of, with_shares
+from torchcurv.curv.analysis.operator import CurvatureOperator, forward, left_alone
+from torchcurv.curv.block.block import Curvature, partition
+from torchcurv.curv.capture.recorder import Record
+from torchcurv.curv.capture.signal_pass import Pass
+from torchcurv.curv.graph import edge_of
+from torchcurv.curv.layers.find import find_layers
+from torchcurv.curv.layers.layer import Layer
+from torchcurv.curv.losses.loss import Loss
+from torchcurv.curv.losses.table import loss_of
+from torchcurv.curv.options import Options
+
+DEFAULTS = {"damping": 0.0, "damping_type": "exact", "indefinite": "keep"}
+
+
+@overload
+def curvature(
+    model: nn.Module,
+    loss_fn: nn.Module | str,
+    data: Iterable[tuple[Any, Tensor]],
+    *,
+    approx: Literal["operator"],
+    **options: Any,
+) -> CurvatureOperator: ...
+
+
+@overload
+def curvature(
+    model: nn.Module,
+    loss_fn: nn.Module | str,
+    data: Iterable[tuple[Any, Tensor]],
+    *,
+    approx: str | None = "kfac",
+    **options: Any,
+) -> CurvatureSet: ...
+
+
+def curvature(
+    model: nn.Module,
+    loss_fn: nn.Module | str,
+    data: Iterable[tuple[Any, Tensor]],
+    *,
+    curv_type: str = "ggn",
+    approx: str | None = "kfac",
+    params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | None = None,
+    samples: int | None = None,
+    reduction: str | None = None,
+    class_dim: int | None = None,
+    output_fn: Callable[[Any], Tensor] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> CurvatureSet | CurvatureOperator:
+    """The curvature of L over all of `data`, at the parameters as they are.
+
+    L is the loss of the whole set: for a mean loss the batches count by their terms (their 1/R), a sum loss is
+    summed. Nothing of the model changes: not its mode, its buffers, its gradients, nor the global generators.
+
+    Args:
+        approx: "operator" measures nothing now: C is exact, over all parameters together, and known by its products
+            with vectors, for networks of any size and of any layers.
+        loss_fn: a torch loss module, or "cross_entropy", "mse", "bce_with_logits", "nll".
+        data: an iterable of (x, y). x is what the model is called with: a tensor, a tuple of positional or a dict of
+            keyword arguments. "ekfac" goes over it twice (an iterator is kept in memory for that), "operator" once
+            for every product.
+        params: the parameters to cover (or named ones); None: all that are trainable.
+        samples: signals drawn per batch; None: the exact curvature.
+        options: `sharing`, `rows_limit`, as in `torchcurv.curv.options.Options`.
+
+    Returns: a CurvatureSet; for approx="operator" a CurvatureOperator.
+    Raises: ValueError for parameters that no layer covers, for empty data, and for options that are not allowed.
+    """
+    if approx == "operator":
+        extra = [*options, *(["samples"] if samples is not None else [])]
+        if extra:
+            raise ValueError(f'approx="operator" is exact and has no option {", ".join(extra)}: leave that out')
+        loss = _loss(loss_fn, reduction, class_dim)
+        return CurvatureOperator(model, loss, data, curv_type, _named(model, _chosen(model, params)), output_fn, seed)
+    chosen = Options(curv_type=curv_type, approx=approx, samples=samples, **{**DEFAULTS, **options})
+    if approx is None:
+        raise ValueError("approx=None asks for no curvature; choose an approximation")
+    blocks, covered = _looked_at(
+        model, loss_fn, data, chosen, params, reduction=reduction, class_dim=class_dim, output_fn=output_fn, seed=seed
+    )
+    return CurvatureSet(blocks, _named(model, covered))
+
+
+def directions(
+    model: nn.Module,
+    loss_fn: nn.Module | str,
+    data: Iterable[tuple[Any, Tensor]],
+    *,
+    criterion: Criterion | None = None,
+    curv_type: str = "ggn",
+    partition: str = "all",
+    params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | None = None,
+    samples: int | None = None,
+    cutoff: float | None = None,
+    curvature_samples: int | None = None,
+    gradient_samples: int | None = None,
+    reduction: str | None = None,
+    class_dim: int | None = None,
+    output_fn: Callable[[Any], Tensor] | None = None,
+    seed: int = 0,
+) -> dict[str, Directions]:
+    """Eigenvectors of the low-rank GGN of L over all of `data`, with two derivatives of every sample along them.
+
+    The layers' inputs and signals of all the data are kept until the end, and the Gram matrix has a row per sample and
+    signal: give it a batch or a few.
+
+    Args:
+        criterion: from the eigenvalues above the cut-off, ascending, to the indices of those wanted; None: all.
+        curv_type: "ggn", "fisher" or "empirical_fisher".
+        partition: eigenvectors over "all" parameters, those of each "layer", or each "parameter".
+        cutoff: eigenvalues up to this times the largest count as zero; None: what rounding makes of zero.
+        curvature_samples, gradient_samples: make directions and λ, or γ, of so many samples, the first of each batch;
+            None: of all.
+        the rest: as in `curvature`.
+
+    Returns: block name -> torchcurv.curv.analysis.directions.Directions.
+    """
+    if curv_type in ("hessian", "input"):
+        raise ValueError(f'curv_type={curv_type!r}; directions are known of "ggn", "fisher" and "empirical_fisher"')
+    check_choices(cutoff, curvature_samples, gradient_samples)
+    chosen = Options(curv_type=curv_type, approx="full", partition=partition, samples=samples, damping=0.0)
+    blocks, _ = _looked_at(
+        model, loss_fn, data, chosen, params, with_shares,
+        reduction=reduction, class_dim=class_dim, output_fn=output_fn, seed=seed,
+    )  # fmt: skip
+    pairs = zip(blocks[: len(blocks) // 2], blocks[len(blocks) // 2 :], strict=True)
+    every = criterion or (lambda evals: torch.arange(len(evals), device=evals.device))
+    return {
+        block.name: directions_of(block, shares, every, cutoff, curvature_samples, gradient_samples)
+        for block, shares in pairs
+    }
+
+
+def _looked_at(
+    model: nn.Module,
+    loss_fn: nn.Module | str,
+    data: Iterable[tuple[Any, Tensor]],
+    options: Options,
+    params: Any,
+    prepared: Callable[[list[Curvature]], list[Curvature]] = list,
+    *,
+    reduction: str | None,
+    class_dim: int | None,
+    output_fn: Callable[[Any], Tensor] | None,
+    seed: int,
+) -> tuple[list[Curvature], set[Tensor]]:
+    """(the blocks, measured over all of the data, and what they cover)."""
+    covered = _covered(model, params, options)
+    loss = _loss(loss_fn, reduction, class_dim)
+    blocks = prepared(_blocks(_layers(model, covered, options), options))
+    record = Record(model, blocks, None, seed=seed)
+    passes = 2 if options.approx == "ekfac" else 1
+    if passes > 1 and iter(data) is data:
+        data = list(data)
+    try:
+        with left_alone(model):
+            for _ in range(passes):
+                _measure(model, record, blocks, loss, data, output_fn)
+    finally:
+        record.remove()
+    return blocks, covered
+
+
+def _named(model: nn.Module, chosen: set[Tensor]) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p in chosen}
+
+
+def _loss(loss_fn: nn.Module | str, reduction: str | None, class_dim: int | None) -> Loss:
+    loss = loss_of(loss_fn, reduction, class_dim)
+    if loss.reduction == "none":
+        raise ValueError("reduction='none' says nothing about the weight of each term; pass 'mean' or 'sum'")
+    return loss
+
+
+def _layers(model: nn.Module, covered: set[Tensor], options: Options) -> list[Layer]:
+    return find_layers(model, lambda p: p in covered, lambda p: options.approx == "diag")
+
+
+def _chosen(model: nn.Module, params: Any) -> set[Tensor]:
+    own: set[Tensor] = set(model.parameters())
+    if params is None:
+        chosen = {p for p in own if p.requires_grad}
+    else:
+        chosen = {p[1] if isinstance(p, tuple) else p for p in params}
+    strangers = len(chosen - own)
+    if strangers:
+        raise ValueError(f"{strangers} of the parameters given are not parameters of the model")
+    if not chosen:
+        raise ValueError("the model has no trainable parameters: there is no curvature to look at")
+    return chosen
+
+
+def _covered(model: nn.Module, params: Any, options: Options) -> set[Tensor]:
+    chosen = _chosen(model, params)
+    covered = {p for layer in _layers(model, chosen, options) for p in layer.params}
+    missing = [name for name, p in model.named_parameters() if p in chosen - covered]
+    if missing:
+        raise ValueError(
+            f"no curvature is known for the parameters {', '.join(sorted(missing))}: pass params= without them, or "
+            'choose approx="diag" or "operator", or teach torchcurv the layer with torchcurv.register_view'
+        )
+    return chosen
+
+
+def _blocks(layers: list[Layer], options: Options) -> list[Curvature]:
+    return [Curvature(*arguments) for arguments in partition((layer, options, 0) for layer in layers)]
+
+
+def _measure(
+    model: nn.Module,
+    record: Record,
+    blocks: list[Curvature],
+    loss: Any,
+    data: Iterable[tuple[Any, Tensor]],
+    output_fn: Callable[[Any], Tensor] | None,
+) -> None:
+    """One pass over the data, and the factors that follow from it."""
+    record.passes = 0
+    total: Tensor | float = 0.0
+    for block in blocks:
+        block.forget_running()
+    for x, y in data:
+        with torch.enable_grad():
+            f, _ = forward(model, x, output_fn)
+        found = record.find(f) if f.grad_fn is not None else None
+        if found is None:
+            raise ValueError("the model's output does not depend on any covered parameter through a recorded layer")
+        capture, edge = found
+        terms = loss.terms(f, y, capture.batch_of(f))
+        if loss.reduction == "mean":  # batches count by 1/R: measure with R = 1, divide by the sum of all 1/R
+            total = total + 1 / terms.reduction
+            terms = replace(terms, reduction=1.0)
+        Pass(record, capture, blocks, loss, terms, edge_of(f), f.detach(), edge).run(1.0)
+    if not any(block.captured for block in blocks):
+        raise ValueError("data is empty: there is nothing to measure")
+    unreached = [block.name for block in blocks if not block.captured]
+    if unreached:
+        raise ValueError(f"the loss does not depend on {', '.join(unreached)}: pass params= without their parameters")
+    for block in blocks:
+        block.update(1.0)
+        if loss.reduction == "mean":
+            block.scale(1 / total)
+        if not block.uses_rows:
+            block.refactor(0.0)

@@ -1,0 +1,1 @@
+"""Which statistic of (a, s) is kept, and how it is factored."""

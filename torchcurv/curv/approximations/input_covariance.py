@@ -1,0 +1,129 @@
+"""Input curvature: C = I ⊗ A over a layer's weight, A = mean a a^T over samples and positions; C = 0 over its bias.
+
+It is K-FAC with the identity in the place of B: no signal is sent back, and neither the loss nor its scale enters.
+A step along λ (C + λ I)^-1 g takes, for a weight gradient G [o, i] and the rows a [b, i] that came in,
+
+    λ G (A + λ I)^-1  =  G - G a^T (b λ I + a a^T)^-1 a
+
+and the bias gradient as it is; for λ -> ∞ it is the gradient. The second form inverts b x b in the place of i x i.
+
+Sources: Petersen et al., "ISAAC Newton: input-based approximate curvature for Newton's method" (2023), where
+A + λ I is that of one batch; Benzing, "Gradient descent on neurons and its link to approximate second-order
+optimization" (2022), FOOF.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from torchcurv.curv.approximations.base import WHOLE, Basis, Tensors
+from torchcurv.curv.approximations.factors import Eigen, Factor, InputRows, Inverse
+from torchcurv.curv.approximations.kronecker import Kronecker, Sides
+from torchcurv.curv.layers.layer import Layer
+from torchcurv.curv.linalg.block_diagonal import eigenbasis, inverse, side_shape, times, whole
+from torchcurv.curv.linalg.symmetric import Damping, inverse_spd
+from torchcurv.curv.numerics import sum_of
+from torchcurv.curv.statistics.block import Stats
+
+ROWS = "rows"
+
+
+@dataclass(frozen=True)
+class InputSide:
+    """C = I ⊗ A per group, with zeros for the bias.
+
+    sides: how A is kept. sharing: "expand" takes every position as a row, "reduce" averages a over positions first.
+    by_rows: where a step sees fewer rows than inputs, they are kept in the place of A. They hold what one step
+        measured: there is no running average and nothing to save.
+    """
+
+    sides: Sides
+    sharing: str = "expand"
+    by_rows: bool = False
+    linear: ClassVar[tuple[str, ...]] = ()
+    parts: ClassVar[tuple[str, ...]] = WHOLE
+
+    @classmethod
+    def of(cls, layer: Layer, sides: Sides, sharing: str, by_rows: bool) -> InputSide:
+        if "_t" in sides.uses:
+            raise ValueError(
+                f"layer {layer.name!r}: the weight of an embedding is also used transposed, by its output head, where "
+                'its inputs lie on the other side, so that curv_type="input" is not known for it: choose another '
+                "curv_type, or approx=None"
+            )
+        return cls(sides, sharing, by_rows and sides.blocks[1] == 1 and sharing == "expand")
+
+    def side_names(self, o: int, d: int) -> tuple[str, str]:
+        """The sizes of (I, A) as a summary prints them."""
+        return "I", f"rows of {d}" if self.by_rows else Kronecker(sides=self.sides).side_names(o, d)[1]
+
+    def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = WHOLE) -> Tensors:
+        tensors: Tensors = {}
+        for use in stats.only_layer("input"):
+            inputs = use.inputs.without_bias()
+            few = self.by_rows and use.s.shape[1:3].numel() < self.sides.sizes[1]
+            key, (value, count) = (
+                (ROWS, inputs.rows()) if few else ("A", inputs.cov(self.sharing, self.sides.blocks[1]))
+            )
+            for name, x in {key: value, "count": count}.items():
+                tensors[name] = added(name, tensors[name], x) if name in tensors else x
+        return tensors
+
+    def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
+        raise NotImplementedError
+
+    def product(self, tensors: Tensors, x: Tensor) -> Tensor:
+        """x A for x [g, o, d]."""
+        total = torch.zeros_like(x)
+        if "A" in tensors:
+            total = total + times(x, whole(tensors["A"]))
+        if ROWS in tensors:
+            total = total + (x @ tensors[ROWS].mT) @ tensors[ROWS]
+        return total / _count(tensors)
+
+    def sides_of(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
+        """(I, A)."""
+        rows = tensors.get(ROWS)
+        A = tensors["A"] if rows is None else rows.mT @ rows + tensors.get("A", 0)
+        return A.new_ones(side_shape(A.shape[0], self.sides.sizes[0], self.sides.sizes[0])), A / _count(tensors)
+
+    def trace(self, tensors: Tensors) -> Tensor:
+        own = tensors["A"].diagonal(dim1=-2, dim2=-1).sum() if "A" in tensors else 0
+        rows = tensors[ROWS].square().sum() if ROWS in tensors else 0
+        return (own + rows) / _count(tensors) * self.sides.sizes[0]
+
+    def empty(self, layers: list[Layer], like: Tensor) -> Tensors:
+        shape = side_shape(layers[0].shape[0], self.sides.sizes[1], self.sides.blocks[1])
+        return {"A": like.new_zeros(shape), "count": like.new_zeros(())}
+
+    def factor(
+        self, tensors: Tensors, damping: Damping, damping_type: str, basis: Basis | None = None
+    ) -> tuple[Factor, Tensor]:
+        count, (o, d) = _count(tensors), self.sides.sizes
+        lam = torch.as_tensor(damping, dtype=count.dtype, device=count.device)
+        rows = tensors.get(ROWS)
+        if rows is not None and "A" not in tensors and rows.shape[-2] < d:
+            rows = rows / count.sqrt()
+            small, ok = inverse_spd(rows @ rows.mT, lam)
+            return InputRows(rows, small, lam), ok
+        identity, A = self.sides_of(tensors)
+        if damping_type == "factored":
+            right, ok = inverse(A, lam, d)
+            return Inverse(right, identity, (o, d), lam), ok
+        values, right = eigenbasis(A, d)
+        values = values.clamp_min(0).unsqueeze(-2).repeat(1, o, 1)
+        return Eigen(values, identity, right, lam), torch.isfinite(sum_of([values, right]))
+
+
+def added(name: str, old: Tensor, new: Tensor) -> Tensor:
+    """What was measured so far with what was measured now: rows lie one after the other, all else is summed."""
+    return torch.cat([old, new], -2) if name == ROWS else old + new
+
+
+def _count(tensors: Tensors) -> Tensor:
+    return tensors["count"].clamp_min(torch.finfo(tensors["count"].dtype).tiny)

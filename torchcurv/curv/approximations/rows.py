@@ -1,0 +1,241 @@
+"""Rows instead of a matrix: C = V^T V through its rows V, for fewer rows than parameters.
+
+V has one row per sample and signal, sqrt(scale) vec(sum_r s a^T), laid over all layers of the block. Only (a, s) is
+kept; neither V nor C is formed:
+
+    (V^T V + λ I)^-1 g = (g - V^T (λ I + V V^T)^-1 V g) / λ
+
+Such a block has no running average and is not saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from torchcurv.curv.linalg.symmetric import Damping, eigh, inverse_spd
+from torchcurv.curv.statistics.block import Stats
+from torchcurv.curv.statistics.inputs import Inputs
+from torchcurv.curv.statistics.layer import Use
+
+ROW_ELEMENTS = 1 << 25  # elements of the rows of one layer that are formed at once
+
+
+@dataclass(frozen=True)
+class RowSpace:
+    """A block through its rows; `inverse` is (λ I + V V^T)^-1 once `damped` with λ = `damping`.
+
+    finite: whether V V^T was; where it was not, C counts as zero.
+    """
+
+    stats: tuple[Stats, ...]
+    inverse: Tensor | None = None
+    damping: Tensor | None = None
+    finite: Tensor | None = None
+
+    def rows_times(self, x: list[Tensor]) -> Tensor:
+        """V x for joined tensors x, one [g, o, d] per layer -> [rows]."""
+        parts = []
+        for stats in self.stats:
+            dots = [use.dot(matrix) for uses, matrix in zip(stats.uses, x, strict=True) for use in uses]
+            total = torch.stack(dots).sum(0)
+            parts.append((total * root_scale(stats, total)).flatten())
+        return torch.cat(parts)
+
+    def rows_transposed_times(self, u: Tensor) -> list[Tensor]:
+        """V^T u, one [g, o, d] per layer."""
+        total = [u.new_zeros(layer.shape) for layer in self.stats[0].layers]
+        start = 0
+        for stats in self.stats:
+            v, n = stats.shape
+            weights = u[start : start + v * n].reshape(v, n)
+            weights = weights * root_scale(stats, weights)
+            start += v * n
+            for uses, matrix in zip(stats.uses, total, strict=True):
+                for use in uses:
+                    matrix += use.combination(weights)
+        return total
+
+    def dots(self, vectors: Tensor) -> Tensor:
+        """V x for the rows x of `vectors` [k, P] -> [rows, k]."""
+        return torch.stack([self.rows_times(self._parts(x)) for x in vectors], 1)
+
+    def combinations(self, weights: Tensor) -> Tensor:
+        """V^T u for the columns u of `weights` [rows, k] -> [k, P]."""
+        parts = [self.rows_transposed_times(u) for u in weights.unbind(1)]
+        return torch.stack([torch.cat([x.flatten() for x in part]) for part in parts])
+
+    def _parts(self, x: Tensor) -> list[Tensor]:
+        """[P] -> one [g, o, d] per layer."""
+        shapes = [torch.Size(layer.shape) for layer in self.stats[0].layers]
+        pieces = x.split([shape.numel() for shape in shapes])
+        return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+    def gram(self, other: RowSpace | None = None) -> Tensor:
+        """V W^T for the rows W of this or another space over the same layers, layer by layer: (s·s')(a·a') where there
+        is one use at one position, else from the layer's rows."""
+        spaces = (self, self if other is None else other)
+        total: Tensor | int = 0
+        for index in range(len(self.stats[0].layers)):
+            uses = [stats.uses[index] for space in spaces for stats in space.stats]
+            if not any(uses):
+                continue
+            alike = {(use.transposed, use.inputs.bias_covered) for own in uses for use in own}
+            if len(alike) == 1 and all(len(own) == 1 and own[0].s.shape[2] == 1 for own in uses):
+                total = total + _product_gram(self.stats, spaces[1].stats, index)
+            else:
+                for part in self._output_parts(index):
+                    V = torch.cat([stats.layer_rows(index, part) for stats in self.stats])
+                    W = V if other is None else torch.cat([stats.layer_rows(index, part) for stats in other.stats])
+                    total = total + V @ W.mT
+        assert isinstance(total, Tensor)
+        return total
+
+    def _output_parts(self, index: int) -> Iterator[slice]:
+        """The outputs of a layer, so many at a time that the rows over them stay small."""
+        g, o, d = self.stats[0].layers[index].shape
+        if any(use.transposed for stats in self.stats for use in stats.uses[index]):
+            yield slice(o)
+            return
+        size = max(1, ROW_ELEMENTS // (g * d * row_count(self.stats)))
+        for start in range(0, o, size):
+            yield slice(start, min(start + size, o))
+
+    # ------------------------------------------------------------------------------ sample by sample
+
+    def samples(self) -> tuple[Tensor, int]:
+        """(the sample of every row, how many there are). Chunks of the signals of one pass share their inputs."""
+        first: dict[int, int] = {}
+        count, places = 0, []
+        for stats in self.stats:
+            v, n = stats.shape
+            key = id(_some_use(stats).inputs)
+            if key not in first:
+                first[key], count = count, count + n
+            places.append(torch.arange(first[key], first[key] + n, device=_some_use(stats).s.device).repeat(v))
+        return torch.cat(places), count
+
+    def roots(self) -> Tensor:
+        """The square root of its scale for every row."""
+        like = [_some_use(stats).s for stats in self.stats]
+        pairs = zip(self.stats, like, strict=True)
+        return torch.cat([root_scale(stats, s).expand(stats.shape.numel()) for stats, s in pairs])
+
+    def first(self, count: int) -> RowSpace:
+        """The rows of so many samples of every pass, scaled to stand for all of them."""
+        inputs: dict[int, Inputs] = {}
+        some = []
+        for stats in self.stats:
+            n = stats.shape[1]
+            part = slice(min(count, n))
+            uses = [
+                [Use(inputs.setdefault(id(use.inputs), use.inputs.of(part)), use.s[:, part]) for use in own]
+                for own in stats.uses
+            ]
+            some.append(replace(stats, uses=uses, scale=stats.scale * (n / part.stop)))
+        return RowSpace(tuple(some))
+
+    def damped(self, damping: Damping, double: bool = False) -> tuple[RowSpace, Tensor]:
+        """(the rows with their inverse, whether it could be computed); double: in float64."""
+        gram = self.gram()
+        finite = torch.isfinite(gram.sum())
+        gram = torch.where(finite, gram, 0)
+        inverse, ok = inverse_spd((gram.double() if double else gram).unsqueeze(0), damping)
+        held = torch.as_tensor(damping, dtype=gram.dtype, device=gram.device)
+        return RowSpace(self.stats, inverse[0].to(gram.dtype), held, finite), ok
+
+    def solve(self, x: list[Tensor], damping: Damping | None = None) -> list[Tensor]:
+        if damping is not None or self.inverse is None:
+            return self.damped(0.0 if damping is None else damping)[0].solve(x)
+        assert self.damping is not None and self.finite is not None
+        correction = self.rows_transposed_times(self.inverse @ self.rows_times(x))
+        return [(g - torch.where(self.finite, c, 0)) / self.damping for g, c in zip(x, correction, strict=True)]
+
+    def matvec(self, x: list[Tensor]) -> list[Tensor]:
+        return self.rows_transposed_times(self.rows_times(x))
+
+    def damped_matvec(self, x: list[Tensor], damping: Damping) -> list[Tensor]:
+        return [y + damping * own for y, own in zip(self.matvec(x), x, strict=True)]
+
+    # What follows is for looking: it takes an eigendecomposition of the Gram matrix, V V^T = U diag(l) U^T.
+
+    @property
+    def _size(self) -> int:
+        return sum(torch.Size(layer.shape).numel() for layer in self.stats[0].layers)
+
+    def sample(self, noise: list[Tensor], damping: Damping) -> list[Tensor]:
+        """(C + λ I)^-1/2 noise = noise / sqrt(λ) + V^T U diag((1/sqrt(l + λ) - 1/sqrt(λ)) / l) U^T V noise."""
+        values, vectors = eigh(self.gram())
+        kept = values > values.amax() * len(values) * torch.finfo(values.dtype).eps
+        root = torch.as_tensor(damping, dtype=values.dtype, device=values.device).rsqrt()
+        change = torch.where(kept, ((values + damping).rsqrt() - root) / values.where(kept, 1), 0)
+        correction = self.rows_transposed_times(vectors @ (change * (vectors.mT @ self.rows_times(noise))))
+        return [x * root + c for x, c in zip(noise, correction, strict=True)]
+
+    def eigvalsh(self) -> Tensor:
+        values = torch.linalg.eigvalsh(self.gram()).clamp_min(0)
+        zeros = values.new_zeros(max(0, self._size - len(values)))
+        return torch.cat([zeros, values[max(0, len(values) - self._size) :]])
+
+    def trace(self) -> Tensor:
+        return self.gram().diagonal().sum()
+
+    def logdet(self, damping: Damping) -> Tensor:
+        return (self.eigvalsh() + damping).log().sum()
+
+    def inverse_diag(self, damping: Damping) -> list[Tensor]:
+        """Diagonal of (C + λ I)^-1, that is 1/λ - diag(V^T (λ I + V V^T)^-1 V) / λ, one [g, o, d] per layer."""
+        inverse = self.damped(damping)[0].inverse
+        assert inverse is not None
+        diagonals = []
+        for k, layer in enumerate(self.stats[0].layers):
+            rows = torch.cat([stats.layer_rows(k) for stats in self.stats])
+            diagonals.append(((1 - (rows * (inverse @ rows)).sum(0)) / damping).reshape(layer.shape))
+        return diagonals
+
+    def diag(self) -> list[Tensor]:
+        """sum of the rows' squares, one [g, o, d] per layer."""
+        layers = self.stats[0].layers
+        squares = [
+            sum(stats.layer_rows(k).square().sum(0) for stats in self.stats if stats.uses[k])
+            for k in range(len(layers))
+        ]
+        like = next(x for x in squares if isinstance(x, Tensor))
+        return [
+            x.reshape(layer.shape) if isinstance(x, Tensor) else like.new_zeros(layer.shape)
+            for x, layer in zip(squares, layers, strict=True)
+        ]
+
+
+def row_count(parts: Sequence[object]) -> int:
+    return sum(part.shape.numel() for part in parts if isinstance(part, Stats))
+
+
+def root_scale(stats: Stats, like: Tensor) -> Tensor:
+    return torch.as_tensor(stats.scale, dtype=like.dtype, device=like.device).sqrt()
+
+
+def _product_gram(all_stats: tuple[Stats, ...], others: tuple[Stats, ...], index: int) -> Tensor:
+    """K[(v n), (w m)] = sum_g (s_vn · s_wm)(a_n · a_m + [bias]) over all the passes' rows."""
+    a, s = _joined(all_stats, index)
+    b, t = (a, s) if others is all_stats else _joined(others, index)
+    inputs = all_stats[0].uses[index][0].inputs
+    pairs = torch.einsum("ngi,mgi->gnm", a, b) if inputs.weight_covered else 0
+    if inputs.bias_covered:
+        pairs = pairs + 1
+    return (torch.einsum("ngo,mgo->gnm", s, t) * pairs).sum(0)
+
+
+def _joined(all_stats: tuple[Stats, ...], index: int) -> tuple[Tensor, Tensor]:
+    """(a, s) [rows, g, i or o] of a layer, with the square root of the scale in s."""
+    uses = [(stats, stats.uses[index][0]) for stats in all_stats]
+    a = torch.cat([use.inputs.a[:, 0].repeat(len(use.s), 1, 1) for _, use in uses])
+    s = torch.cat([use.s[:, :, 0].flatten(0, 1) * root_scale(stats, use.s) for stats, use in uses])
+    return a, s
+
+
+def _some_use(stats: Stats) -> Use:
+    return next(use for uses in stats.uses for use in uses)

@@ -1,0 +1,63 @@
+"""The table of approximations: from options and layers to the entry of a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torchcurv.curv.approximations.base import Approximation
+from torchcurv.curv.approximations.dense import Dense
+from torchcurv.curv.approximations.diagonal import Diagonal
+from torchcurv.curv.approximations.input_covariance import InputSide
+from torchcurv.curv.approximations.kronecker import Kronecker, Sides
+from torchcurv.curv.approximations.low_rank import LargestPairs
+from torchcurv.curv.kinds.base import INPUT, SECOND
+from torchcurv.curv.layers.layer import Layer
+
+if TYPE_CHECKING:
+    from torchcurv.curv.options import Options
+
+APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
+    "full": lambda options, layers: Dense(spectrum=spectrum_of(options)),
+    "block": lambda options, layers: Dense(spectrum=spectrum_of(options)),
+    "unit": lambda options, layers: Dense(True, _wide(options, layers[0]), spectrum_of(options)),
+    "kfac": lambda options, layers: _kfac(options, layers[0]),
+    "ekfac": lambda options, layers: _kronecker(options, layers[0], corrected=True),
+    "diag": lambda options, layers: Diagonal(spectrum_of(options)),
+    "lowrank": lambda options, layers: LargestPairs(options.rank, spectrum_of(options)),
+}
+
+
+def spectrum_of(options: Options) -> str | None:
+    if options.curv_type != SECOND:
+        return None
+    return "keep" if options.method == "price" else options.indefinite  # whose average stays above minus the damping
+
+
+def _wide(options: Options, layer: Layer) -> bool:
+    return options.max_factor_dim is not None and layer.dim > options.max_factor_dim
+
+
+def _sides(options: Options, layer: Layer) -> Sides:
+    return Sides.of(layer, options.factor_blocks, options.max_factor_dim)
+
+
+def _shared(options: Options, layer: Layer) -> str:
+    """How positions count. The gradient of a sample is not known without signals, where several uses of a weight are
+    kept apart, and of tokens, where it is large.
+    """
+    apart = len({s.reading for s in layer.sites}) > 1
+    unknown = options.curv_type in (SECOND, INPUT) or apart or any(s.transposed or s.view.tokens for s in layer.sites)
+    return "expand" if options.sharing == "whole" and unknown else options.sharing
+
+
+def _kronecker(options: Options, layer: Layer, corrected: bool = False) -> Kronecker:
+    return Kronecker(_shared(options, layer), corrected, _sides(options, layer), spectrum_of(options))
+
+
+def _kfac(options: Options, layer: Layer) -> Approximation:
+    if options.curv_type != INPUT:
+        return _kronecker(options, layer)
+    each_step = options.ema_decay == 0 and options.update_every == 1 and options.refactor_every == 1
+    by_rows = each_step and options.damping_type == "factored"
+    return InputSide.of(layer, _sides(options, layer), _shared(options, layer), by_rows)

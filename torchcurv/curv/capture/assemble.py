@@ -1,0 +1,195 @@
+"""From gradients at the layers of a pass to what blocks measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchcurv.curv.approximations.kronecker import Kronecker
+from torchcurv.curv.block.block import Curvature
+from torchcurv.curv.capture.calls import Call
+from torchcurv.curv.kinds.base import INPUT, SECOND
+from torchcurv.curv.linalg.block_diagonal import to_blocks
+from torchcurv.curv.losses.terms import Terms
+from torchcurv.curv.numerics import at_least_float32
+from torchcurv.curv.statistics.block import Stats
+from torchcurv.curv.statistics.inputs import Inputs
+from torchcurv.curv.statistics.layer import Use
+
+if TYPE_CHECKING:
+    from torchcurv.curv.capture.recorder import Record
+
+
+class Receiver:
+    """Where the signals of one pass arrive, with the layers' inputs, which all blocks and signals share.
+
+    It refers to no node of the graph, so that the layers' nodes may refer to it.
+    """
+
+    def __init__(self, record: Record, terms: Terms, calls: list[Call]) -> None:
+        self.record, self.terms, self.n = record, terms, terms.f.shape[0]
+        self.calls: dict[int, list[Call]] = {}
+        for call in calls:
+            if not call.superseded:
+                self.calls.setdefault(call.layer, []).append(call)
+        self._inputs: dict[tuple[Any, ...], Inputs] = {}
+
+    def members(self, blocks: list[Curvature]) -> list[Call]:
+        return [call for block in blocks for k in self.record.members[block.name] for call in self.calls.get(k, [])]
+
+    def inputs(self, used: list[Call], every: int = 1) -> Inputs:
+        """A layer's inputs over the calls of one site, or sites alike, that this loss reaches, of each so many-th
+        sample."""
+        key = every, *(id(call) for call in used)
+        if every > 1 and used[0].site.view.whole:
+            return self.inputs(used).of(slice(None, None, every))
+        if key not in self._inputs:
+            for call in used:
+                self.check(call)
+            layer, weights = self.record.layers[used[0].layer], self.terms.position_weights
+            weights = weights if weights is None else weights[::every]
+            calls = [(call.site.module, tuple(self._some(x, call, every) for x in call.x)) for call in used]
+            self._inputs[key] = Inputs(layer, used[0].site, calls, self.kept(every), weights)
+        return self._inputs[key]
+
+    def kept(self, every: int) -> int:
+        """How many samples every so many-th is."""
+        return len(range(0, self.n, every))
+
+    def _some(self, x: Any, call: Call, every: int) -> Any:
+        """An argument of a call, for every so many-th sample of those that have a part in it."""
+        if every == 1 or not isinstance(x, Tensor) or not x.dim() or len(x) != call.batch:
+            return x
+        return x[::every] if call.batch == self.n else x.unflatten(0, (self.n, -1))[::every].flatten(0, 1)
+
+    def _every(self, block: Curvature, reached: Callable[[Call], bool]) -> int:
+        """Each how many-th sample makes the statistics of a block, given which calls the loss reaches."""
+        limit, options = block.options.max_positions, block.options
+        if limit is None or not isinstance(block.approx, Kronecker) or options.curv_type in (INPUT, SECOND):
+            return 1
+        calls = (call for k in self.record.members[block.name] for call in self.calls.get(k, []))
+        positions = sum(self.record.positions(call) for call in calls if reached(call))
+        return max(1, min(self.n, -(-positions // limit)))
+
+    def check(self, call: Call) -> None:
+        name, n = self.record.layers[call.layer].name, self.n
+        if call.batch % n:
+            raise ValueError(
+                f"layer {name!r} was called with a tensor of shape {tuple(call.x[0].shape)}, whose dimension 0 is no "
+                f"multiple of the batch size {n} (dimension 0 of the model's output): put the batch first, call "
+                "optimizer.observe(output, target) with an output whose dimension 0 is the batch, or give this "
+                "layer's parameters a group with approx=None"
+            )
+        if call.edited:
+            raise RuntimeError(
+                f"the input of layer {name!r} was edited in place after the layer had read it: apply that operation "
+                "out of place, or give this layer's parameters a group with approx=None"
+            )
+
+    def signal(self, used: list[Call], grads: list[Tensor]) -> Tensor:
+        """s [n, r, g, o] from the gradients at the outputs of the calls."""
+        parts = []
+        for call, grad in zip(used, grads, strict=True):
+            s = at_least_float32(call.signal(grad))
+            parts.append(s.reshape(self.n, -1, *s.shape[-2:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _alike(self, layer: int, reached: Callable[[Call], bool]) -> Iterable[list[Call]]:
+        """The calls of a layer that the loss reaches, those together that see its weight alike."""
+        alike: dict[tuple[Any, ...], list[Call]] = {}
+        for call in self.calls.get(layer, []):
+            if reached(call):
+                alike.setdefault(call.site.reading, []).append(call)
+        return alike.values()
+
+    def uses(self, layer: int, got: Callable[[Call], list[Tensor | None]], every: int = 1) -> list[Use]:
+        """The pairs (a, s) of a layer: one for the calls that see its weight alike.
+
+        got: the gradients at the output of a call, one per signal; None where there is none.
+        every: of each so many-th sample.
+        """
+        uses = []
+        for used in self._alike(layer, lambda call: got(call)[0] is not None):
+            inputs = self.inputs(used, every)
+            if not inputs.weight_covered and not inputs.bias_covered:
+                continue
+            rows = zip(*(got(call) for call in used), strict=True)
+            each = [self.signal(used, list(grads))[::every] for grads in rows]
+            uses.append(Use(inputs, each[0].unsqueeze(0) if len(each) == 1 else torch.stack(each)))
+        return uses
+
+    def deliver(
+        self,
+        blocks: list[Curvature],
+        calls: list[Call],
+        chunk: list[list[Tensor | None]],
+        scale: Tensor | float,
+        share: float,
+    ) -> None:
+        """chunk: per signal, the gradients at the calls."""
+        arrived = {id(call): [grads[k] for grads in chunk] for k, call in enumerate(calls)}
+
+        def got(call: Call) -> list[Tensor | None]:
+            return arrived.get(id(call), [None])
+
+        for block in blocks:
+            every = self._every(block, lambda call: got(call)[0] is not None)
+            uses = [self.uses(k, got, every) for k in self.record.members[block.name]]
+            if any(uses):
+                own_scale = scale if every == 1 else scale * (self.n / self.kept(every))
+                block.measure(Stats(uses, own_scale, share, block.layers))
+
+    def deliver_inputs(self, block: Curvature, reached: set[int]) -> None:
+        """What came into the calls whose ids are `reached`: pairs (a, s) of no signals."""
+        (k,) = self.record.members[block.name]
+        layer, uses = self.record.layers[k], []
+        for used in self._alike(k, lambda call: id(call) in reached):
+            inputs = self.inputs(used)
+            g, o, _ = layer.site_shape(used[0].site)
+            positions = sum(self.record.positions(call) for call in used) // self.n
+            uses.append(Use(inputs, layer.params[0].new_empty(0, self.n, positions, g, o)))
+        if uses:
+            block.measure(Stats([uses], 1.0, 1.0, block.layers))
+
+    def deliver_propagated(self, block: Curvature, at_calls: dict[int, Tensor]) -> None:
+        """at_calls: by call, the diagonal of the Hessian at its output, or the mean of its matrices over samples."""
+        (k,) = self.record.members[block.name]
+        reached = [call for call in self.calls.get(k, []) if id(call) in at_calls]
+        if not reached:
+            return
+        self._check_propagated(reached, block.options.approx)
+        if block.options.approx == "diag":
+            uses = self.uses(k, lambda call: [at_calls.get(id(call))])
+            for use in uses:
+                block.add({"diag": use.weighted_squares()})
+            return
+        (left, right), approx = block.sides, block.approx
+        assert isinstance(approx, Kronecker)
+        A, count = self.inputs(reached).cov(approx.sharing, right)
+        B = torch.stack([_output_side(call, at_calls[id(call)], approx.sharing) for call in reached]).sum(0)
+        block.add({"A": A, "count": count, "B": to_blocks(B * self.n, left)})
+
+    def _check_propagated(self, calls: list[Call], approx: str | None) -> None:
+        name = self.record.layers[calls[0].layer].name
+        if any(call.batch_first is not None or call.batch != self.n for call in calls):
+            raise NotImplementedError(
+                f"the Hessian of layer {name!r} cannot be propagated: it is used inside a module, or with more rows "
+                'than there are samples. Give its parameters curv_type="ggn", or approx=None'
+            )
+        if approx == "kfac" and any(call.site.transposed or call.site.view.tokens for call in calls):
+            raise NotImplementedError(
+                f'approx="kfac" of the Hessian is not known for layer {name!r}, an embedding: choose "diag"'
+            )
+
+
+def _output_side(call: Call, matrix: Tensor, sharing: str) -> Tensor:
+    """[g, o, o]: the blocks of equal positions of a matrix over the elements of a sample, added up; "reduce": all."""
+    index = torch.arange(len(matrix), device=matrix.device).reshape(1, *call.shape[1:])
+    index = call.site.view.signal(call.site.module, index)[0]  # r g o
+    if sharing == "reduce":
+        rows = index.permute(1, 0, 2)
+        return torch.stack([matrix[at[:, None, :, None], at[None, :, None, :]].sum((0, 1)) for at in rows])
+    return matrix[index.unsqueeze(-1), index.unsqueeze(-2)].sum(0)

@@ -1,0 +1,335 @@
+"""Forward: the hooks that note, in the autograd graph itself, what a forward pass does with the layers that are due.
+
+A hook on each layer notes a `Call` at the graph node of its output. Modules that compute with their parameters inside
+are watched while they run (inner.py). Where samples meet in batch statistics, our own passes take these as constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from torchcurv.curv.capture.calls import Call, Capture, Noted
+from torchcurv.curv.capture.hooks import Hook, argument, ignored
+from torchcurv.curv.capture.parameter_trace import Watch, sample_gradients
+from torchcurv.curv.graph import Edge, backward_id, base_of, edge_of, metadata, unseen
+from torchcurv.curv.hessian.tape import Tape
+from torchcurv.curv.layers.layer import Layer, Site
+from torchcurv.curv.layers.normalization import BATCH_NORMS, uses_batch_statistics
+from torchcurv.curv.numerics import at_least_float32
+
+
+class Forward:
+    """The hooks on a model.
+
+    ended: called after each forward pass of the model, with what was noted in it and the model's output.
+    inside: set while a pass of our own runs. mixed: whether samples met in the last forward pass.
+    twice: whether the graph will be differentiated twice, which fused attention cannot. taped: whether every function
+    is noted, for propagation. constant_statistics: whether batch statistics are constants in a pass of our own.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: list[Layer], ended: Callable[[list[tuple[Call, Edge]], Any], None]
+    ) -> None:
+        self.layers, self.ended = layers, ended
+        self.inside = self.mixed = False
+        self.constant_statistics, self.twice, self.taped = True, False, False
+        self.tape: Tape | None = None  # of the last forward pass of the model
+        self._twice: AbstractContextManager[Any] = nullcontext()
+        self.due: set[int] = set()
+        self.unknown_uses: dict[Tensor, str] = {}  # functions that used a bare parameter in a way that is not known
+        self._calls: list[tuple[Call, Edge]] = []
+        self._depth = 0  # of calls of the model's own forward
+        self._watches: list[Watch | None] = []
+        self._recent: dict[int, list[Call]] = {}  # uses of a bare parameter in the running call of its module
+        self._key = ("torchcurv", id(self))
+        self._handles: list[Any] = []
+        self._hooks: list[tuple[Hook, set[int]]] = []  # with the layers they feed
+        self._inner: dict[int, list[tuple[int, Site]]] = {}  # the sites inside modules, by the id of their parameter
+        self._hook_layers()
+        start, end = Hook(self._on_start), Hook(self._on_end)
+        self._handles.append(model.register_forward_pre_hook(start))
+        self._handles.append(model.register_forward_hook(end, always_call=True))
+        self._whole = [start, end]
+        for module in model.modules():
+            if isinstance(module, BATCH_NORMS):
+                self._whole.append(Hook(self._on_batch_norm))
+                self._handles.append(module.register_forward_hook(self._whole[-1], with_kwargs=True))
+
+    def _hook_layers(self) -> None:
+        inside: dict[nn.Module, list[tuple[int, Site]]] = {}
+        for k, layer in enumerate(self.layers):
+            for site in layer.sites:
+                if site.inner:
+                    inside.setdefault(site.module, []).append((k, site))
+                    self._inner.setdefault(_owner(site), []).append((k, site))
+                    continue
+                hook = Hook(partial(self._on_layer, k, site))
+                self._hooks.append((hook, {k}))
+                self._handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
+        for module, sites in inside.items():
+            bare = [site.bias.param for _, site in sites if site.weight is None and site.bias is not None]
+            before, after = Hook(partial(self._watch, bare)), Hook(partial(self._unwatch, sites))
+            self._hooks += [(hook, {k for k, _ in sites}) for hook in (before, after)]
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+
+    def set_due(self, layers: set[int]) -> None:
+        """Which layers the next forward passes note."""
+        self.due = layers
+        for hook, fed in self._hooks:
+            hook.on = not layers.isdisjoint(fed)
+        for hook in self._whole:
+            hook.on = bool(layers)
+
+    def remove(self) -> None:
+        """Take every hook away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._calls, self._depth = [], [], 0
+        self.set_due(set())
+
+    def at(self, edge: Edge) -> Noted:
+        """What is noted at an edge, to be added to."""
+        return metadata(edge.node).setdefault(self._key, {}).setdefault(edge.number, Noted())
+
+    def noted(self, edge: Edge) -> Noted:
+        """What is noted at an edge, to be read."""
+        return metadata(edge.node).get(self._key, {}).get(edge.number, Noted())
+
+    # ------------------------------------------------------------------------------------ the whole model
+
+    def _on_start(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if ignored():
+            return
+        if not self._depth:
+            self._calls, self.mixed = [], False
+            self._twice = sdpa_kernel(SDPBackend.MATH) if self.twice else nullcontext()
+            self._twice.__enter__()
+            self.tape = Tape(module) if self.taped else None
+            if self.tape is not None:
+                self.tape.__enter__()
+        self._depth += 1
+
+    def _on_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if ignored() or not self._depth:
+            return
+        self._depth -= 1
+        if self._depth:
+            return
+        if self.tape is not None:
+            self.tape.__exit__(None, None, None)
+        self._twice.__exit__(None, None, None)
+        calls, self._calls = self._calls, []
+        if calls and output is not None:
+            self.ended(calls, output)
+
+    # --------------------------------------------------------------------------------------- its layers
+
+    def _on_layer(
+        self, k: int, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> Any:
+        if ignored():
+            return None
+        layer, names = self.layers[k], site.view.arguments
+        x = tuple(argument(args, kwargs, position, name) for position, name in enumerate(names))
+        if not isinstance(x[0], Tensor) or not isinstance(out, Tensor):
+            raise ValueError(
+                f"layer {layer.name!r} was called with a {type(x[0]).__name__} and returned a {type(out).__name__}; a "
+                "tensor as first argument and a tensor back is what can be read. Put its parameters into a group "
+                "with approx=None"
+            )
+        if not out.requires_grad or not _own_parameters(site):
+            return None
+        with unseen():
+            x = tuple(value.detach() if isinstance(value, Tensor) else value for value in x)
+            if site.view.mode is not None:
+                x += (site.view.mode(module),)
+            call = Call(k, site, x, out.shape, out.shape[0] if out.dim() else 1)
+        return self._note(out, [call])
+
+    def _note(self, out: Tensor, calls: list[Call]) -> Tensor | None:
+        """Keep calls at the node of their output; a tensor is to take the place of that output."""
+        with unseen():
+            edge = edge_of(out)
+            self.at(edge).calls.extend(calls)
+            if self._depth:
+                self._calls += [(call, edge) for call in calls]
+            keep = base_of(out) is None or edge.node is not out.grad_fn
+        # A view of part of another tensor: in-place edits must reach a clone, or they would rewrite our edge.
+        return None if keep else out.clone()
+
+    def _watch(self, bare: list[Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A module with inner layers starts. A recomputation must run the same functions, but is not noted."""
+        running = backward_id() != -1
+        if (ignored() and not running) or not torch.is_grad_enabled():
+            self._watches.append(None)
+            return
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and not isinstance(x, nn.Parameter))
+        first = next((x for x in given if x.dim()), None)
+        note = _unnoted if running else self._note_inner
+        watch = Watch(note, None if first is None else len(first), bare, self.unknown_uses.setdefault)
+        self._watches.append(watch)
+        self._recent |= {id(p): [] for p in bare}
+        watch.__enter__()
+
+    def _unwatch(
+        self,
+        sites: list[tuple[int, Site]],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
+        watch = self._watches.pop() if self._watches else None
+        if watch is None:
+            return None
+        watch.__exit__(None, None, None)
+        bare = [site.bias.param for _, site in sites if site.weight is None and site.bias is not None]
+        recent = {id(p): self._recent.pop(id(p), []) for p in bare}
+        out = output[0] if isinstance(output, tuple) and output else output
+        if ignored() or not isinstance(out, Tensor) or not out.requires_grad or not out.dim():
+            return None
+        calls, batch = [], len(out)
+        for k, site in sites:
+            if site.by_sample and k in self.due and (site.opaque or _unknown(site, self.unknown_uses)):
+                assert site.bias is not None
+                for call in recent[id(site.bias.param)]:
+                    call.superseded = True
+                read = sample_gradients(module, site.part, site.bias.param.detach(), args, kwargs, batch)
+                calls.append(Call(k, site, (out.new_empty(batch),), out.shape, batch, read))
+        noted = self._note(out, calls) if calls else None
+        return noted if noted is None or out is output else (noted, *output[1:])
+
+    def _note_inner(
+        self, param: Tensor, rows: slice | None, x: Tensor, out: Tensor, batch_first: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """A product with these rows of a parameter, or a use of it as a bias or scale."""
+        if not out.requires_grad:
+            return out
+        calls = []
+        for k, site in self._inner.get(id(param), ()):
+            if k not in self.due:
+                continue
+            own = site.weight.rows if site.weight is not None else None
+            read = batch_first
+            if rows is not None and own is not None:
+                if not rows.start <= own.start < own.stop <= rows.stop:
+                    continue
+                read = partial(_columns, batch_first, slice(own.start - rows.start, own.stop - rows.start))
+            calls.append(Call(k, site, (x,), out.shape, len(x), read))
+            if id(param) in self._recent:
+                self._recent[id(param)].append(calls[-1])
+        noted = self._note(out, calls) if calls else None
+        return out if noted is None else noted
+
+    def _on_batch_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Through batch statistics the samples meet: a pass of our own takes the statistics as constants."""
+        x = argument(args, kwargs, 0, "input")
+        if ignored() or not uses_batch_statistics(module) or not isinstance(out, Tensor) or not out.requires_grad:
+            return
+        self.mixed = True
+        if isinstance(x, Tensor) and x.requires_grad and out.grad_fn is not None:
+            out.grad_fn.register_hook(partial(self._cut, module, x.detach()))
+
+    @torch.no_grad()
+    def _cut(self, module: Any, x: Tensor, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> Any:
+        """dx = dz weight / sqrt(var + eps) in place of the gradient of batch norm."""
+        if not self.inside or not self.constant_statistics or inputs[0] is None or outputs[0] is None:
+            return None
+        dims = [0, *range(2, x.dim())]
+        scale = (at_least_float32(x).var(dims, correction=0) + module.eps).rsqrt()
+        scale = scale if module.weight is None else scale * module.weight
+        shaped = scale.reshape(1, -1, *(1,) * (x.dim() - 2))
+        return ((outputs[0] * shaped).to(inputs[0].dtype), *inputs[1:])
+
+    # ------------------------------------------------------------------------------------ reading the graph
+
+    def _start(self, f: Tensor) -> Edge:
+        """The edge of f: its own and not that of its base where the model's output lies between them."""
+        base = edge_of(f)
+        own = Edge(*get_gradient_edge(f)[:2], f.shape)
+        at: Any = own
+        while at.node is not None and at.node is not base.node:
+            if self.noted(at).capture is not None:
+                return own
+            if len(at.node.next_functions) != 1:
+                break
+            node, number = at.node.next_functions[0]
+            at = Edge(node, number, f.shape)
+        return base
+
+    def find(self, f: Tensor) -> tuple[Capture, Edge] | None:
+        """The capture of f, or of the model's output that f is computed from, and the edge it is kept at.
+
+        Layers that lie between (or were called outside the model's own forward) make a capture of f itself.
+        """
+        start = self._start(f)
+        calls: list[tuple[Call, Edge | None]] = []
+        captures: list[tuple[Capture, Edge]] = []
+        seen, queue = set(), [start]
+        while queue:
+            edge = queue.pop()
+            noted = self.noted(edge)
+            if noted.capture is not None:
+                captures.append((noted.capture, edge))
+                continue
+            calls += [(call, None if edge[:2] == start[:2] else edge) for call in noted.calls]
+            for node, number in edge.node.next_functions:
+                if node is not None and (node, number) not in seen:
+                    seen.add((node, number))
+                    queue.append(Edge(node, number, torch.Size()))
+        if not calls and len(captures) < 2:
+            return captures[0] if captures else None
+        forwards = {capture.forward for capture, _ in captures} - {None}
+        if len(forwards) > 1:
+            raise ValueError(
+                "one loss joins the outputs of several forward passes: give each its own loss call, or call "
+                "optimizer.observe(output, target, weight=) for each of them"
+            )
+        known = {id(call) for call, _ in calls}
+        for capture, edge in captures:
+            for call, at in capture.calls:
+                if id(call) not in known:
+                    known.add(id(call))
+                    calls.append((call, edge if at is None else at))
+        n = captures[0][0].n if captures else f.shape[0]
+        parts = [capture for capture, _ in captures]
+        mixed = self.mixed if not parts else any(part.mixed for part in parts)
+        joined = Capture(calls, n, f.shape, next(iter(forwards), None), parts, mixed=mixed)
+        self.at(start).capture = joined
+        return joined, start
+
+
+def _own_parameters(site: Site) -> bool:
+    """Whether the module runs on the parameters we cover, not on others put in for one call (functional_call)."""
+    own = site.module._parameters
+    return (site.weight is None or own.get(site.view.weight) is site.weight.param) and (
+        site.bias is None or own.get(site.view.bias) is site.bias.param
+    )
+
+
+def _unknown(site: Site, unknown_uses: dict[Tensor, str]) -> bool:
+    return site.bias is not None and site.bias.param in unknown_uses
+
+
+def _owner(site: Site) -> int:
+    """The id of the parameter that an inner layer is recognised by."""
+    piece = site.weight or site.bias
+    assert piece is not None
+    return id(piece.param)
+
+
+def _unnoted(param: Tensor, rows: slice | None, x: Tensor, out: Tensor, batch_first: Any) -> Tensor:
+    return out
+
+
+def _columns(batch_first: Callable[[Tensor], Tensor], columns: slice, gradient: Tensor) -> Tensor:
+    return batch_first(gradient)[..., columns]

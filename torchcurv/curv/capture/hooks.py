@@ -1,0 +1,42 @@
+"""Hooks that can be switched off, and what every hook asks before it does anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torchcurv.curv.graph import backward_id, call_plainly, in_transform, uncompiled
+
+
+class Hook:
+    """A bound hook that can be switched off, and is off after deepcopy and pickling: copies of the model feed nothing.
+
+    The switch is a bool, so that a compiled model breaks its graph at the hooks only while they are on.
+    """
+
+    def __init__(self, target: Callable[..., Any] | None = None) -> None:
+        self.target, self.on = target, target is not None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.target is None or not self.on:
+            return None
+        call = uncompiled if torch.compiler.is_compiling() else call_plainly
+        return call(self.target, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook()
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
+
+
+def ignored() -> bool:
+    """Forward passes that are none of the user's: recomputation inside a backward, function transforms, tracing."""
+    return not torch.is_grad_enabled() or backward_id() != -1 or in_transform() or torch.jit.is_tracing()
+
+
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Any:
+    """An argument of a call, by position or name; None where there is none."""
+    return args[position] if len(args) > position else kwargs.get(name)

@@ -1,0 +1,58 @@
+"""Checks of arguments: each raises with what came, what is allowed and what to write instead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def one_of(name: str, value: Any, known: Mapping[str, Any]) -> Any:
+    """What `known` has under a value, or an error that says what it could be."""
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; allowed are {', '.join(map(repr, known))}")
+    return known[value]
+
+
+def check_count(name: str, value: int, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}; pass an int of at least {least}")
+    return value
+
+
+ADAPTIVE, AUTO = "adaptive", "auto"
+Interval = int | str | Callable[[int], int]
+
+
+def check_interval(name: str, value: Interval) -> Interval:
+    if callable(value) or value == ADAPTIVE:
+        return value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f'{name}={value!r}; pass an int of at least 1, "adaptive", or a callable from the step to such an int'
+        )
+    return value
+
+
+def interval_at(name: str, value: Callable[[int], int], step: int) -> int:
+    """The interval that holds from this step on."""
+    answer = value(step)
+    if isinstance(answer, bool) or not isinstance(answer, int) or answer < 1:
+        raise ValueError(f"{name} returned {answer!r} at step {step}; it must return an int of at least 1")
+    return answer
+
+
+def value_at(name: str, value: Callable[[int], float], step: int) -> float:
+    """The number that a function of the step says."""
+    answer = value(step)
+    if isinstance(answer, bool) or not isinstance(answer, int | float) or not math.isfinite(answer) or answer < 0:
+        raise ValueError(f"{name} returned {answer!r} at step {step}; it must return a finite number >= 0")
+    return float(answer)
+
+
+def check_number(name: str, value: Any, fits: Callable[[float], bool], allowed: str) -> None:
+    """Raise unless value is a number, and no bool, that fits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass {allowed}")
+    if not fits(value):
+        raise ValueError(f"{name}={value!r}; pass {allowed}")

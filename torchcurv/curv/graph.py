@@ -1,0 +1,136 @@
+"""The autograd graph: edges, versions, and every private name of torch that the package needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.overrides import _get_current_function_mode_stack
+
+
+class Edge(NamedTuple):
+    """Where the gradient of a tensor arrives: a node of the graph, the number of its input, and the shape there."""
+
+    node: Node
+    number: int
+    shape: torch.Size
+
+    @property
+    def public(self) -> GradientEdge:
+        return GradientEdge(self.node, self.number)
+
+
+def version_of(x: Any) -> int:
+    return 0 if not isinstance(x, Tensor) or x.is_inference() else x._version
+
+
+class Frozen(NamedTuple):
+    """A tensor as it was: detached, with the version that an edit in place would change."""
+
+    tensor: Tensor
+    version: int
+
+    def read(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "the model's output was edited in place before the loss: apply that operation out of place, or "
+                "inside the model"
+            )
+        return self.tensor
+
+
+def edge_of(tensor: Tensor) -> Edge:
+    """The edge of a tensor; that of its base if it is the same memory in the same order.
+
+    Editing a view in place rewrites the view's own node but not the base's (nn.Linear with a bias returns a view
+    for inputs of three or more dimensions).
+    """
+    base = tensor._base
+    if (
+        base is not None
+        and base.grad_fn is not None
+        and base.numel() == tensor.numel()
+        and base.is_contiguous()
+        and tensor.is_contiguous()
+    ):
+        tensor = base
+    node, number = get_gradient_edge(tensor)[:2]
+    return Edge(node, number, tensor.shape)
+
+
+def frozen(tensor: Tensor) -> Frozen:
+    return Frozen(tensor.detach(), tensor._version)
+
+
+def metadata(node: Node) -> dict[Any, Any]:
+    """The dict that lives as long as the node (torch's stubs call the property a method)."""
+    return node.metadata  # type: ignore[return-value]
+
+
+def edges_below(start: Edge) -> set[tuple[Any, int]]:
+    """The edges (node, number) of the graph that a gradient at `start` reaches, with its own."""
+    seen: set[tuple[Any, int]] = {start[:2]}
+    todo = [start.node]
+    while todo:
+        for edge in todo.pop().next_functions:
+            if edge[0] is not None and edge not in seen:
+                seen.add(edge)
+                todo.append(edge[0])
+    return seen
+
+
+# ------------------------------------------------------------------------------- private names of torch
+
+
+def base_of(tensor: Tensor) -> Tensor | None:
+    """The tensor that this one is a view of; None where it is none."""
+    return tensor._base
+
+
+def age_of(node: Node) -> int:
+    """Grows with the time at which the node was made."""
+    return node._sequence_nr()
+
+
+def backward_id() -> int:
+    """The number of the backward call that is running in this thread; -1 where none is."""
+    return torch._C._current_graph_task_id()
+
+
+def running_node() -> Node:
+    """The node whose hook is running."""
+    return torch._C._current_autograd_node()
+
+
+def will_run(node: Node) -> bool:
+    """Whether the backward call that is running executes a node.
+
+    Raises RuntimeError for the node of a leaf that `torch.autograd.grad` was asked for.
+    """
+    return torch._C._will_engine_execute_node(node)
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def saved_tensors_are_packed() -> bool:
+    """Whether hooks (of a checkpoint) hold what a node saves, which can then be asked for once only."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def function_modes() -> list[Any]:
+    """The torch function modes that are active, the innermost last."""
+    return _get_current_function_mode_stack()
+
+
+def call_plainly(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return target(*args, **kwargs)
+
+
+uncompiled = torch._disable_dynamo(call_plainly)  # unlike torch.compiler.disable, imports the compiler only when called
+unseen = torch._C.DisableTorchFunction  # a context in which no mode sees what a hook looks at

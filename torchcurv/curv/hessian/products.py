@@ -1,0 +1,156 @@
+"""Second derivatives by autograd: products of the curvature of one loss with vectors over the parameters.
+
+    H v = J^T (H_L (J v)) + sum_k (dL/df_k) (d²f_k/dθ²) v,    f the output, J = df/dθ
+
+The Gauss-Newton matrix is the first term, the empirical Fisher the same with another matrix in the middle. Both
+terms follow from the gradient J^T u as a function of u and θ, without the loss itself in the graph: its derivative
+along v with respect to u is J v, with respect to θ it is the second term at u = dL/df.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from torchcurv.curv.graph import Edge
+from torchcurv.curv.kinds.base import SECOND
+from torchcurv.curv.losses.loss import Loss
+from torchcurv.curv.losses.terms import Terms
+from torchcurv.curv.numerics import at_least_float32
+
+CHUNK = 1 << 24  # elements of the vectors that are multiplied at once
+
+
+class LossHessian:
+    """Derivatives of `factor` times the loss whose terms are `terms`, with respect to the output f.
+
+    f, f_edge: the output that the loss is applied to, and where its gradient arrives. n: the batch size.
+    """
+
+    def __init__(self, loss: Loss, terms: Terms, n: int, f: Tensor, f_edge: Edge, factor: Tensor | float) -> None:
+        self.loss, self.terms, self.n, self.f, self.f_edge = loss, terms, n, f, f_edge
+        root = terms.root_weights
+        self.weights = factor * terms.reduction * (1.0 if root is None else root.square())
+
+    def _restored(self, canonical: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[n, t, c] -> where the gradient of f arrives."""
+        return self.loss.layout(self.f, self.n)[1](canonical).to(dtype or self.f.dtype).reshape(self.f_edge.shape)
+
+    def gradient(self) -> Tensor:
+        """dL/df."""
+        return self._restored(self.terms.residual() * self.weights)
+
+    def times(self, v: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """H_L v for one v shaped like the edge of f."""
+        canonical = at_least_float32(self.loss.layout(v.reshape(self.f.shape), self.n)[0])
+        return self._restored(self.loss.row.hessian(self.terms.f, canonical) * self.weights, dtype)
+
+    def diagonal(self) -> Tensor:
+        """That of H_L, like the edge of f, in float32 or better."""
+        return self._restored(self.loss.row.hessian_diagonal(self.terms.f) * self.weights, self.terms.f.dtype)
+
+    def mean_matrix(self, max_dim: int) -> Tensor:
+        """mean_n of the Hessian of a sample [d, d], over its elements in the order of the edge."""
+        d = self.f_edge.shape.numel() // self.n
+        if d > max_dim:
+            raise ValueError(
+                f"a sample of the output has {d} elements, more than max_hessian_dim={max_dim}, the largest matrix "
+                'that "kfac" of the Hessian carries: choose approx="diag", or raise max_hessian_dim'
+            )
+        columns = []
+        for k in range(d):
+            v = torch.zeros(self.n, d, dtype=self.terms.f.dtype, device=self.f.device)
+            v[:, k] = 1
+            columns.append(self.times(v.reshape(self.f_edge.shape), v.dtype).reshape(self.n, d).mean(0))
+        return torch.stack(columns, 1)
+
+    def by_sample(self, v: Tensor) -> Tensor:
+        """u_n u_n^T v_n for each sample n, u u^T the empirical Fisher of f: the terms of a sample count as one."""
+        f = self.terms.f
+        u = self.terms.residual() * torch.as_tensor(self.weights, dtype=f.dtype, device=f.device).sqrt()
+        canonical = at_least_float32(self.loss.layout(v.reshape(self.f.shape), self.n)[0])
+        return self._restored(u * (u * canonical).sum((1, 2), keepdim=True))
+
+    def products(self, params: list[Tensor], kind: str = SECOND) -> Products:
+        """Those of a curvature of this loss over some parameters; the Fisher is exact, and so that of the GGN."""
+        middle = self.by_sample if kind == "empirical_fisher" else self.times
+        return Products(self.f_edge.public, params, self.gradient(), middle, second=kind == SECOND)
+
+
+def hessian_times(slope: Tensor, f: Tensor, v: Tensor) -> Tensor:
+    """H_L v like f, for the slope dL/df made with create_graph=True."""
+    if not slope.requires_grad:  # the loss is linear in f
+        return torch.zeros_like(v)
+    with torch.enable_grad():
+        return torch.autograd.grad(slope, f, v.to(slope.dtype), retain_graph=True, materialize_grads=True)[0]
+
+
+class Products:
+    """C v = J^T M (J v) + sum_k u_k (d²f_k/dθ²) v over some parameters, of an output f.
+
+    f: that tensor, or where its gradient arrives. u: like f, dL/df.
+    middle: M x for one x like f; None: M = 0. second: whether C has its second term, as the Hessian of L does, with M
+    that of L with respect to f; any u will do without it.
+    """
+
+    def __init__(
+        self,
+        f: Tensor | GradientEdge,
+        params: list[Tensor],
+        u: Tensor,
+        middle: Callable[[Tensor], Tensor] | None,
+        second: bool = True,
+    ) -> None:
+        self.f, self.params, self.middle, self.second = f, params, middle, second
+        with torch.enable_grad():
+            self.u = u.detach().requires_grad_()
+            self.first = torch.autograd.grad(
+                f, params, self.u, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+
+    def __call__(self, v: list[Tensor]) -> list[Tensor]:
+        """C v for a batch of vectors [k, *shape], one tensor per parameter."""
+        connected = [k for k, g in enumerate(self.first) if g.requires_grad]
+        if not connected:
+            return [at_least_float32(torch.zeros_like(x)) for x in v]
+        wanted = [*(self.params if self.second else ()), *(() if self.middle is None else (self.u,))]
+        sent = [v[k].to(self.first[k].dtype) for k in connected]
+        total = _each([self.first[k] for k in connected], wanted, sent)
+        if self.middle is not None:
+            at_f = torch.stack([self.middle(x) for x in total.pop()])
+            first_order = _each([self.f], self.params, [at_f])
+            total = [x + y for x, y in zip(total, first_order, strict=True)] if self.second else first_order
+        return [at_least_float32(x) for x in total]
+
+    def at_once(self, size: int) -> int:
+        """How many vectors over `size` coordinates are multiplied at once."""
+        return max(1, CHUNK // max(1, size + self.u.numel()))
+
+    def rows(self, size: int, place: Callable[[Tensor], list[Tensor]]) -> Iterator[tuple[int, list[Tensor]]]:
+        """(start, the rows from there on) of H over coordinates [size]; place: from coordinates [k, size] to v."""
+        like = self.first[0]
+        chunk = self.at_once(size)
+        for start in range(0, size, chunk):
+            count = min(chunk, size - start)
+            units = like.new_zeros(count, size, dtype=torch.promote_types(like.dtype, torch.float32))
+            units[torch.arange(count), start + torch.arange(count)] = 1
+            yield start, self(place(units))
+
+
+def _each(outputs: list[Any], inputs: list[Tensor], v: list[Tensor]) -> list[Tensor]:
+    """Vector-Jacobian products for a batch of vectors; in a loop where an operation cannot be batched."""
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    if len(v[0]) == 1:
+        return [x.unsqueeze(0) for x in torch.autograd.grad(outputs, inputs, [x[0] for x in v], **options)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        try:
+            return list(torch.autograd.grad(outputs, inputs, v, is_grads_batched=True, **options))
+        except RuntimeError:
+            each = [torch.autograd.grad(outputs, inputs, [x[k] for x in v], **options) for k in range(len(v[0]))]
+            return [torch.stack(parts) for parts in zip(*each, strict=True)]

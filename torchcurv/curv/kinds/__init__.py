@@ -1,0 +1,1 @@
+"""Which signals are backpropagated from the output."""

@@ -1,0 +1,1 @@
+"""Every layer with parameters as a grouped linear map."""

@@ -1,0 +1,119 @@
+"""Layers: which parameters of a model act as one grouped linear map, and where in the model it is used.
+
+Most layers are a module with a view, whose calls a forward hook sees. Others live inside a module that does more
+(attention, recurrent networks) or are Parameters of a user's own module: `inner.py` tells of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from torchcurv.curv.layers.inner_layers import Part, inner_parts
+from torchcurv.curv.layers.layer import Layer, Piece, Site
+from torchcurv.curv.layers.table import view_of
+
+
+def find_layers(
+    model: nn.Module, covered: Callable[[Tensor], bool], by_sample: Callable[[Tensor], bool] = lambda p: False
+) -> list[Layer]:
+    """One Layer per grouped linear map with a covered parameter; sites that share a weight share a Layer.
+
+    covered: whether a parameter is trained with a curvature. by_sample: whether its gradients may be taken sample by
+    sample, where nothing better is known.
+    """
+    shared: dict[tuple[int, int], list[Site]] = {}
+    found = list(_sites(model))
+    held = {id(piece.param) for site in found if site.weight for piece in (site.weight, site.bias) if piece}
+    for site in found:
+        if site.inner and site.weight is None and site.bias is not None and id(site.bias.param) in held:
+            continue  # the bias of a layer that another module holds too
+        key = site.weight or site.bias
+        assert key is not None
+        if site.inner and site.weight is None:
+            site.by_sample = by_sample(key.param)
+        if site.opaque and not site.by_sample:
+            continue
+        shared.setdefault((id(key.param), 0 if key.rows is None else key.rows.start), []).append(site)
+    layers = []
+    for sites in shared.values():
+        weight, bias = (_covered(piece, covered) for piece in (sites[0].weight, _shared_bias(sites)))
+        if weight is None and bias is None:
+            continue
+        refusal = sites[0].view.refuses(sites[0].module)
+        if refusal is not None:
+            name, kind = sites[0].name, type(sites[0].module).__name__
+            raise ValueError(
+                f"layer {name!r} ({kind}) cannot be read: {refusal}. Put its parameters into a group with approx=None"
+            )
+        sites = _oriented(sites)
+        owned = [piece.param for piece in (sites[0].weight, _shared_bias(sites)) if piece is not None]
+        layers.append(Layer(sites[0].name, sites, weight, bias, owned))
+    return layers
+
+
+def _covered(piece: Piece | None, covered: Callable[[Tensor], bool]) -> Piece | None:
+    return piece if piece is not None and piece.param.requires_grad and covered(piece.param) else None
+
+
+def _shared_bias(sites: list[Site]) -> Piece | None:
+    return next((site.bias for site in sites if site.bias is not None), None)
+
+
+def _oriented(sites: list[Site]) -> list[Site]:
+    """The site that decides how the weight is seen first; those that use it transposed are marked.
+
+    A token embedding and the linear layer that shares its weight see it transposed.
+    """
+    if len(sites) == 1:
+        return sites
+    first = min(sites, key=lambda site: (site.bias is None, site.view.tokens))
+    for site in sites:
+        site.transposed = site.view.transposed != first.view.transposed
+        same_use = site.geometry == first.geometry
+        matrices = all(one.weight is not None and one.weight.param.dim() == 2 for one in (site, first))
+        if not (same_use or (matrices and site.shape[0] == first.shape[0] == 1)) or not _same(site.bias, first.bias):
+            raise ValueError(
+                f"layers {first.name!r} and {site.name!r} share a weight but not its use (module type, bias or "
+                "settings differ): put the shared parameters into a group with approx=None"
+            )
+    return [first, *(site for site in sites if site is not first)]
+
+
+def _same(bias: Piece | None, other: Piece | None) -> bool:
+    return bias is None or (other is not None and bias.param is other.param and bias.rows == other.rows)
+
+
+def _sites(model: nn.Module) -> Iterator[Site]:
+    """Every use of parameters in a model, in the order of its modules."""
+    inside: set[int] = set()  # modules whose forward is never called
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        view = view_of(module)
+        if view is not None:
+            weight, bias = _own(name, module, view.weight), _own(name, module, view.bias)
+            if weight is not None or bias is not None:
+                yield Site(name, module, view, weight, bias)
+        parts, children = inner_parts(module, view)
+        inside |= {id(child) for child in children}
+        for part in parts:
+            yield _inner_site(name, module, part)
+
+
+def _own(name: str, module: nn.Module, key: str) -> Piece | None:
+    parameter = module._parameters.get(key)
+    if isinstance(parameter, UninitializedParameter):
+        raise ValueError(
+            f"layer {name!r} ({type(module).__name__}) has no parameters yet: run the model once on a batch before "
+            "building the optimizer"
+        )
+    return None if parameter is None else Piece(parameter)
+
+
+def _inner_site(name: str, module: nn.Module, part: Part) -> Site:
+    weight, bias = (None if own is None else Piece(*own) for own in (part.weight, part.bias))
+    full = f"{name}.{part.name}" if name else part.name
+    return Site(full, module, part.view, weight, bias, part.name, part.opaque)

@@ -1,0 +1,61 @@
+"""A view: how one module type is read as a grouped linear map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchcurv.curv.layers.one_hot import Tokens
+
+Arguments = tuple[Any, ...]  # the tensors (or None) that one call of a module was given
+
+
+def one_group(module: nn.Module) -> int:
+    return 1
+
+
+def _refuses_nothing(module: nn.Module) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class View:
+    """How one module type is read; x stands for the arguments named in `arguments`, the first of them [n, ...].
+
+    inputs:     (module, *x) -> a [n, r, g, i], without the 1 of the bias; or Tokens, where a is one-hot rows
+    signal:     (module, dz) -> s [n, r, g, o], dz shaped like the module's output
+    groups:     module -> g
+    mean_input: (module, *x) -> mean_r a [n, 1, g, i]; only where it is cheaper than `inputs(...).mean(1)`
+    moments:    (module, *x) -> (sum_{n,r} a a^T [g, i, i], sum_{n,r} a [g, i], n r), or None where the sums over
+                `inputs(...)` are as cheap
+    weight, bias: the names of the parameters
+    transposed: the weight is stored [g i', o, ...] and not [g o, i ...]
+    tokens:     inputs returns Tokens
+    whole:      inputs depends on the batch as a whole
+    mode:       module -> how it works at the time of the call, which `inputs` gets as a last argument
+    refuses:    module -> why this module cannot be read, if it cannot
+    """
+
+    inputs: Callable[..., Tensor | Tokens]
+    signal: Callable[..., Tensor]
+    groups: Callable[[nn.Module], int] = one_group
+    mean_input: Callable[..., Tensor] | None = None
+    moments: Callable[..., tuple[Tensor, Tensor, int] | None] | None = None
+    arguments: tuple[str, ...] = ("input",)
+    weight: str = "weight"
+    bias: str = "bias"
+    transposed: bool = False
+    tokens: bool = False
+    whole: bool = False
+    mode: Callable[[Any], Any] | None = None
+    refuses: Callable[[Any], str | None] = _refuses_nothing
+
+
+# ---------------------------------------------------------------------------------------------- linear
+
+
+def by_last_dimension(module: Any, x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0], -1, 1, x.shape[-1])

@@ -1,0 +1,1 @@
+"""Losses as formulas: values, gradients, roots of Hessians, samplers."""

@@ -1,0 +1,1 @@
+"""Gaussians over parameters whose precision is a curvature."""

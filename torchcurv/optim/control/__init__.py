@@ -1,0 +1,1 @@
+"""How steps are sized: the quadratic model of the loss, and the damping."""
