@@ -141,7 +141,6 @@ def source():
     return house.Source(house.root(), "torchcurv")
 
 
-@once_in_order
 def test_every_module_is_in_a_room(source):
     found = homeless(source, FLOORS)
     assert not found, "\n".join(found)
