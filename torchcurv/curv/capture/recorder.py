@@ -79,11 +79,8 @@ class Record:
         self.unsupported = unsupported
         if loss_fn is not None:
             loss = loss_of(loss_fn, reduction, class_dim)  # unknown losses raise here
-            if isinstance(loss_fn, str) and loss.reduction == "none":
-                raise ValueError(
-                    f"loss_fn={loss_fn!r} with reduction='none' says nothing about the weight of each term: pass the "
-                    "loss module, or name the reduction ('mean', 'sum') that is taken of it"
-                )
+            if isinstance(loss_fn, str):
+                loss.check_known_by_name()
         if output_fn is not None and not callable(output_fn):
             raise TypeError(f"output_fn={output_fn!r}; pass a function from the model's output to the tensor of logits")
         self.layers = list({id(layer): layer for block in blocks for layer in block.layers}.values())
@@ -322,7 +319,7 @@ class Record:
         arrived = arriving.reshape(output.shape)
         terms = loss.terms_from_gradient(output, arrived, capture.n, scale)
         if not self._checked and not terms.empty:
-            loss.check_arriving(output, arrived, terms, scale)
+            loss.check_arriving(output, arrived, terms)
             self._checked = True
         Pass(self, capture, blocks, loss, terms, edge, output, edge, scale, arriving).run(1.0)
 

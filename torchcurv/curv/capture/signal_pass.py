@@ -122,7 +122,7 @@ class Pass:
         calls = self.receiver.members(blocks)
         scale = factor * self.terms.reduction
         generator = self.record.generator(self.f.device)
-        count, generated = signals(kind, self.loss.row, self.terms, samples, generator)
+        count, generated = signals(kind, self.terms, samples, generator)
         size = max(1, SIGNAL_ELEMENTS // sum(call.shape.numel() for call in calls))
         chunk: list[list[Tensor | None]] = []
         for done, signal in enumerate(generated, 1):
@@ -213,7 +213,7 @@ class Pass:
         params = [p for block in blocks for p in block.params if p.requires_grad and not p._backward_hooks]
         if not params:
             return
-        draw = self.loss.row.draw(self.terms.f, self.record.generator(self.f.device))
+        draw = self.terms.draw(self.record.generator(self.f.device))
         silent = slice(self.receiver.n // 2)
         draw[silent] = 0  # samples that send nothing: nothing may arrive at them
         got = self._backward(calls, draw, params)

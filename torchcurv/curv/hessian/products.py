@@ -43,16 +43,16 @@ class LossHessian:
 
     def gradient(self) -> Tensor:
         """dL/df."""
-        return self._restored(self.terms.residual() * self.weights)
+        return self._restored(self.terms.gradient() * self.weights)
 
     def times(self, v: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """H_L v for one v shaped like the edge of f."""
         canonical = at_least_float32(self.loss.layout(v.reshape(self.f.shape), self.n)[0])
-        return self._restored(self.loss.row.hessian(self.terms.f, canonical) * self.weights, dtype)
+        return self._restored(self.terms.hessian(canonical) * self.weights, dtype)
 
     def diagonal(self) -> Tensor:
         """That of H_L, like the edge of f, in float32 or better."""
-        return self._restored(self.loss.row.hessian_diagonal(self.terms.f) * self.weights, self.terms.f.dtype)
+        return self._restored(self.terms.hessian_diagonal() * self.weights, self.terms.f.dtype)
 
     def mean_matrix(self, max_dim: int) -> Tensor:
         """mean_n of the Hessian of a sample [d, d], over its elements in the order of the edge."""
@@ -72,7 +72,7 @@ class LossHessian:
     def by_sample(self, v: Tensor) -> Tensor:
         """u_n u_n^T v_n for each sample n, u u^T the empirical Fisher of f: the terms of a sample count as one."""
         f = self.terms.f
-        u = self.terms.residual() * torch.as_tensor(self.weights, dtype=f.dtype, device=f.device).sqrt()
+        u = self.terms.gradient() * torch.as_tensor(self.weights, dtype=f.dtype, device=f.device).sqrt()
         canonical = at_least_float32(self.loss.layout(v.reshape(self.f.shape), self.n)[0])
         return self._restored(u * (u * canonical).sum((1, 2), keepdim=True))
 

@@ -13,43 +13,39 @@ Two kinds send none: the Hessian (second.py, propagate.py), and what came in alo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.losses.terms import Terms, signal_count
+from torchcurv.curv.losses.terms import Terms
 
 Generator = torch.Generator | None
 
 
-def _columns(row: Any, terms: Terms) -> Iterator[Tensor]:
+def _columns(terms: Terms) -> Iterator[Tensor]:
     t, c = terms.f.shape[1:]
     for position in range(t):
         for k in range(c):
             signal = torch.zeros_like(terms.f)
-            signal[:, position] = row.column(terms.f[:, position], k)
+            signal[:, position] = terms.column(position, k)
             yield signal
 
 
-def _draws(draw: Callable[[Tensor, Generator], Tensor]) -> Callable[..., Iterator[Tensor]]:
-    def generate(terms: Terms, samples: int, generator: Generator) -> Iterator[Tensor]:
-        for _ in range(samples):
-            yield draw(terms.f, generator) * samples**-0.5
-
-    return generate
+def _draws(draw: Callable[[Generator], Tensor], samples: int, generator: Generator) -> Iterator[Tensor]:
+    for _ in range(samples):
+        yield draw(generator) * samples**-0.5
 
 
-def _ggn(row: Any, terms: Terms, samples: int | None, generator: Generator) -> Iterator[Tensor]:
-    return _columns(row, terms) if samples is None else _draws(row.draw)(terms, samples, generator)
+def _ggn(terms: Terms, samples: int | None, generator: Generator) -> Iterator[Tensor]:
+    return _columns(terms) if samples is None else _draws(terms.draw, samples, generator)
 
 
-def _fisher(row: Any, terms: Terms, samples: int | None, generator: Generator) -> Iterator[Tensor]:
-    return _columns(row, terms) if samples is None else _draws(row.label)(terms, samples, generator)
+def _fisher(terms: Terms, samples: int | None, generator: Generator) -> Iterator[Tensor]:
+    return _columns(terms) if samples is None else _draws(terms.label_gradient, samples, generator)
 
 
-def _empirical_fisher(row: Any, terms: Terms, samples: int | None, generator: Generator) -> Iterator[Tensor]:
-    yield terms.residual()
+def _empirical_fisher(terms: Terms, samples: int | None, generator: Generator) -> Iterator[Tensor]:
+    yield terms.gradient()
 
 
 KINDS: dict[str, Callable[..., Iterator[Tensor]]] = {
@@ -62,14 +58,12 @@ SECOND, INPUT = "hessian", "input"  # send no signals
 GRADIENT = "gradient"  # the share of every sample in the gradient of L / R: no curvature, but rows to read with one
 
 
-def signals(
-    kind: str, row: Any, terms: Terms, samples: int | None, generator: Generator = None
-) -> tuple[int, Iterator[Tensor]]:
+def signals(kind: str, terms: Terms, samples: int | None, generator: Generator = None) -> tuple[int, Iterator[Tensor]]:
     """(number of signals, the signals [n, t, c] of L / R one after the other)."""
     root = terms.root_weights
     if kind == GRADIENT:
-        return 1, iter([terms.residual() if root is None else root.square() * terms.residual()])
-    exact = 1 if kind == "empirical_fisher" else signal_count(terms)
+        return 1, iter([terms.gradient() if root is None else root.square() * terms.gradient()])
+    exact = 1 if kind == "empirical_fisher" else terms.f.shape[1:].numel()
     count = exact if samples is None or kind == "empirical_fisher" else samples
-    generated = KINDS[kind](row, terms, samples, generator)
+    generated = KINDS[kind](terms, samples, generator)
     return count, generated if root is None else (root * signal for signal in generated)
