@@ -232,12 +232,12 @@ def test_its_fisher_is_the_ggn_in_expectation(loss):
 def test_a_step_is_taken(loss, approx):
     model = net()
     opt = SecondOrderOptimizer(model, loss_fn=loss, approx=approx, lr=0.1, damping=1.0)
-    before = float(loss(model(X), Y))
+    before = float(loss(model(X), Y).detach())
     for _ in range(10):
         opt.zero_grad()
         loss(model(X), Y).backward()
         opt.step()
-    assert float(loss(model(X), Y)) < before
+    assert float(loss(model(X), Y).detach()) < before
 
 
 def test_the_predictions_of_its_laplace_posterior():
