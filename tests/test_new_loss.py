@@ -305,6 +305,12 @@ def test_a_loss_whose_hessian_needs_the_target_is_not_known_by_its_name_alone():
     close(measured.measured(opt), ggn(model, nn.HuberLoss()))
 
 
+@pytest.mark.parametrize("approx", ["full", "operator"])
+def test_the_exact_fisher_of_a_loss_whose_hessian_needs_the_target_is_refused(approx):
+    with pytest.raises(ValueError, match=r"exact Fisher.*'Huber'.*samples=1"):
+        curvature(net(), nn.HuberLoss(), [(X, Y)], curv_type="fisher", approx=approx).matvec(torch.zeros(43).double())
+
+
 def test_settings_that_the_formula_does_not_know_are_refused():
     with pytest.raises(ValueError, match="log_input=True and full=False"):
         loss_of(nn.PoissonNLLLoss(log_input=False))
