@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.hessian.products import OutputLoss
-from torchcurv.curv.kinds.base import CurvatureKind, KindOptions, SignalKind, Signals
+from torchcurv.curv.kinds.base import SignalKind, Signals
 from torchcurv.curv.losses.terms import Terms
 
 
@@ -71,10 +71,6 @@ class GradientShares(SignalKind):
     """The share of every sample in the gradient of L / R: no curvature, but rows to read together with those of one."""
 
     name: ClassVar[str] = "gradient"
-
-    @classmethod
-    def of(cls, options: KindOptions) -> CurvatureKind:
-        return cls()
 
     def signals(self, terms: Terms, generator: torch.Generator) -> Signals:
         root, gradient = terms.root_weights, terms.gradient()
