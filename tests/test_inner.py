@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torchcurv.curv.stats import block_gram
+from torchcurv.curv.statistics.gram import block_gram
 
 from torchcurv import SecondOrderOptimizer, curvature
 from torchcurv.curv.layers.one_hot import Tokens
