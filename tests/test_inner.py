@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torchcurv.curv.statistics.gram import block_gram
 
 from torchcurv import SecondOrderOptimizer, curvature
 from torchcurv.curv.layers.one_hot import Tokens
 from torchcurv.curv.linalg import block_diagonal as sides
+from torchcurv.curv.statistics.gram import block_gram
 
 KINDS = ["ggn", "empirical_fisher"]
 CE = nn.CrossEntropyLoss()

@@ -19,7 +19,7 @@ from torchcurv.curv.capture.calls import Call, Capture
 from torchcurv.curv.capture.hooks import Hook, argument, ignored
 from torchcurv.curv.capture.notes import GraphNotes
 from torchcurv.curv.capture.parameter_trace import Watch, sample_gradients
-from torchcurv.curv.graph import Edge, backward_id, base_of, edge_of, unseen
+from torchcurv.curv.graph import Edge, backward_id, base_of, edge_of, parameters_of, unseen
 from torchcurv.curv.hessian.tape import Tape
 from torchcurv.curv.layers.layer import Layer, Site
 from torchcurv.curv.layers.normalization import BATCH_NORMS, uses_batch_statistics
@@ -248,7 +248,7 @@ class Forward:
 
 def _own_parameters(site: Site) -> bool:
     """Whether the module runs on the parameters we cover, not on others put in for one call (functional_call)."""
-    own = site.module._parameters
+    own = parameters_of(site.module)
     return (site.weight is None or own.get(site.view.weight) is site.weight.param) and (
         site.bias is None or own.get(site.view.bias) is site.bias.param
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.assemble import StatisticsAssembler
 from torchcurv.curv.capture.calls import Call
+from torchcurv.curv.graph import has_backward_hooks
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.numerics import at_least_float32
 from torchcurv.curv.statistics.layer import Use
@@ -57,7 +58,7 @@ class GradientCheck:
         """
         calls = assembler.calls_of(blocks)
         # a hook on a parameter may change its gradient, and must not run more often than the user's backward
-        params = [p for block in blocks for p in block.params if p.requires_grad and not p._backward_hooks]
+        params = [p for block in blocks for p in block.params if p.requires_grad and not has_backward_hooks(p)]
         if not params:
             return
         silent = slice(len(draw) // 2)

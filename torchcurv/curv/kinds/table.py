@@ -35,4 +35,4 @@ def register_kind(name: str, kind: type[CurvatureKind]) -> None:
 
 def kind_of(name: str, options: KindOptions) -> CurvatureKind:
     """The kind under a name of the table, as the options of a block ask for it."""
-    return {**KINDS, **_INTERNAL}[name].of(options)
+    return (KINDS.get(name) or _INTERNAL[name]).of(options)
