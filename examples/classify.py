@@ -1,7 +1,7 @@
 """Classify MNIST digits: SecondOrderOptimizer at its defaults beside AdamW, at equal steps.
 
-    python -m examples.classify
-    python -m examples.classify --steps 400 --batch 128
+python -m examples.classify
+python -m examples.classify --steps 400 --batch 128
 """
 
 import argparse

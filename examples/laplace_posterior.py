@@ -1,7 +1,7 @@
 """Laplace after training: error bars for a regression that is already trained, and a prior by the evidence.
 
-    python -m examples.laplace_posterior
-    python -m examples.laplace_posterior --approx diag --rounds 5
+python -m examples.laplace_posterior
+python -m examples.laplace_posterior --approx diag --rounds 5
 """
 
 import argparse

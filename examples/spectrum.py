@@ -1,7 +1,7 @@
 """Look at curvature: the eigenvalues of the Hessian and of each layer's K-FAC, before and after training.
 
-    python -m examples.spectrum
-    python -m examples.spectrum --images 1000 --curv-type ggn
+python -m examples.spectrum
+python -m examples.spectrum --images 1000 --curv-type ggn
 """
 
 import argparse

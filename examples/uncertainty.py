@@ -1,7 +1,7 @@
 """A regression with a gap in its inputs: VIOptimizer says where the predictions are not known.
 
-    python -m examples.uncertainty
-    python -m examples.uncertainty --approx diag --steps 1000
+python -m examples.uncertainty
+python -m examples.uncertainty --approx diag --steps 1000
 """
 
 import argparse

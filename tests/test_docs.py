@@ -66,7 +66,9 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
 
 
 def test_blocks_are_found_hidden_or_left_out():
-    text = "<!-- test setup:\na = 1\n-->\n```python\nb = a\n```\n<!-- not run: slow -->\n```python\nc\n```\n```\nd\n```\n"
+    text = (
+        "<!-- test setup:\na = 1\n-->\n```python\nb = a\n```\n<!-- not run: slow -->\n```python\nc\n```\n```\nd\n```\n"
+    )
     assert blocks(text) == [(1, "a = 1"), (4, "b = a")]
 
 
