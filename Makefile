@@ -23,7 +23,7 @@ check: $(VENV)/.check docs
 
 # The site, into build/site; a broken link or an unknown name fails.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 examples: $(VENV)/.examples
 	for name in classify uncertainty laplace_posterior spectrum; do $(BIN)/python -m examples.$$name || exit 1; done
