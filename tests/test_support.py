@@ -187,4 +187,4 @@ def test_every_pair_takes_steps_on_every_layer(row):
 if __name__ == "__main__":
     text = PAGE.read_text()
     before, after = text[: text.index(START) + len(START)], text[text.index(END) :]
-    PAGE.write_text(f"{before}\n{names()}\n{after}")
+    PAGE.write_text(f"{before}\n\n{names()}\n\n{after}")
