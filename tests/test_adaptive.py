@@ -14,7 +14,7 @@ from torch import nn
 
 from torchcurv import Preconditioner, SecondOrderOptimizer
 from torchcurv.curv.block.refresh import Pace
-from torchcurv.curv.capture.signal_pass import Pass
+from torchcurv.curv.capture.signal_pass import CurvaturePass
 from torchcurv.curv.statistics import block as stats
 from torchcurv.curv.statistics.inputs import Inputs
 
@@ -92,7 +92,7 @@ def test_what_is_not_due_is_not_computed(monkeypatch, curv_type):
     train(optimizer, model, 1)  # the first pass is checked by one of its own
     counting(Inputs, "cov", "A")
     counting(stats.Use, "output_cov", "B")
-    counting(Pass, "_backward", "sent")
+    counting(CurvaturePass, "backward", "sent")
     labels = lambda t: torch.arange(6) * (t + 1) % 5  # noqa: E731
     due = {"A": [], "B": []}
     for t in range(1, 30):
@@ -246,8 +246,8 @@ def test_a_alone_is_measured_without_a_signal(curv_type, approx, monkeypatch):
     )
     train(optimizer, model, 1)
     whole = [dict(block.tensors) for block in optimizer._blocks]
-    sent, own = [], Pass._backward
-    monkeypatch.setattr(Pass, "_backward", lambda self, *args: (sent.append(1), own(self, *args))[1])
+    sent, own = [], CurvaturePass.backward
+    monkeypatch.setattr(CurvaturePass, "backward", lambda self, *args: (sent.append(1), own(self, *args))[1])
     optimizer.zero_grad()
     for block in optimizer._blocks:
         block.wanted = ("A",)

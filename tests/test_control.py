@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import torchcurv.optim.second_order as second_order_module
 from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer, curvature
-from torchcurv.curv.capture.assemble import Receiver
+from torchcurv.curv.capture.assemble import StatisticsAssembler
 from torchcurv.optim.control.quadratic_model import RIDGE, Evaluation, minimiser, sample_order
 from torchcurv.optim.update import levenberg_marquardt, scale_within
 
@@ -252,9 +252,11 @@ def test_factors_are_made_of_all_samples_where_a_part_is_not_enough_or_not_possi
         model, step_rule="quadratic", model_samples=None if kind == "model_samples" else 7, **options
     )
     seen = []
-    deliver = Receiver.deliver
+    deliver = StatisticsAssembler.deliver
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Receiver, "deliver", lambda self, *a, **k: (seen.append(self.n), deliver(self, *a, **k))[1])
+        patch.setattr(
+            StatisticsAssembler, "deliver", lambda self, *a, **k: (seen.append(self.n), deliver(self, *a, **k))[1]
+        )
         optimizer.step(closure(model, x, y))
     assert seen and set(seen) == {n}
 

@@ -60,7 +60,7 @@ def test_the_terms_of_some_samples_have_the_factor_of_all(loss):
     every = loss_of(loss).terms(f, y, 5)
     at = torch.tensor([4, 0, 2])
     some, alone = every.of(at), loss_of(loss).terms(f[at], y[at], 3)
-    assert torch.equal(some.f, alone.f) and torch.equal(some.residual(), alone.residual())
+    assert torch.equal(some.f, alone.f) and torch.equal(some.gradient(), alone.gradient())
     assert (some.weights is None and alone.weights is None) or torch.equal(some.weights, alone.weights)
     assert float(some.reduction) == float(every.reduction) != float(alone.reduction)
 

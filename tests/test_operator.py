@@ -166,7 +166,7 @@ def test_low_precision_parameters_have_float32_products():
     ("options", "data", "message"),
     [
         ({}, "generator", "data is a generator, which can be gone over once"),
-        ({"curv_type": "input"}, "list", "curv_type='input' is unknown; allowed are 'ggn'"),
+        ({"curv_type": "input"}, "list", "curv_type='input' says no product with vectors"),
         ({"samples": 1}, "list", "has no option samples"),
         ({"rows_limit": 3}, "list", "has no option rows_limit"),
         ({"params": [nn.Parameter(torch.zeros(2))]}, "list", "not parameters of the model"),

@@ -19,10 +19,8 @@ from torchcurv.curv.analysis.measure import curvature
 from torchcurv.curv.approximations.rows import RowSpace
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.checks import check_count
-from torchcurv.curv.losses.binary_cross_entropy import BinaryCrossEntropy
-from torchcurv.curv.losses.likelihood import Likelihood, Watched, double
+from torchcurv.curv.losses.likelihood import Likelihood, LikelihoodMeter, double
 from torchcurv.curv.losses.loss import Loss
-from torchcurv.curv.losses.squared_error import SquaredError
 from torchcurv.curv.losses.table import loss_of
 from torchcurv.curv.numerics import at_least_float32
 from torchcurv.curv.posterior.draws import arguments, holding, outputs_under
@@ -110,7 +108,7 @@ def laplace(
     noise = _checked_noise(noise_variance, loss, loss_fn)
     if approx == "ekfac" and iter(data) is data:  # it is gone over twice
         data = list(data)
-    seen = Watched(data, loss, output_fn)
+    seen = LikelihoodMeter(data, loss, output_fn)
     measured = curvature(
         model, loss_fn, seen, curv_type=curv_type, approx=approx, params=params, samples=samples, reduction=reduction,
         class_dim=class_dim, output_fn=seen.note, seed=seed, **options,
@@ -453,14 +451,10 @@ class LaplacePosterior:
         Of "bce_with_logits" the probabilities of every element, with the logistic function in place of the softmax.
         Source: MacKay, "The evidence framework applied to classification networks" (1992); Gibbs (1997).
         """
-        if self._loss.row is SquaredError:
-            raise ValueError("predict_probit is of classifications, not squared errors: use predict_regression")
         f, covariance = self._linearised(inputs, chunk_size)
-        scaled = f / (1 + math.pi / 8 * covariance.diagonal(dim1=1, dim2=2).reshape(f.shape)).sqrt()
-        if self._loss.row is BinaryCrossEntropy:
-            return scaled.sigmoid()
-        canonical, restore = self._loss.layout(scaled, len(covariance))
-        return restore(canonical.softmax(-1))
+        variances = covariance.diagonal(dim1=1, dim2=2).reshape(f.shape)
+        canonical, restore = self._loss.layout(f, len(covariance))
+        return restore(self._loss.formula.predictive(canonical, self._loss.layout(variances, len(covariance))[0]))
 
     def __repr__(self) -> str:
         size = sum(block.size for block in self._blocks)
@@ -497,7 +491,7 @@ def _check_positive(name: str, value: Any) -> None:
 
 
 def _checked_noise(value: float | None, loss: Loss, given: Any) -> float | None:
-    if loss.row is SquaredError:
+    if loss.formula.gaussian:
         value = 1.0 if value is None else value
         _check_positive("noise_variance", value)
         return float(value)

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils._pytree import TreeSpec as TreeSpec
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 
 class Edge(NamedTuple):
@@ -121,6 +124,24 @@ def in_transform() -> bool:
 def saved_tensors_are_packed() -> bool:
     """Whether hooks (of a checkpoint) hold what a node saves, which can then be asked for once only."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own parameters by name, None where one was left out."""
+    return module._parameters
+
+
+def has_backward_hooks(tensor: Tensor) -> bool:
+    """Whether hooks of the user's run when the gradient of a tensor arrives."""
+    return bool(tensor._backward_hooks)
+
+
+def output_padding_of(module: Any, x: Tensor, output_size: Any) -> Any:
+    """What a transposed convolution adds to its output to reach a size that was asked for."""
+    dims = len(module.kernel_size)
+    return module._output_padding(
+        x, output_size, module.stride, module.padding, module.kernel_size, dims, module.dilation
+    )
 
 
 def function_modes() -> list[Any]:

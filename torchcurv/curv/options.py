@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,12 +13,13 @@ from torchcurv.curv.approximations.spectrum import SPECTRA
 from torchcurv.curv.approximations.table import APPROXIMATIONS
 from torchcurv.curv.checks import Interval, check_interval, check_number
 from torchcurv.curv.hessian.local import RESIDUALS
-from torchcurv.curv.kinds.base import INPUT, KINDS, SECOND
+from torchcurv.curv.kinds.base import INPUT, SECOND
+from torchcurv.curv.kinds.table import KINDS
 
 PARTITIONS = (None, "all", "group", "layer", "parameter")
 HESSIAN_METHODS = (None, "exact", "hutchinson", "propagate", "price")
-_ALLOWED: dict[str, tuple[Any, ...]] = {
-    "curv_type": (*KINDS, SECOND, INPUT),
+_ALLOWED: dict[str, Collection[Any]] = {
+    "curv_type": KINDS,  # which `register_kind` adds to
     "approx": (*APPROXIMATIONS, None),
     "sharing": ("expand", "reduce", "whole"),
     "damping_type": ("factored", "exact"),

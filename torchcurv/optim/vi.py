@@ -552,7 +552,9 @@ class VIOptimizer(CurvatureOptimizer):
 
     def _likelihood_factor(self) -> float:
         """From the loss, reduced by its mean, to the mean negative log likelihood: C / 2σ² of squared errors."""
-        return 1.0 if self._noise_variance is None else self._seen_outputs() / (2 * self._noise_variance)
+        if self._noise_variance is None:
+            return 1.0
+        return self._seen_outputs() / (loss_of(self._settings["loss_fn"]).formula.factor * self._noise_variance)
 
     def _seen_outputs(self) -> int:
         if not self._outputs:
@@ -716,7 +718,7 @@ def _checked_noise(noise_variance: float | None, loss_fn: nn.Module | str | None
     if noise_variance is None:
         return None
     _check_positive("noise_variance", noise_variance, "a number > 0, or None")
-    if not (loss_fn == "mse" or isinstance(loss_fn, nn.MSELoss)):
+    if loss_fn is None or not loss_of(loss_fn).formula.gaussian:
         raise ValueError(
             f"noise_variance is that of a Gaussian likelihood, and loss_fn={loss_fn!r} is none: pass 'mse' or "
             "nn.MSELoss(), or noise_variance=None"

@@ -13,9 +13,12 @@ from torchcurv.curv.analysis.curvature_set import CurvatureSet
 from torchcurv.curv.analysis.directions import Criterion, Directions, check_choices, directions_of, with_shares
 from torchcurv.curv.analysis.operator import CurvatureOperator, forward, left_alone
 from torchcurv.curv.block.block import Curvature, partition
+from torchcurv.curv.capture.context import LossEvent
 from torchcurv.curv.capture.recorder import Record
-from torchcurv.curv.capture.signal_pass import Pass
+from torchcurv.curv.capture.signal_pass import CurvaturePass
+from torchcurv.curv.checks import one_of
 from torchcurv.curv.graph import edge_of
+from torchcurv.curv.kinds.table import KINDS
 from torchcurv.curv.layers.find import find_layers
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.losses.loss import Loss
@@ -130,8 +133,9 @@ def directions(
 
     Returns: block name -> torchcurv.curv.analysis.directions.Directions.
     """
-    if curv_type in ("hessian", "input"):
-        raise ValueError(f'curv_type={curv_type!r}; directions are known of "ggn", "fisher" and "empirical_fisher"')
+    if not one_of("curv_type", curv_type, KINDS).sends_signals:
+        known = ", ".join(repr(name) for name, kind in KINDS.items() if kind.sends_signals)
+        raise ValueError(f"curv_type={curv_type!r}; directions are known of {known}")
     check_choices(cutoff, curvature_samples, gradient_samples)
     chosen = Options(curv_type=curv_type, approx="full", partition=partition, samples=samples, damping=0.0)
     blocks, _ = _looked_at(
@@ -230,14 +234,14 @@ def _measure(
     output_fn: Callable[[Any], Tensor] | None,
 ) -> None:
     """One pass over the data, and the factors that follow from it."""
-    record.passes = 0
+    record.context.passes = 0
     total: Tensor | float = 0.0
     for block in blocks:
         block.forget_running()
     for x, y in data:
         with torch.enable_grad():
             f, _ = forward(model, x, output_fn)
-        found = record.find(f) if f.grad_fn is not None else None
+        found = record.capture_of(f) if f.grad_fn is not None else None
         if found is None:
             raise ValueError("the model's output does not depend on any covered parameter through a recorded layer")
         capture, edge = found
@@ -245,7 +249,8 @@ def _measure(
         if loss.reduction == "mean":  # batches count by 1/R: measure with R = 1, divide by the sum of all 1/R
             total = total + 1 / terms.reduction
             terms = replace(terms, reduction=1.0)
-        Pass(record, capture, blocks, loss, terms, edge_of(f), f.detach(), edge).run(1.0)
+        event = LossEvent(loss, terms, 1.0, f.detach(), edge_of(f), capture, edge)
+        CurvaturePass(record.context, event, blocks).run()
     if not any(block.captured for block in blocks):
         raise ValueError("data is empty: there is nothing to measure")
     unreached = [block.name for block in blocks if not block.captured]

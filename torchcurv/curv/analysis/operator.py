@@ -21,12 +21,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchcurv.curv.analysis.spectra import OverParameters, Vector, seeded
 from torchcurv.curv.checks import one_of
 from torchcurv.curv.graph import edge_of
-from torchcurv.curv.hessian.products import LossHessian
-from torchcurv.curv.kinds.base import KINDS, SECOND
+from torchcurv.curv.hessian.products import OutputLoss
+from torchcurv.curv.kinds.table import KINDS, kind_of
 from torchcurv.curv.linalg import stochastic as estimate
 from torchcurv.curv.linalg.stochastic import Estimate, SpectralDensity
 from torchcurv.curv.losses.loss import Loss
 from torchcurv.curv.numerics import at_least_float32
+from torchcurv.curv.options import Options
 from torchcurv.curv.posterior.draws import call
 
 Batches = Iterable[tuple[Any, Tensor]]
@@ -54,7 +55,7 @@ class CurvatureOperator(OverParameters):
         output_fn: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        one_of("curv_type", curv_type, {**KINDS, SECOND: None})
+        one_of("curv_type", curv_type, KINDS).check_matrix_free(curv_type)
         if isinstance(data, Iterator):
             raise ValueError(
                 f'data is a {type(data).__name__}, which can be gone over once, and approx="operator" goes over it for '
@@ -66,7 +67,8 @@ class CurvatureOperator(OverParameters):
                 f"the parameters {', '.join(frozen)} are frozen, and products with them need their gradients: pass "
                 "params= without them, or call requires_grad_() on them"
             )
-        self._model, self._loss, self._data, self._kind = model, loss, data, curv_type
+        self._model, self._loss, self._data, self._curv_type = model, loss, data, curv_type
+        self._kind = kind_of(curv_type, Options(curv_type=curv_type, approx=None, samples=None))
         self._named, self._output_fn, self._seed = params, output_fn, seed
 
     def matvec(self, v: Vector) -> Any:
@@ -89,7 +91,7 @@ class CurvatureOperator(OverParameters):
             total = [x / shares for x in total]
         return restore(dict(zip(self.params, total, strict=True)))
 
-    def _batch(self, x: Any, y: Tensor) -> tuple[LossHessian, Tensor | float]:
+    def _batch(self, x: Any, y: Tensor) -> tuple[OutputLoss, Tensor | float]:
         """(the loss of a batch, with R = 1 if it is a mean, 1 / R)."""
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             f, n = forward(self._model, x, self._output_fn)
@@ -99,11 +101,11 @@ class CurvatureOperator(OverParameters):
         share = 1 / terms.reduction
         if self._loss.reduction == "mean":
             terms = replace(terms, reduction=1.0)
-        return LossHessian(self._loss, terms, n, f.detach(), edge_of(f), 1.0), share
+        return OutputLoss(self._loss, terms, n, f.detach(), edge_of(f), 1.0), share
 
-    def _add(self, total: list[Tensor], batch: LossHessian, v: list[Tensor]) -> None:
+    def _add(self, total: list[Tensor], batch: OutputLoss, v: list[Tensor]) -> None:
         """total += C_b v."""
-        products = batch.products(self.params, self._kind)
+        products = batch.products(self.params, self._kind.output_matvec, self._kind.second_order)
         size = min(COLUMNS, products.at_once(self.size))
         for start in range(0, len(v[0]), size):
             part = slice(start, start + size)
@@ -154,7 +156,7 @@ class CurvatureOperator(OverParameters):
         return estimate.spectral_density(self._symmetric, probes, steps, width, grid, seeded(generator))
 
     def __repr__(self) -> str:
-        return f"CurvatureOperator({self._kind} over {self.size} parameters)"
+        return f"CurvatureOperator({self._curv_type} over {self.size} parameters)"
 
 
 def forward(model: nn.Module, x: Any, output_fn: Callable[[Any], Tensor] | None) -> tuple[Tensor, int]:

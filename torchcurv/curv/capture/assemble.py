@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchcurv.curv.approximations.kronecker import Kronecker
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.calls import Call
-from torchcurv.curv.kinds.base import INPUT, SECOND
+from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.linalg.block_diagonal import to_blocks
 from torchcurv.curv.losses.terms import Terms
 from torchcurv.curv.numerics import at_least_float32
@@ -19,63 +19,67 @@ from torchcurv.curv.statistics.block import Stats
 from torchcurv.curv.statistics.inputs import Inputs
 from torchcurv.curv.statistics.layer import Use
 
-if TYPE_CHECKING:
-    from torchcurv.curv.capture.recorder import Record
+Gradients = Callable[[Call], list[Tensor | None]]  # those at the output of a call, one per signal; None: it has none
 
 
-class Receiver:
+class StatisticsAssembler:
     """Where the signals of one pass arrive, with the layers' inputs, which all blocks and signals share.
 
+    layers, members: all layers, and by the name of a block the numbers of its own.
     It refers to no node of the graph, so that the layers' nodes may refer to it.
     """
 
-    def __init__(self, record: Record, terms: Terms, calls: list[Call]) -> None:
-        self.record, self.terms, self.n = record, terms, terms.f.shape[0]
+    def __init__(self, layers: list[Layer], members: Mapping[str, list[int]], terms: Terms, calls: list[Call]) -> None:
+        self.layers, self._members, self.terms, self.n = layers, members, terms, terms.f.shape[0]
         self.calls: dict[int, list[Call]] = {}
         for call in calls:
             if not call.superseded:
                 self.calls.setdefault(call.layer, []).append(call)
         self._inputs: dict[tuple[Any, ...], Inputs] = {}
 
-    def members(self, blocks: list[Curvature]) -> list[Call]:
-        return [call for block in blocks for k in self.record.members[block.name] for call in self.calls.get(k, [])]
+    def layers_of(self, block: Curvature) -> list[int]:
+        """The numbers of the layers of a block."""
+        return self._members[block.name]
 
-    def inputs(self, used: list[Call], every: int = 1) -> Inputs:
-        """A layer's inputs over the calls of one site, or sites alike, that this loss reaches, of each so many-th
+    def calls_of(self, blocks: Iterable[Curvature]) -> list[Call]:
+        return [call for block in blocks for k in self.layers_of(block) for call in self.calls.get(k, [])]
+
+    def inputs(self, used: list[Call], stride: int = 1) -> Inputs:
+        """A layer's inputs over the calls of one site, or sites alike, that this loss reaches, of every stride-th
         sample."""
-        key = every, *(id(call) for call in used)
-        if every > 1 and used[0].site.view.whole:
-            return self.inputs(used).of(slice(None, None, every))
+        key = stride, *(id(call) for call in used)
+        if stride > 1 and used[0].site.view.whole:
+            return self.inputs(used).of(slice(None, None, stride))
         if key not in self._inputs:
             for call in used:
                 self.check(call)
-            layer, weights = self.record.layers[used[0].layer], self.terms.position_weights
-            weights = weights if weights is None else weights[::every]
-            calls = [(call.site.module, tuple(self._some(x, call, every) for x in call.x)) for call in used]
-            self._inputs[key] = Inputs(layer, used[0].site, calls, self.kept(every), weights)
+            layer, weights = self.layers[used[0].layer], self.terms.position_weights
+            weights = weights if weights is None else weights[::stride]
+            calls = [(call.site.module, tuple(self._strided(x, call, stride) for x in call.x)) for call in used]
+            self._inputs[key] = Inputs(layer, used[0].site, calls, self._num_strided(stride), weights)
         return self._inputs[key]
 
-    def kept(self, every: int) -> int:
-        """How many samples every so many-th is."""
-        return len(range(0, self.n, every))
+    def _num_strided(self, stride: int) -> int:
+        """How many samples every stride-th is."""
+        return len(range(0, self.n, stride))
 
-    def _some(self, x: Any, call: Call, every: int) -> Any:
-        """An argument of a call, for every so many-th sample of those that have a part in it."""
-        if every == 1 or not isinstance(x, Tensor) or not x.dim() or len(x) != call.batch:
+    def _strided(self, x: Any, call: Call, stride: int) -> Any:
+        """An argument of a call, for every stride-th sample of those that have a part in it."""
+        if stride == 1 or not isinstance(x, Tensor) or not x.dim() or len(x) != call.batch:
             return x
-        return x[::every] if call.batch == self.n else x.unflatten(0, (self.n, -1))[::every].flatten(0, 1)
+        return x[::stride] if call.batch == self.n else x.unflatten(0, (self.n, -1))[::stride].flatten(0, 1)
 
-    def _every(self, block: Curvature, reached: Callable[[Call], bool]) -> int:
-        """Each how many-th sample makes the statistics of a block, given which calls the loss reaches."""
-        limit, options = block.options.max_positions, block.options
-        if limit is None or not isinstance(block.approx, Kronecker) or options.curv_type in (INPUT, SECOND):
+    def _sample_stride(self, block: Curvature, reached: Callable[[Call], bool]) -> int:
+        """Every how many-th sample makes the statistics of a block, given which calls the loss reaches."""
+        limit = block.options.max_positions
+        if limit is None or not isinstance(block.approx, Kronecker):
             return 1
-        calls = (call for k in self.record.members[block.name] for call in self.calls.get(k, []))
-        positions = sum(self.record.positions(call) for call in calls if reached(call))
+        calls = (call for k in self.layers_of(block) for call in self.calls.get(k, []))
+        positions = sum(call.positions(self.layers[call.layer]) for call in calls if reached(call))
         return max(1, min(self.n, -(-positions // limit)))
 
     def check(self, call: Call) -> None:
-        name, n = self.record.layers[call.layer].name, self.n
+        name, n = self.layers[call.layer].name, self.n
         if call.batch % n:
             raise ValueError(
                 f"layer {name!r} was called with a tensor of shape {tuple(call.x[0].shape)}, whose dimension 0 is no "
@@ -105,58 +109,54 @@ class Receiver:
                 alike.setdefault(call.site.reading, []).append(call)
         return alike.values()
 
-    def uses(self, layer: int, got: Callable[[Call], list[Tensor | None]], every: int = 1) -> list[Use]:
-        """The pairs (a, s) of a layer: one for the calls that see its weight alike.
-
-        got: the gradients at the output of a call, one per signal; None where there is none.
-        every: of each so many-th sample.
-        """
+    def uses(self, layer: int, gradients_at: Gradients, stride: int = 1) -> list[Use]:
+        """The pairs (a, s) of a layer, of every stride-th sample: one for the calls that see its weight alike."""
         uses = []
-        for used in self._alike(layer, lambda call: got(call)[0] is not None):
-            inputs = self.inputs(used, every)
+        for used in self._alike(layer, lambda call: gradients_at(call)[0] is not None):
+            inputs = self.inputs(used, stride)
             if not inputs.weight_covered and not inputs.bias_covered:
                 continue
-            rows = zip(*(got(call) for call in used), strict=True)
-            each = [self.signal(used, list(grads))[::every] for grads in rows]
+            rows = zip(*(gradients_at(call) for call in used), strict=True)
+            each = [self.signal(used, list(grads))[::stride] for grads in rows]
             uses.append(Use(inputs, each[0].unsqueeze(0) if len(each) == 1 else torch.stack(each)))
         return uses
 
     def deliver(
         self,
-        blocks: list[Curvature],
+        blocks: Iterable[Curvature],
         calls: list[Call],
         chunk: list[list[Tensor | None]],
         scale: Tensor | float,
-        share: float,
+        signal_fraction: float,
     ) -> None:
-        """chunk: per signal, the gradients at the calls."""
+        """chunk: per signal, the gradients at the calls; signal_fraction: of all the signals, those that are here."""
         arrived = {id(call): [grads[k] for grads in chunk] for k, call in enumerate(calls)}
 
-        def got(call: Call) -> list[Tensor | None]:
+        def gradients_at(call: Call) -> list[Tensor | None]:
             return arrived.get(id(call), [None])
 
         for block in blocks:
-            every = self._every(block, lambda call: got(call)[0] is not None)
-            uses = [self.uses(k, got, every) for k in self.record.members[block.name]]
+            stride = self._sample_stride(block, lambda call: gradients_at(call)[0] is not None)
+            uses = [self.uses(k, gradients_at, stride) for k in self.layers_of(block)]
             if any(uses):
-                own_scale = scale if every == 1 else scale * (self.n / self.kept(every))
-                block.measure(Stats(uses, own_scale, share, block.layers))
+                own_scale = scale if stride == 1 else scale * (self.n / self._num_strided(stride))
+                block.measure(Stats(uses, own_scale, signal_fraction, block.layers))
 
     def deliver_inputs(self, block: Curvature, reached: set[int]) -> None:
         """What came into the calls whose ids are `reached`: pairs (a, s) of no signals."""
-        (k,) = self.record.members[block.name]
-        layer, uses = self.record.layers[k], []
+        (k,) = self.layers_of(block)
+        layer, uses = self.layers[k], []
         for used in self._alike(k, lambda call: id(call) in reached):
             inputs = self.inputs(used)
             g, o, _ = layer.site_shape(used[0].site)
-            positions = sum(self.record.positions(call) for call in used) // self.n
+            positions = sum(call.positions(layer) for call in used) // self.n
             uses.append(Use(inputs, layer.params[0].new_empty(0, self.n, positions, g, o)))
         if uses:
             block.measure(Stats([uses], 1.0, 1.0, block.layers))
 
     def deliver_propagated(self, block: Curvature, at_calls: dict[int, Tensor]) -> None:
         """at_calls: by call, the diagonal of the Hessian at its output, or the mean of its matrices over samples."""
-        (k,) = self.record.members[block.name]
+        (k,) = self.layers_of(block)
         reached = [call for call in self.calls.get(k, []) if id(call) in at_calls]
         if not reached:
             return
@@ -173,7 +173,7 @@ class Receiver:
         block.add({"A": A, "count": count, "B": to_blocks(B * self.n, left)})
 
     def _check_propagated(self, calls: list[Call], approx: str | None) -> None:
-        name = self.record.layers[calls[0].layer].name
+        name = self.layers[calls[0].layer].name
         if any(call.batch_first is not None or call.batch != self.n for call in calls):
             raise NotImplementedError(
                 f"the Hessian of layer {name!r} cannot be propagated: it is used inside a module, or with more rows "

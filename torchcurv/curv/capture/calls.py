@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.graph import Edge, version_of
-from torchcurv.curv.layers.layer import Site
+from torchcurv.curv.layers.layer import Layer, Site
 
 
 @dataclass(eq=False)
@@ -43,6 +43,11 @@ class Call:
         """Whether something it was given was edited in place since."""
         return self.versions != [version_of(x) for x in self.x]
 
+    def positions(self, layer: Layer) -> int:
+        """Samples times positions of this use of its layer."""
+        g, o, _ = layer.site_shape(self.site)
+        return self.shape.numel() // (g * o)
+
     def signal(self, gradient: Tensor) -> Tensor:
         """s [batch, r, g, o] from the gradient at the edge."""
         dz = gradient.reshape(self.shape)
@@ -68,6 +73,11 @@ class Capture:
     parts: list[Capture] = field(default_factory=list)
     explicit: bool = False
     mixed: bool = False
+
+    def count_loss(self) -> None:
+        """One more loss uses something that was computed from the calls."""
+        for call, _ in self.calls:
+            call.losses += 1
 
     def deal(self) -> None:
         """`observe` was told of it."""

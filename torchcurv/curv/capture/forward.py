@@ -13,17 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torchcurv.curv.capture.calls import Call, Capture, Noted
+from torchcurv.curv.capture.calls import Call, Capture
 from torchcurv.curv.capture.hooks import Hook, argument, ignored
+from torchcurv.curv.capture.notes import GraphNotes
 from torchcurv.curv.capture.parameter_trace import Watch, sample_gradients
-from torchcurv.curv.graph import Edge, backward_id, base_of, edge_of, metadata, unseen
+from torchcurv.curv.graph import Edge, backward_id, base_of, edge_of, parameters_of, unseen
 from torchcurv.curv.hessian.tape import Tape
 from torchcurv.curv.layers.layer import Layer, Site
 from torchcurv.curv.layers.normalization import BATCH_NORMS, uses_batch_statistics
 from torchcurv.curv.numerics import at_least_float32
+
+Ended = Callable[[list[tuple[Call, Edge]], Any], None]  # with what was noted in a forward pass, and its output
 
 
 class Forward:
@@ -35,10 +37,8 @@ class Forward:
     is noted, for propagation. constant_statistics: whether batch statistics are constants in a pass of our own.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: list[Layer], ended: Callable[[list[tuple[Call, Edge]], Any], None]
-    ) -> None:
-        self.layers, self.ended = layers, ended
+    def __init__(self, model: nn.Module, layers: list[Layer], ended: Ended) -> None:
+        self.layers, self.ended, self.notes = layers, ended, GraphNotes()
         self.inside = self.mixed = False
         self.constant_statistics, self.twice, self.taped = True, False, False
         self.tape: Tape | None = None  # of the last forward pass of the model
@@ -49,7 +49,6 @@ class Forward:
         self._depth = 0  # of calls of the model's own forward
         self._watches: list[Watch | None] = []
         self._recent: dict[int, list[Call]] = {}  # uses of a bare parameter in the running call of its module
-        self._key = ("torchcurv", id(self))
         self._handles: list[Any] = []
         self._hooks: list[tuple[Hook, set[int]]] = []  # with the layers they feed
         self._inner: dict[int, list[tuple[int, Site]]] = {}  # the sites inside modules, by the id of their parameter
@@ -95,14 +94,6 @@ class Forward:
             handle.remove()
         self._handles, self._calls, self._depth = [], [], 0
         self.set_due(set())
-
-    def at(self, edge: Edge) -> Noted:
-        """What is noted at an edge, to be added to."""
-        return metadata(edge.node).setdefault(self._key, {}).setdefault(edge.number, Noted())
-
-    def noted(self, edge: Edge) -> Noted:
-        """What is noted at an edge, to be read."""
-        return metadata(edge.node).get(self._key, {}).get(edge.number, Noted())
 
     # ------------------------------------------------------------------------------------ the whole model
 
@@ -159,7 +150,7 @@ class Forward:
         """Keep calls at the node of their output; a tensor is to take the place of that output."""
         with unseen():
             edge = edge_of(out)
-            self.at(edge).calls.extend(calls)
+            self.notes.at(edge).calls.extend(calls)
             if self._depth:
                 self._calls += [(call, edge) for call in calls]
             keep = base_of(out) is None or edge.node is not out.grad_fn
@@ -250,67 +241,14 @@ class Forward:
         shaped = scale.reshape(1, -1, *(1,) * (x.dim() - 2))
         return ((outputs[0] * shaped).to(inputs[0].dtype), *inputs[1:])
 
-    # ------------------------------------------------------------------------------------ reading the graph
-
-    def _start(self, f: Tensor) -> Edge:
-        """The edge of f: its own and not that of its base where the model's output lies between them."""
-        base = edge_of(f)
-        own = Edge(*get_gradient_edge(f)[:2], f.shape)
-        at: Any = own
-        while at.node is not None and at.node is not base.node:
-            if self.noted(at).capture is not None:
-                return own
-            if len(at.node.next_functions) != 1:
-                break
-            node, number = at.node.next_functions[0]
-            at = Edge(node, number, f.shape)
-        return base
-
-    def find(self, f: Tensor) -> tuple[Capture, Edge] | None:
-        """The capture of f, or of the model's output that f is computed from, and the edge it is kept at.
-
-        Layers that lie between (or were called outside the model's own forward) make a capture of f itself.
-        """
-        start = self._start(f)
-        calls: list[tuple[Call, Edge | None]] = []
-        captures: list[tuple[Capture, Edge]] = []
-        seen, queue = set(), [start]
-        while queue:
-            edge = queue.pop()
-            noted = self.noted(edge)
-            if noted.capture is not None:
-                captures.append((noted.capture, edge))
-                continue
-            calls += [(call, None if edge[:2] == start[:2] else edge) for call in noted.calls]
-            for node, number in edge.node.next_functions:
-                if node is not None and (node, number) not in seen:
-                    seen.add((node, number))
-                    queue.append(Edge(node, number, torch.Size()))
-        if not calls and len(captures) < 2:
-            return captures[0] if captures else None
-        forwards = {capture.forward for capture, _ in captures} - {None}
-        if len(forwards) > 1:
-            raise ValueError(
-                "one loss joins the outputs of several forward passes: give each its own loss call, or call "
-                "optimizer.observe(output, target, weight=) for each of them"
-            )
-        known = {id(call) for call, _ in calls}
-        for capture, edge in captures:
-            for call, at in capture.calls:
-                if id(call) not in known:
-                    known.add(id(call))
-                    calls.append((call, edge if at is None else at))
-        n = captures[0][0].n if captures else f.shape[0]
-        parts = [capture for capture, _ in captures]
-        mixed = self.mixed if not parts else any(part.mixed for part in parts)
-        joined = Capture(calls, n, f.shape, next(iter(forwards), None), parts, mixed=mixed)
-        self.at(start).capture = joined
-        return joined, start
+    def capture_of(self, f: Tensor) -> tuple[Capture, Edge] | None:
+        """See `GraphNotes.capture_of`."""
+        return self.notes.capture_of(f, self.mixed)
 
 
 def _own_parameters(site: Site) -> bool:
     """Whether the module runs on the parameters we cover, not on others put in for one call (functional_call)."""
-    own = site.module._parameters
+    own = parameters_of(site.module)
     return (site.weight is None or own.get(site.view.weight) is site.weight.param) and (
         site.bias is None or own.get(site.view.bias) is site.bias.param
     )

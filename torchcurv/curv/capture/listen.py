@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.block.block import Curvature
-from torchcurv.curv.capture.assemble import Receiver
+from torchcurv.curv.capture.assemble import StatisticsAssembler
 from torchcurv.curv.capture.calls import Call
 from torchcurv.curv.graph import Edge, backward_id
 from torchcurv.curv.numerics import full_precision
@@ -18,8 +18,8 @@ from torchcurv.curv.numerics import full_precision
 class BackwardListener:
     """The calls of one block whose gradients the running backward is still to bring."""
 
-    def __init__(self, receiver: Receiver, block: Curvature, scale: Tensor) -> None:
-        self.receiver, self.block, self.scale = receiver, block, scale
+    def __init__(self, assembler: StatisticsAssembler, block: Curvature, scale: Tensor) -> None:
+        self.assembler, self.block, self.scale = assembler, block, scale
         self.task = backward_id()
         self.missing = 0
         self.received: list[tuple[Call, Tensor]] = []
@@ -45,5 +45,5 @@ class BackwardListener:
             return
         calls, grads = [call for call, _ in self.received], [grad for _, grad in self.received]
         with full_precision(grads[0].device.type):
-            self.receiver.deliver([self.block], calls, [list(grads)], self.scale, 1.0)
+            self.assembler.deliver([self.block], calls, [list(grads)], self.scale, 1.0)
         self.received = []

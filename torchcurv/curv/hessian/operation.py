@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from torchcurv.curv.graph import Edge, version_of
+from torchcurv.curv.graph import Edge, TreeSpec, tree_flatten, tree_unflatten, version_of
 
 Key = tuple[Node, int]
 Spec = TreeSpec | tuple[int, tuple[str, ...]]  # how a list of arguments is put together again

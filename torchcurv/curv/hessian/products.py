@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from torchcurv.curv.graph import Edge
-from torchcurv.curv.kinds.base import SECOND
 from torchcurv.curv.losses.loss import Loss
 from torchcurv.curv.losses.terms import Terms
 from torchcurv.curv.numerics import at_least_float32
@@ -26,7 +26,7 @@ from torchcurv.curv.numerics import at_least_float32
 CHUNK = 1 << 24  # elements of the vectors that are multiplied at once
 
 
-class LossHessian:
+class OutputLoss:
     """Derivatives of `factor` times the loss whose terms are `terms`, with respect to the output f.
 
     f, f_edge: the output that the loss is applied to, and where its gradient arrives. n: the batch size.
@@ -37,22 +37,37 @@ class LossHessian:
         root = terms.root_weights
         self.weights = factor * terms.reduction * (1.0 if root is None else root.square())
 
-    def _restored(self, canonical: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def canonical(self, v: Tensor) -> Tensor:
+        """v like the edge of f -> [n, t, c], in float32 or better."""
+        return at_least_float32(self.loss.layout(v.reshape(self.f.shape), self.n)[0])
+
+    def restored(self, canonical: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """[n, t, c] -> where the gradient of f arrives."""
         return self.loss.layout(self.f, self.n)[1](canonical).to(dtype or self.f.dtype).reshape(self.f_edge.shape)
 
     def gradient(self) -> Tensor:
         """dL/df."""
-        return self._restored(self.terms.residual() * self.weights)
+        return self.restored(self.terms.gradient() * self.weights)
 
-    def times(self, v: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def gradients_at(self, edges: list[Edge]) -> list[Tensor]:
+        """dL/d(tensor) at edges below f, or at that of f."""
+        at_f = self.gradient()
+        inner = [edge.public for edge in edges if edge[:2] != self.f_edge[:2]]
+        got = iter(torch.autograd.grad([self.f_edge.public], inner, [at_f], retain_graph=True) if inner else ())
+        return [at_f if edge[:2] == self.f_edge[:2] else next(got) for edge in edges]
+
+    def term_gradients(self) -> Tensor:
+        """u [n, t, c], whose outer product is the share of a sample in the empirical Fisher of f."""
+        f = self.terms.f
+        return self.terms.gradient() * torch.as_tensor(self.weights, dtype=f.dtype, device=f.device).sqrt()
+
+    def hessian_matvec(self, v: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """H_L v for one v shaped like the edge of f."""
-        canonical = at_least_float32(self.loss.layout(v.reshape(self.f.shape), self.n)[0])
-        return self._restored(self.loss.row.hessian(self.terms.f, canonical) * self.weights, dtype)
+        return self.restored(self.terms.hessian(self.canonical(v)) * self.weights, dtype)
 
     def diagonal(self) -> Tensor:
         """That of H_L, like the edge of f, in float32 or better."""
-        return self._restored(self.loss.row.hessian_diagonal(self.terms.f) * self.weights, self.terms.f.dtype)
+        return self.restored(self.terms.hessian_diagonal() * self.weights, self.terms.f.dtype)
 
     def mean_matrix(self, max_dim: int) -> Tensor:
         """mean_n of the Hessian of a sample [d, d], over its elements in the order of the edge."""
@@ -66,20 +81,15 @@ class LossHessian:
         for k in range(d):
             v = torch.zeros(self.n, d, dtype=self.terms.f.dtype, device=self.f.device)
             v[:, k] = 1
-            columns.append(self.times(v.reshape(self.f_edge.shape), v.dtype).reshape(self.n, d).mean(0))
+            Hv = self.hessian_matvec(v.reshape(self.f_edge.shape), v.dtype)
+            columns.append(Hv.reshape(self.n, d).mean(0))
         return torch.stack(columns, 1)
 
-    def by_sample(self, v: Tensor) -> Tensor:
-        """u_n u_n^T v_n for each sample n, u u^T the empirical Fisher of f: the terms of a sample count as one."""
-        f = self.terms.f
-        u = self.terms.residual() * torch.as_tensor(self.weights, dtype=f.dtype, device=f.device).sqrt()
-        canonical = at_least_float32(self.loss.layout(v.reshape(self.f.shape), self.n)[0])
-        return self._restored(u * (u * canonical).sum((1, 2), keepdim=True))
-
-    def products(self, params: list[Tensor], kind: str = SECOND) -> Products:
-        """Those of a curvature of this loss over some parameters; the Fisher is exact, and so that of the GGN."""
-        middle = self.by_sample if kind == "empirical_fisher" else self.times
-        return Products(self.f_edge.public, params, self.gradient(), middle, second=kind == SECOND)
+    def products(
+        self, params: list[Tensor], output_matvec: Callable[[OutputLoss, Tensor], Tensor], second_order: bool
+    ) -> Products:
+        """Those of a curvature J^T M J (+ the term of second order) over some parameters; output_matvec: M v."""
+        return Products(self.f_edge.public, params, self.gradient(), partial(output_matvec, self), second_order)
 
 
 def hessian_times(slope: Tensor, f: Tensor, v: Tensor) -> Tensor:

@@ -1,75 +1,192 @@
-"""Kinds of curvature: which signals are sent back from the output.
+"""Kinds of curvature: what is backpropagated from the output of a model, and what its layers make of it.
 
-With s_v the signal v sent back to a layer, its block is sum_{v,n} vec(sum_r s a^T) vec(sum_r s a^T)^T. A signal
+With s_v the signal v that arrives at a layer, its block is sum_{v,n} vec(sum_r s a^T) vec(sum_r s a^T)^T. A signal
 here is of order 1 per term; the factor R of the loss is applied to the statistics, where nothing can underflow.
 
-    ggn               the columns of S (H = S S^T), one per output element of a sample; or S r, r random signs
-    fisher            the gradient at labels drawn from the model; exact, it equals the ggn for our losses
-    empirical_fisher  the gradient at the true target
-
-Two kinds send none: the Hessian (second.py, propagate.py), and what came in alone (input_side.py).
+A kind is one class. It is given a source, which is one loss of one forward pass, and tells it what to send to which
+blocks. `SignalKind` is asked for the signals alone. The table of kinds is in table.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.losses.terms import Terms, signal_count
+from torchcurv.curv.hessian.operation import Key
+from torchcurv.curv.hessian.products import OutputLoss, Products
+from torchcurv.curv.hessian.tape import Tape
+from torchcurv.curv.losses.terms import Terms
 
-Generator = torch.Generator | None
-
-
-def _columns(row: Any, terms: Terms) -> Iterator[Tensor]:
-    t, c = terms.f.shape[1:]
-    for position in range(t):
-        for k in range(c):
-            signal = torch.zeros_like(terms.f)
-            signal[:, position] = row.column(terms.f[:, position], k)
-            yield signal
+# Names in the table that callers outside of it ask for.
+SECOND, INPUT, GRADIENT = "hessian", "input", "gradient"
 
 
-def _draws(draw: Callable[[Tensor, Generator], Tensor]) -> Callable[..., Iterator[Tensor]]:
-    def generate(terms: Terms, samples: int, generator: Generator) -> Iterator[Tensor]:
-        for _ in range(samples):
-            yield draw(terms.f, generator) * samples**-0.5
+class KindOptions(Protocol):
+    """What a kind reads of the options of a block."""
 
-    return generate
-
-
-def _ggn(row: Any, terms: Terms, samples: int | None, generator: Generator) -> Iterator[Tensor]:
-    return _columns(row, terms) if samples is None else _draws(row.draw)(terms, samples, generator)
-
-
-def _fisher(row: Any, terms: Terms, samples: int | None, generator: Generator) -> Iterator[Tensor]:
-    return _columns(row, terms) if samples is None else _draws(row.label)(terms, samples, generator)
-
-
-def _empirical_fisher(row: Any, terms: Terms, samples: int | None, generator: Generator) -> Iterator[Tensor]:
-    yield terms.residual()
+    @property
+    def samples(self) -> int | None: ...
+    @property
+    def approx(self) -> str | None: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def residual(self) -> str: ...
+    @property
+    def max_hessian_dim(self) -> int: ...
 
 
-KINDS: dict[str, Callable[..., Iterator[Tensor]]] = {
-    "ggn": _ggn,
-    "fisher": _fisher,
-    "empirical_fisher": _empirical_fisher,
-}
-SENT = ("ggn", "fisher")  # whose signals are drawn, and sent by a pass of our own
-SECOND, INPUT = "hessian", "input"  # send no signals
-GRADIENT = "gradient"  # the share of every sample in the gradient of L / R: no curvature, but rows to read with one
+class Block(Protocol):
+    """What a kind asks of a block."""
+
+    params: list[Tensor]
+
+    def differentiate(self, products: Products, generator: torch.Generator | None = None) -> None: ...
 
 
-def signals(
-    kind: str, row: Any, terms: Terms, samples: int | None, generator: Generator = None
-) -> tuple[int, Iterator[Tensor]]:
-    """(number of signals, the signals [n, t, c] of L / R one after the other)."""
-    root = terms.root_weights
-    if kind == GRADIENT:
-        return 1, iter([terms.residual() if root is None else root.square() * terms.residual()])
-    exact = 1 if kind == "empirical_fisher" else signal_count(terms)
-    count = exact if samples is None or kind == "empirical_fisher" else samples
-    generated = KINDS[kind](row, terms, samples, generator)
-    return count, generated if root is None else (root * signal for signal in generated)
+@dataclass(frozen=True)
+class Signals:
+    """Gradients at the output f [n, t, c], for L / R without its weights, one after the other.
+
+    count: how many there are, so that what has arrived of them can be scaled to all.
+    """
+
+    count: int
+    values: Iterator[Tensor]
+
+
+class SignalSource(Protocol):
+    """One loss of one forward pass, as a kind sees it."""
+
+    @property
+    def terms(self) -> Terms:
+        """Those of the samples whose signals it sends."""
+        ...
+
+    def sampled(self) -> SignalSource:
+        """The source that sends signals of which some samples can stand for all; it may be this one."""
+        ...
+
+    def generator(self) -> torch.Generator:
+        """For draws that a resumed run repeats."""
+        ...
+
+    def send(self, signals: Signals, blocks: Sequence[Any]) -> None:
+        """Backpropagate the signals to the layers of the blocks, by a pass of our own."""
+        ...
+
+    def listen(self, blocks: Sequence[Any]) -> bool:
+        """Take the gradients that the running backward brings, if these are those of this loss alone; whether so."""
+        ...
+
+    def deliver_inputs(self, blocks: Sequence[Any]) -> None:
+        """Give the blocks the inputs of their layers, without signals."""
+        ...
+
+    def output_loss(self) -> OutputLoss:
+        """Derivatives of the loss at the output."""
+        ...
+
+    def differentiated(self) -> AbstractContextManager[OutputLoss]:
+        """The same, while batch statistics are functions of the batch, and not constants."""
+        ...
+
+    def tape(self) -> Tape:
+        """The functions of the forward pass."""
+        ...
+
+    def edges_of(self, blocks: Sequence[Any]) -> set[Key]:
+        """Where the gradients of the blocks' layers arrive."""
+        ...
+
+    def deliver_propagated(self, at_edges: dict[Key, Tensor], blocks: Sequence[Any]) -> None:
+        """Give the blocks what was propagated to the edges of their layers."""
+        ...
+
+
+@dataclass(frozen=True)
+class CurvatureKind(ABC):
+    """What is measured of one loss. Kinds that are equal are measured together.
+
+    sends_signals: whether blocks are made of rows, one per sample and signal, as the GGN is.
+    subsamples: whether the signals of some samples, scaled up, can stand for those of all.
+    checked: whether blocks are made of pairs (a, s), so that the recorded calls of their layers must explain the
+        gradient, which the first pass checks.
+    second_order: whether C has the term with the second derivatives of the network, so that the graph is
+        differentiated twice. needs_tape: whether the functions of the forward pass are noted.
+    indefinite: whether C may have negative eigenvalues.
+    """
+
+    name: ClassVar[str] = ""  # in messages; by default that of the class
+    sends_signals: ClassVar[bool] = False
+    subsamples: ClassVar[bool] = False
+    checked: ClassVar[bool] = True
+    second_order: ClassVar[bool] = False
+    needs_double_backward: ClassVar[bool] = False
+    needs_tape: ClassVar[bool] = False
+    indefinite: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
+
+    @classmethod
+    def of(cls, options: KindOptions) -> CurvatureKind:
+        """The kind that the options of a block ask for."""
+        return cls()
+
+    @abstractmethod
+    def measure(self, source: SignalSource, blocks: Sequence[Block]) -> None:
+        """Give the blocks what they measure of the loss."""
+
+    def output_matvec(self, loss: OutputLoss, v: Tensor) -> Tensor:
+        """M v for v like the output f, where C = J^T M J (+ the term of second order): what an operator asks."""
+        raise NotImplementedError(_no_matrix_free_form(self.name))
+
+    @classmethod
+    def check_matrix_free(cls, name: str) -> None:
+        """Raise if the kind that is registered under this name has no product with vectors."""
+        if cls.output_matvec is CurvatureKind.output_matvec:
+            raise ValueError(_no_matrix_free_form(name))
+
+
+@dataclass(frozen=True)
+class SignalKind(CurvatureKind):
+    """A kind that is known by the signals it sends.
+
+    samples: how many signals are drawn; None: all of them.
+    rides: whether the signals are the gradients that the user's own backward brings, where no other loss adds to them.
+    """
+
+    samples: int | None = None
+    rides: ClassVar[bool] = False
+    sends_signals: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, options: KindOptions) -> CurvatureKind:
+        return cls(options.samples)
+
+    @abstractmethod
+    def signals(self, terms: Terms, generator: torch.Generator) -> Signals:
+        """What is sent back from f: signals [n, t, c] of c, which are weighted by sqrt(w) afterwards."""
+
+    def measure(self, source: SignalSource, blocks: Sequence[Block]) -> None:
+        if self.rides and source.listen(blocks):
+            return
+        source = source.sampled() if self.subsamples else source
+        signals, root = self.signals(source.terms, source.generator()), source.terms.root_weights
+        weighted = signals.values if root is None else (root * signal for signal in signals.values)
+        source.send(Signals(signals.count, weighted), blocks)
+
+
+def _no_matrix_free_form(name: str) -> str:
+    return (
+        f"curv_type={name!r} says no product with vectors (CurvatureKind.output_matvec), so that it is known as no "
+        'operator: choose an approximation, such as approx="kfac"'
+    )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchcurv.curv.graph import output_padding_of
 from torchcurv.curv.layers.conv_covariance import shifted_cov
 from torchcurv.curv.layers.view import View
 from torchcurv.curv.numerics import on_cpu
@@ -106,9 +107,7 @@ def _transposed_inputs(module: Any, x: Tensor, output_size: Any = None) -> Tenso
     reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
     extra = module.output_padding
     if output_size is not None:
-        extra = module._output_padding(
-            x, output_size, module.stride, module.padding, module.kernel_size, len(size), module.dilation
-        )
+        extra = output_padding_of(module, x, output_size)
     pairs = [(r - p, r - p + e) for r, p, e in zip(reach, module.padding, extra, strict=True)]
     padded = F.pad(apart, [p for pair in reversed(pairs) for p in pair])
     kernel = range(2, 2 + len(size))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from torchcurv.curv.graph import parameters_of
 from torchcurv.curv.layers.inner_layers import Part, inner_parts
 from torchcurv.curv.layers.layer import Layer, Piece, Site
 from torchcurv.curv.layers.table import view_of
@@ -104,7 +105,7 @@ def _sites(model: nn.Module) -> Iterator[Site]:
 
 
 def _own(name: str, module: nn.Module, key: str) -> Piece | None:
-    parameter = module._parameters.get(key)
+    parameter = parameters_of(module).get(key)
     if isinstance(parameter, UninitializedParameter):
         raise ValueError(
             f"layer {name!r} ({type(module).__name__}) has no parameters yet: run the model once on a batch before "

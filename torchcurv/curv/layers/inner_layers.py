@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from torchcurv.curv.graph import parameters_of
 from torchcurv.curv.layers.table import LINEAR
 from torchcurv.curv.layers.view import View
 
@@ -44,7 +45,7 @@ def _bare_parts(module: nn.Module, known: set[str]) -> list[Part]:
     """The other parameters of a module: its own, and those that its parametrizations compute them from."""
     if isinstance(module, ParametrizationList):
         return []
-    named = {name: p for name, p in module._parameters.items() if p is not None and name not in known}
+    named = {name: p for name, p in parameters_of(module).items() if p is not None and name not in known}
     computed = getattr(module, "parametrizations", None)
     computed = {} if computed is None else {f"parametrizations.{name}": p for name, p in computed.named_parameters()}
     opaque = type(module).__module__.startswith("torch.nn")
@@ -55,7 +56,7 @@ def _bare_parts(module: nn.Module, known: set[str]) -> list[Part]:
 
 
 def _whole(module: nn.Module, name: str) -> tuple[Tensor, Rows] | None:
-    parameter = module._parameters.get(name)
+    parameter = parameters_of(module).get(name)
     return None if parameter is None else (parameter, None)
 
 
@@ -72,7 +73,7 @@ def _attention_parts(module: nn.MultiheadAttention) -> list[Part]:
 
 def _recurrent_parts(module: nn.Module) -> list[Part]:
     parts = []
-    for name in module._parameters:
+    for name in parameters_of(module):
         if name.startswith("weight_"):
             part = name.removeprefix("weight_")
             parts.append(Part(part, LINEAR, _whole(module, name), _whole(module, f"bias_{part}")))

@@ -2,46 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchcurv.curv.numerics import random_signs
+from torchcurv.curv.losses.distributions import misfit, moderated
+from torchcurv.curv.losses.formula import Layout, LossFormula, Target
 
 
-class BinaryCrossEntropy:
-    """c = -y log s(f) - (1 - y) log(1 - s(f)) per element, s the logistic function; H = diag(s (1 - s))."""
+class BinaryCrossEntropy(LossFormula):
+    """c = -y log s(f) - (1 - y) log(1 - s(f)) per element, s the logistic function; H = diag(s (1 - s)).
 
+    With a pos_weight p the loss is 1 + (p - 1) y times that of the target p y / (1 + (p - 1) y).
+    """
+
+    name = "bce_with_logits"
     elementwise = True
+    hessian_needs_target = False
+    options = ("weight", "pos_weight")
 
     @staticmethod
     def _root(f: Tensor) -> Tensor:
         return (f.sigmoid() * (-f).sigmoid()).sqrt()  # 1 - s(f) = s(-f), without cancellation
 
-    @classmethod
-    def draw(cls, f: Tensor, generator: torch.Generator | None) -> Tensor:
-        return cls._root(f) * random_signs(f, generator)
+    def value(self, f: Tensor, y: Tensor) -> Tensor:
+        return (1 - y) * f - F.logsigmoid(f)
 
-    @classmethod
-    def column(cls, f: Tensor, k: int) -> Tensor:
+    def gradient(self, f: Tensor, y: Tensor) -> Tensor:
+        return f.sigmoid() - y
+
+    def root(self, f: Tensor, y: Any, v: Tensor) -> Tensor:
+        return self._root(f) * v
+
+    def column(self, f: Tensor, y: Any, k: int) -> Tensor:
         column = torch.zeros_like(f)
-        column[..., k] = cls._root(f[..., k])
+        column[..., k] = self._root(f[..., k])
         return column
 
-    @staticmethod
-    def label(f: Tensor, generator: torch.Generator | None) -> Tensor:
+    def hessian(self, f: Tensor, y: Any, v: Tensor) -> Tensor:
+        return self._root(f).square() * v
+
+    def label_gradient(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
         p = f.sigmoid()
         return p - torch.bernoulli(p, generator=generator)
 
-    @staticmethod
-    def value(f: Tensor, residual: Tensor) -> Tensor:
-        """c [n, t, c] from its gradient s(f) - q at the target: -log s(f) + (1 - q) f."""
-        return (1 - f.sigmoid() + residual) * f - F.logsigmoid(f)
+    def read(self, f: Tensor, target: Tensor, layout: Layout, options: Mapping[str, Any]) -> Target:
+        read, pos_weight = super().read(f, target, layout, options), options.get("pos_weight")
+        if pos_weight is None:
+            return read
+        y, pos = read.y(), layout(pos_weight)
+        factor = 1 + (pos - 1) * y
+        weights = factor if read.weights is None else read.weights * factor
+        return Target(lambda: pos * y / factor.clamp_min(torch.finfo(y.dtype).tiny), weights, read.divisor, False)
 
-    @classmethod
-    def hessian(cls, f: Tensor, v: Tensor) -> Tensor:
-        return cls._root(f).square() * v
+    def check_gradient(self, f: Tensor, gradient: Tensor, tolerance: float) -> str | None:
+        p = f.sigmoid()
+        return misfit(torch.stack([p, 1 - p], -1), torch.stack([gradient, -gradient], -1), tolerance)
 
-    @classmethod
-    def hessian_diagonal(cls, f: Tensor) -> Tensor:
-        return cls._root(f).square()
+    def predictive(self, f: Tensor, variance: Tensor) -> Tensor:
+        return moderated(f, variance).sigmoid()

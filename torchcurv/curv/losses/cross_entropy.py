@@ -2,51 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from torchcurv.curv.numerics import random_signs
+from torchcurv.curv.losses.distributions import misfit, moderated
+from torchcurv.curv.losses.formula import Layout, LossFormula, Target, one_hot
 
 
-class CrossEntropy:
-    """c = -log p_y, p = softmax(f). NLLLoss on log-probabilities is the same: softmax(log p) = p, and the root's
-    columns sum to zero over the classes, which log_softmax passes back unchanged."""
+class CrossEntropy(LossFormula):
+    """c = -sum_k y_k log p_k, p = softmax(f); H = diag(p) - p p^T, S = sqrt(p_k) (e_k - p) in column k.
 
-    elementwise = False
+    With the weights w_k of the classes the loss is y·w times that of the target y_k w_k / y·w.
 
-    @staticmethod
-    def draw(f: Tensor, generator: torch.Generator | None) -> Tensor:
-        """S r with S = sqrt(p_k) (e_k - p) in column k: sqrt(p) r - p (sqrt(p) . r)."""
+    of_log_probabilities: nll, the loss of f = log p. It is the same: softmax(log p) = p, and the columns of S sum to
+    zero over the classes, which log_softmax passes back unchanged. Only the gradient that arrives at f differs, -y.
+    """
+
+    name = "cross_entropy"
+    hessian_needs_target = False
+    options = ("weight", "ignore_index", "label_smoothing")
+
+    def __init__(self, of_log_probabilities: bool = False) -> None:
+        self.of_log_probabilities = of_log_probabilities
+
+    def value(self, f: Tensor, y: Tensor) -> Tensor:
+        return -torch.where(y == 0, 0, y * f.log_softmax(-1)).sum(-1)
+
+    def gradient(self, f: Tensor, y: Tensor) -> Tensor:
+        return f.softmax(-1) - y
+
+    def root(self, f: Tensor, y: Any, v: Tensor) -> Tensor:
+        """sqrt(p) v - p (sqrt(p) · v)."""
         p = f.softmax(-1)
-        u = p.sqrt() * random_signs(p, generator)
+        u = p.sqrt() * v
         return u - p * u.sum(-1, keepdim=True)
 
-    @staticmethod
-    def column(f: Tensor, k: int) -> Tensor:
+    def column(self, f: Tensor, y: Any, k: int) -> Tensor:
         p = f.softmax(-1)
         column = -p * p[..., k : k + 1].sqrt()
         column[..., k] += p[..., k].sqrt()
         return column
 
-    @staticmethod
-    def label(f: Tensor, generator: torch.Generator | None) -> Tensor:
+    def hessian(self, f: Tensor, y: Any, v: Tensor) -> Tensor:
+        p = f.softmax(-1)
+        return p * v - p * (p * v).sum(-1, keepdim=True)
+
+    def hessian_diagonal(self, f: Tensor, y: Any) -> Tensor:
+        p = f.softmax(-1)
+        return p - p.square()
+
+    def label_gradient(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
         p = f.softmax(-1)
         drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator).reshape(*p.shape[:-1], 1)
         return p.scatter_add(-1, drawn, -torch.ones_like(p[..., :1]))
 
-    @staticmethod
-    def value(f: Tensor, residual: Tensor) -> Tensor:
-        """c [n, t] from its gradient p - q at the target: -sum q log p."""
-        q = f.softmax(-1) - residual
-        return -torch.where(q == 0, 0, q * f.log_softmax(-1)).sum(-1)
+    def read(self, f: Tensor, target: Tensor, layout: Layout, options: Mapping[str, Any]) -> Target:
+        """Labels, or probabilities in the shape of the output; ignored labels are terms of weight 0."""
+        n, t, c = f.shape
+        class_weight, smoothing = options.get("weight"), options.get("label_smoothing", 0.0)
+        class_weight = None if class_weight is None else class_weight.to(f.dtype)
+        labels = mask = None
+        if target.is_floating_point():
+            given = layout(target)
+        else:
+            labels = target.reshape(n, t)
+            kept = labels != options.get("ignore_index", -100)
+            labels, mask = labels.where(kept, 0), kept.to(f.dtype)
 
-    @staticmethod
-    def hessian(f: Tensor, v: Tensor) -> Tensor:
-        """(diag(p) - p p^T) v."""
-        p = f.softmax(-1)
-        return p * v - p * (p * v).sum(-1, keepdim=True)
+        def smoothed() -> Tensor:
+            hard = given if labels is None else one_hot(labels, f)
+            return hard * (1 - smoothing) + smoothing / c if smoothing else hard
 
-    @staticmethod
-    def hessian_diagonal(f: Tensor) -> Tensor:
-        p = f.softmax(-1)
-        return p - p.square()
+        if class_weight is None:
+            return Target(smoothed, mask, float(n * t) if mask is None else mask.sum(), True)
+        weight: Tensor = class_weight
+
+        def weighted() -> Tensor:
+            q = smoothed()
+            w = (q @ weight).unsqueeze(-1)
+            return q * weight / w.clamp_min(torch.finfo(w.dtype).tiny)
+
+        if labels is None or mask is None:
+            return Target(weighted, smoothed() @ weight, float(n * t), False)
+        return Target(weighted, mask * (smoothed() @ weight), (weight[labels] * mask).sum(), False)
+
+    def counted(self, f: Tensor, gradient: Tensor) -> Tensor | None:
+        """A term counts as ignored where its gradient is exactly zero although the prediction is not saturated: a
+        right prediction that is has gradient zero too, where 1 - p is below the precision of the gradient."""
+        saturated = f.softmax(-1).amax(-1) > 1 - 2 * torch.finfo(gradient.dtype).eps
+        return ((gradient != 0).any(-1) | saturated).to(f.dtype)
+
+    def check_gradient(self, f: Tensor, gradient: Tensor, tolerance: float) -> str | None:
+        p = torch.zeros_like(f) if self.of_log_probabilities else f.softmax(-1)
+        kept = (gradient != 0).any(-1)
+        return misfit(p[kept], gradient[kept], tolerance)
+
+    def predictive(self, f: Tensor, variance: Tensor) -> Tensor:
+        return moderated(f, variance).softmax(-1)

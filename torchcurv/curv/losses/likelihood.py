@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.losses.loss import Loss
-from torchcurv.curv.losses.squared_error import SquaredError
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Likelihood:
         return -self.energy / noise - 0.5 * (self.elements * (2 * math.pi * noise).log() - self.log_weights)
 
 
-class Watched:
+class LikelihoodMeter:
     """The data, and the likelihood of what the model says to it while someone else goes over them."""
 
     def __init__(self, data: Iterable[tuple[Any, Tensor]], loss: Loss, output_fn: Callable[[Any], Tensor] | None):
@@ -61,11 +60,11 @@ class Watched:
     @torch.no_grad()
     def _count(self, f: Tensor, target: Tensor) -> None:
         terms = self.loss.terms(f, target, len(f))
-        values, weights = self.loss.row.value(terms.f, terms.residual()), terms.weights
+        values, weights = terms.value(), terms.weights
         self.energy += float((values if weights is None else values * weights).double().sum())
         inverse = float(1 / terms.reduction)
         self.factor = self.factor + inverse if self.loss.reduction == "mean" else inverse
-        if self.loss.row is SquaredError:
+        if self.loss.formula.gaussian:
             kept = values.new_ones(values.shape) if weights is None else weights[weights > 0]
             self.elements += kept.numel()
             self.log_weights += float(kept.double().log().sum())

@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from torchcurv.curv.numerics import random_signs
+from torchcurv.curv.losses.formula import Layout, LossFormula, Target
 
 
-class SquaredError:
+class SquaredError(LossFormula):
     """c = 1/2 (f - y)^2 per element; torch's loss is twice that, hence R = 2 or 2 / elements."""
 
+    name = "mse"
     elementwise = True
+    factor = 2.0
+    gaussian = True
+    hessian_needs_target = False
+    options = ("weight",)
 
-    @staticmethod
-    def draw(f: Tensor, generator: torch.Generator | None) -> Tensor:
-        return random_signs(f, generator)
+    def value(self, f: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * (f - y).square()
 
-    @staticmethod
-    def column(f: Tensor, k: int) -> Tensor:
-        column = torch.zeros_like(f)
-        column[..., k] = 1
-        return column
+    def gradient(self, f: Tensor, y: Tensor) -> Tensor:
+        return f - y
 
-    @staticmethod
-    def label(f: Tensor, generator: torch.Generator | None) -> Tensor:
-        return torch.empty_like(f).normal_(generator=generator)
-
-    @staticmethod
-    def value(f: Tensor, residual: Tensor) -> Tensor:
-        """c [n, t, c] from its gradient f - y."""
-        return 0.5 * residual.square()
-
-    @staticmethod
-    def hessian(f: Tensor, v: Tensor) -> Tensor:
+    def root(self, f: Tensor, y: Any, v: Tensor) -> Tensor:
         return v
 
-    @staticmethod
-    def hessian_diagonal(f: Tensor) -> Tensor:
+    def hessian_diagonal(self, f: Tensor, y: Any) -> Tensor:
         return torch.ones_like(f)
+
+    def label_gradient(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
+        return torch.empty_like(f).normal_(generator=generator)
+
+    def read(self, f: Tensor, target: Tensor, layout: Layout, options: Mapping[str, Any]) -> Target:
+        """torch's weighted mean divides by the sum of the weights."""
+        read = super().read(f, target, layout, options)
+        return read if read.weights is None else read._replace(divisor=read.weights.sum())
+
+    def predictive(self, f: Tensor, variance: Tensor) -> Tensor:
+        raise ValueError("predict_probit is of classifications, not squared errors: use predict_regression")

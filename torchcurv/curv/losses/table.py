@@ -1,50 +1,78 @@
-"""Losses: L = R * sum_t w_t c(f_t, y_t), one row per c.
+"""Losses: L = R * sum_t w_t c(f_t, y_t), one formula per c.
 
-A row knows the number of terms behind R, the term weights w, a root S of the Hessian H = S S^T of c with respect
-to the output, a label sampler of the model's own distribution, and the gradient of c. Everything is computed in
-one layout, f [n, t, c]: n samples, t terms per sample that share the c outputs. An elementwise loss has t = 1 and
-all its elements in c. Formulas: Martens, "New insights and perspectives on the natural gradient method" (2020).
+A formula (formula.py) says the value of c, its gradient and a root S of its Hessian H = S S^T with respect to the
+output, and the gradient at labels of the model's own distribution. With the settings of a loss module (loss.py) come
+the number of terms behind R and their weights w. Everything is computed in one layout, f [n, t, c]: n samples, t terms
+per sample that share the c outputs. Formulas: Martens, "New insights and perspectives on the natural gradient method"
+(2020).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import nn
 
 from torchcurv.curv.losses.binary_cross_entropy import BinaryCrossEntropy
 from torchcurv.curv.losses.cross_entropy import CrossEntropy
+from torchcurv.curv.losses.formula import LossFormula
 from torchcurv.curv.losses.loss import Loss
 from torchcurv.curv.losses.squared_error import SquaredError
 from torchcurv.curv.losses.terms import REDUCTIONS
 
-_NAMES: dict[str, Any] = {
-    "cross_entropy": CrossEntropy,
-    "nll": CrossEntropy,
-    "mse": SquaredError,
-    "bce_with_logits": BinaryCrossEntropy,
-}
-_MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
-    nn.CrossEntropyLoss: ("cross_entropy", ("weight", "ignore_index", "label_smoothing")),
-    nn.NLLLoss: ("nll", ("weight", "ignore_index")),
-    nn.MSELoss: ("mse", ("weight",)),
-    nn.BCEWithLogitsLoss: ("bce_with_logits", ("weight", "pos_weight")),
-}
+_NAMES: dict[str, LossFormula] = {}
+_MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {}
 
 
-def register_loss(module_type: type[nn.Module], like: str, options: tuple[str, ...] = ()) -> None:
-    """Say that a loss module computes one of the known losses.
+def register_loss(
+    module_type: type[nn.Module],
+    like: str | None = None,
+    options: tuple[str, ...] = (),
+    *,
+    formula: LossFormula | None = None,
+    name: str | None = None,
+) -> None:
+    """Say what a loss module computes: one of the known losses, or a formula of your own.
 
     module_type: a subclass of nn.Module called as module(output, target), with an attribute `reduction`.
-    like: "cross_entropy", "nll", "mse" or "bce_with_logits".
-    options: names of the module's attributes that mean what they mean in torch's own module
-        (`weight`, `ignore_index`, `label_smoothing`, `pos_weight`).
+    like: the name of a known loss: "cross_entropy", "nll", "mse", "bce_with_logits", or that of a formula registered
+        before.
+    options: names of the module's attributes that mean what they mean in torch's own module (`weight`, `ignore_index`,
+        `label_smoothing`, `pos_weight`), as far as the formula knows them (`LossFormula.options`).
+    formula: an instance of a subclass of torchcurv.curv.losses.formula.LossFormula, in place of `like`.
+    name: by which `loss_fn=` may know it from now on; None: the formula's own.
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise TypeError(f"register_loss: got {module_type!r}; pass a subclass of torch.nn.Module")
+    if (like is None) == (formula is None):
+        raise ValueError("register_loss: pass either like=, the name of a known loss, or formula=")
+    if formula is not None:
+        like = _named(formula, name)
     if like not in _NAMES:
         raise ValueError(f"register_loss: like={like!r}; allowed are {', '.join(map(repr, _NAMES))}")
+    unknown = sorted(set(options) - set(_NAMES[like].options))
+    if unknown:
+        raise ValueError(
+            f"register_loss: the formula of {like!r} does not know the options {', '.join(unknown)}; it knows "
+            f"{', '.join(_NAMES[like].options) or 'none'}"
+        )
     _MODULES[module_type] = (like, tuple(options))
+
+
+def _named(formula: LossFormula, name: str | None) -> str:
+    """The name under which a formula is kept from now on."""
+    if not isinstance(formula, LossFormula):
+        raise TypeError(f"register_loss: formula={formula!r}; pass an instance of a subclass of LossFormula")
+    name = formula.name if name is None else name
+    held = _NAMES.get(name)
+    if held is not None and (type(held).__module__, type(held).__qualname__) != (
+        type(formula).__module__,
+        type(formula).__qualname__,
+    ):
+        raise ValueError(
+            f"register_loss: the name {name!r} is that of {type(held).__name__}: give {type(formula).__name__} "
+            "another one with name="
+        )
+    _NAMES[name] = formula
+    return name
 
 
 def loss_of(loss_fn: nn.Module | str, reduction: str | None = None, class_dim: int | None = None) -> Loss:
@@ -63,16 +91,25 @@ def loss_of(loss_fn: nn.Module | str, reduction: str | None = None, class_dim: i
         raise TypeError(
             f"loss_fn is a {type(loss_fn).__name__}; known are {allowed} and their subclasses. Name the loss it "
             "computes ('cross_entropy', 'mse', 'bce_with_logits', 'nll'), or register it with "
-            "torchcurv.register_loss"
+            "torchcurv.register_loss, like= one of these or with a formula= of its own"
         )
     name, keys = found
     options = {key: getattr(loss_fn, key, None) for key in keys}
     options = {key: value for key, value in options.items() if value is not None}
     dim = class_dim if class_dim is not None else 1
-    return Loss(name, _NAMES[name], check_reduction(reduction or str(loss_fn.reduction)), dim, options)
+    formula = _NAMES[name].for_module(loss_fn)
+    return Loss(name, formula, check_reduction(reduction or str(loss_fn.reduction)), dim, options)
 
 
 def check_reduction(reduction: str) -> str:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r}; allowed are {', '.join(map(repr, REDUCTIONS))}")
     return reduction
+
+
+register_loss(nn.CrossEntropyLoss, formula=CrossEntropy(), options=CrossEntropy.options)
+register_loss(
+    nn.NLLLoss, formula=CrossEntropy(of_log_probabilities=True), options=("weight", "ignore_index"), name="nll"
+)
+register_loss(nn.MSELoss, formula=SquaredError(), options=SquaredError.options)
+register_loss(nn.BCEWithLogitsLoss, formula=BinaryCrossEntropy(), options=BinaryCrossEntropy.options)

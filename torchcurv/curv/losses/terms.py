@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import prod
 
+import torch
 from torch import Tensor
 
+from torchcurv.curv.losses.formula import LossFormula
 from torchcurv.curv.numerics import on_cpu
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -15,20 +16,23 @@ REDUCTIONS = ("mean", "sum", "none")
 
 @dataclass(frozen=True)
 class Terms:
-    """One (output, target) pair in the layout f [n, t, c].
+    """One (output, target) pair in the layout f [n, t, c], and the derivatives of its c(f, y) with respect to f.
 
     reduction: R, a number or a 0-d tensor
     weights:   w [n, t] or [n, t, c]; None means all 1
     uniform:   whether every weight is 0 or one common number, so that the gradient of L is sqrt(R) times the signal
-    residual:  gradient of c at the target [n, t, c]; computed when asked
+    target:    y [n, t, c], computed when asked; None where the loss is known by its name alone
+    arrived:   where the target is not known, dc/df as the gradient that arrived says it
     count:     what the mean over these terms divides by, whatever the reduction is
     """
 
+    formula: LossFormula
     f: Tensor
     reduction: Tensor | float
     weights: Tensor | None
     uniform: bool
-    residual: Callable[[], Tensor]
+    target: Callable[[], Tensor] | None
+    arrived: Callable[[], Tensor] | None = None
     count: Tensor | float = 1.0
 
     def __post_init__(self) -> None:
@@ -43,7 +47,8 @@ class Terms:
     def of(self, samples: Tensor) -> Terms:
         """Those of some of the samples, with the R of all."""
         weights = None if self.weights is None else self.weights[samples]
-        return replace(self, f=self.f[samples], weights=weights, residual=lambda: self.residual()[samples])
+        target, arrived = _chosen(self.target, samples), _chosen(self.arrived, samples)
+        return replace(self, f=self.f[samples], weights=weights, target=target, arrived=arrived)
 
     @property
     def root_weights(self) -> Tensor | None:
@@ -60,7 +65,45 @@ class Terms:
             return self.weights
         return self.weights.mean(-1)
 
+    # -------------------------------------------------------------------- derivatives of c, unweighted
 
-def signal_count(terms: Terms) -> int:
-    """Number of exact signals: one per output element of a sample."""
-    return prod(terms.f.shape[1:])
+    def _y(self) -> Tensor | None:
+        """The target, where the Hessian depends on it."""
+        return self.target() if self.formula.hessian_needs_target and self.target is not None else None
+
+    def value(self) -> Tensor:
+        """c [n, t], or [n, t, c] of an elementwise loss."""
+        assert self.target is not None
+        return self.formula.value(self.f, self.target())
+
+    def gradient(self) -> Tensor:
+        """dc/df [n, t, c]."""
+        if self.arrived is not None:
+            return self.arrived()
+        assert self.target is not None
+        return self.formula.gradient(self.f, self.target())
+
+    def draw(self, generator: torch.Generator | None) -> Tensor:
+        """S r [n, t, c] for random signs r."""
+        return self.formula.draw(self.f, self._y(), generator)
+
+    def label_gradient(self, generator: torch.Generator | None) -> Tensor:
+        """dc/df [n, t, c] at labels of the model's own."""
+        return self.formula.label_gradient(self.f, generator)
+
+    def column(self, position: int, k: int) -> Tensor:
+        """S e_k of one of the t terms of every sample [n, c]."""
+        y = self._y()
+        return self.formula.column(self.f[:, position], None if y is None else y[:, position], k)
+
+    def hessian(self, v: Tensor) -> Tensor:
+        """H v for v like f."""
+        return self.formula.hessian(self.f, self._y(), v)
+
+    def hessian_diagonal(self) -> Tensor:
+        """That of H [n, t, c]."""
+        return self.formula.hessian_diagonal(self.f, self._y())
+
+
+def _chosen(values: Callable[[], Tensor] | None, samples: Tensor) -> Callable[[], Tensor] | None:
+    return None if values is None else lambda: values()[samples]

@@ -1,0 +1,93 @@
+"""The Hessian of the loss with respect to the parameters, by four ways (`hessian_method`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from torchcurv.curv.hessian.products import OutputLoss
+from torchcurv.curv.hessian.propagate import propagate
+from torchcurv.curv.kinds.base import Block, CurvatureKind, KindOptions, SignalSource
+
+
+@dataclass(frozen=True)
+class Hessian(CurvatureKind):
+    """J^T H_L J + sum_k (dL/df_k) d²f_k/dθ²."""
+
+    name: ClassVar[str] = "hessian"
+    checked: ClassVar[bool] = False
+    second_order: ClassVar[bool] = True
+    indefinite: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, options: KindOptions) -> CurvatureKind:
+        return METHODS[options.method](options)
+
+    def output_matvec(self, loss: OutputLoss, v: Tensor) -> Tensor:
+        return loss.hessian_matvec(v)
+
+
+@dataclass(frozen=True)
+class DifferentiatedHessian(Hessian):
+    """By products that autograd finds: with unit vectors, or with random signs, as the block asks for them."""
+
+    name: ClassVar[str] = "hessian"
+    needs_double_backward: ClassVar[bool] = True
+
+    def measure(self, source: SignalSource, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            with source.differentiated() as loss:
+                products = loss.products(block.params, self.output_matvec, self.second_order)
+                block.differentiate(products, source.generator())
+
+
+@dataclass(frozen=True)
+class PropagatedHessian(Hessian):
+    """Carried back from the output to the layers: diagonals, or one matrix for all samples."""
+
+    name: ClassVar[str] = "hessian"
+    needs_tape: ClassVar[bool] = True
+    form: str = "diag"
+    residual: str = "keep"
+    max_dim: int = 2048
+
+    def measure(self, source: SignalSource, blocks: Sequence[Block]) -> None:
+        loss, tape = source.output_loss(), source.tape()
+        seed = loss.diagonal() if self.form == "diag" else loss.mean_matrix(self.max_dim)
+        found = propagate(
+            tape,
+            loss.f_edge,
+            seed,
+            loss.gradients_at,
+            self.form,
+            self.residual,
+            self.max_dim,
+            source.edges_of(blocks),
+        )
+        source.deliver_propagated(found, blocks)
+
+
+@dataclass(frozen=True)
+class PriceHessian(Hessian):
+    """An estimate over draws of a posterior, from their gradients: no pass measures it."""
+
+    name: ClassVar[str] = "hessian"
+
+    def measure(self, source: SignalSource, blocks: Sequence[Block]) -> None:
+        raise ValueError('hessian_method="price" is an estimate over draws of a posterior: use VIOptimizer')
+
+
+def _propagated(options: KindOptions) -> CurvatureKind:
+    form = "diag" if options.approx == "diag" else "matrix"
+    return PropagatedHessian(form, options.residual, options.max_hessian_dim)
+
+
+METHODS: dict[str, Callable[[KindOptions], CurvatureKind]] = {
+    "exact": lambda options: DifferentiatedHessian(),
+    "hutchinson": lambda options: DifferentiatedHessian(),
+    "propagate": _propagated,
+    "price": lambda options: PriceHessian(),
+}
