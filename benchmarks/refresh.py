@@ -36,7 +36,7 @@ def race(problem: Problem, name: str, seed: int, steps: int, target: float) -> t
     chosen: Intervals = []
 
     def watch(step: int, optimizer: Any) -> None:
-        chosen.append({part: [block.paces[part].interval for block in optimizer._blocks] for part in ("A", "B")})
+        chosen.append({part: [block.paces[part].interval for block in optimizer.engine.blocks] for part in ("A", "B")})
 
     options = {**KFAC_OPTIONS[problem.name], **SETTINGS[name]}
     return train(problem, "K-FAC", options, seed, steps, target, watch=watch), chosen

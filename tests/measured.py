@@ -21,7 +21,7 @@ def optimizer(model: nn.Module, loss_fn="cross_entropy", **options) -> SecondOrd
 
 def covered(opt) -> list[tuple[str, Tensor]]:
     """(name, parameter) of the dense block, in its order."""
-    (block,) = opt._blocks
+    (block,) = opt.engine.blocks
     names = {p: name for name, p in opt.model.named_parameters()}
     return [(names[p], p) for p in block.params]
 
@@ -34,7 +34,7 @@ def measured(opt) -> Tensor:
 
 def dense(opt, which: str, block=None) -> Tensor:
     """The matrix in the "tensors" of the last step or in the "pending" ones of the next, in the order of `covered`."""
-    block = opt._blocks[0] if block is None else block
+    block = opt.engine.blocks[0] if block is None else block
     places = torch.arange(block.size, dtype=torch.float64)
     joined = [part.reshape(layer.shape) for part, layer in zip(_split(places, block), block.layers, strict=True)]
     order = torch.cat([part.flatten() for part in block.split(joined)]).long()

@@ -36,7 +36,7 @@ def train(optimizer, model, steps, seed=lambda t: 0):
     for t in range(steps):
         optimizer.zero_grad()
         backward(model, seed(t))
-        measured.append({part: t >= pace.next for part, pace in optimizer._blocks[0].paces.items()})
+        measured.append({part: t >= pace.next for part, pace in optimizer.engine.blocks[0].paces.items()})
         optimizer.step()
     return {part: [t for t, due in enumerate(measured) if due[part]] for part in measured[0]}
 
@@ -97,7 +97,7 @@ def test_what_is_not_due_is_not_computed(monkeypatch, curv_type):
     due = {"A": [], "B": []}
     for t in range(1, 30):
         optimizer.zero_grad()
-        (block,) = optimizer._blocks
+        (block,) = optimizer.engine.blocks
         for part in due:
             due[part] += [t] if t >= block.paces[part].next else []
         nn.functional.cross_entropy(model(cases.randn(6, 4)), labels(t)).backward()
@@ -117,11 +117,11 @@ def test_averages_fade_with_steps_not_measurements(intervals, rho):
     )  # fmt: skip
     times = []
     for t in range(25):
-        before = optimizer._blocks[0].measurements
+        before = optimizer.engine.blocks[0].measurements
         optimizer.zero_grad()
         backward(model, t)
         optimizer.step()
-        times += [t] * (optimizer._blocks[0].measurements - before)
+        times += [t] * (optimizer.engine.blocks[0].measurements - before)
     assert len(times) < 25 and max(later - earlier for earlier, later in pairwise(times)) > 1
     every = SecondOrderOptimizer(
         model, approx="diag", samples=None, lr=0.0, momentum=0.0, ema_decay=0.0, update_every=1
@@ -131,16 +131,16 @@ def test_averages_fade_with_steps_not_measurements(intervals, rho):
         every.zero_grad()
         backward(model, t)
         every.step()
-        total = rho ** (t - last) * total + every._blocks[0].tensors["diag"]
+        total = rho ** (t - last) * total + every.engine.blocks[0].tensors["diag"]
         weight = rho ** (t - last) * weight + 1
-    close(optimizer._blocks[0].tensors["diag"], total / weight)
+    close(optimizer.engine.blocks[0].tensors["diag"], total / weight)
 
 
 @pytest.mark.parametrize(("approx", "key"), [("diag", "diag"), ("lowrank", "values")])
 def test_a_measurement_that_is_not_finite_fades_the_old(approx, key):
     model = make_model()
     optimizer = SecondOrderOptimizer(model, approx=approx, samples=None, lr=0.0, ema_decay=0.5, **EACH)
-    block = optimizer._blocks[0]
+    block = optimizer.engine.blocks[0]
     for finite in (True, False, False, True):
         optimizer.zero_grad()
         x = cases.randn(6, 4)
@@ -158,7 +158,7 @@ def test_every_approximation_rests_and_its_factor_too(approx, monkeypatch):
     model = make_model()
     options = {"approx": approx, "samples": None, "lr": 0.0, "momentum": 0.0, "rank": 4, "damping": 0.1}
     optimizer = SecondOrderOptimizer(model, **options, **ADAPTIVE)
-    (block, *_), factored = optimizer._blocks, []
+    (block, *_), factored = optimizer.engine.blocks, []
     own = block.refactor
     monkeypatch.setattr(
         block, "refactor", lambda *args, **kwargs: (factored.append(optimizer._steps), own(*args, **kwargs))
@@ -170,7 +170,7 @@ def test_every_approximation_rests_and_its_factor_too(approx, monkeypatch):
     train(still, model, 2)
     v = [cases.randn(*p.shape, seed=k) for k, p in enumerate(block.params)]
     damping = None if block.bakes_damping() else 0.1
-    for ours, theirs in zip(block.solve(v, damping), still._blocks[0].solve(v, damping), strict=True):
+    for ours, theirs in zip(block.solve(v, damping), still.engine.blocks[0].solve(v, damping), strict=True):
         close(ours, theirs, 1e-8)
 
 
@@ -186,7 +186,7 @@ def test_a_factor_is_computed_anew_when_the_average_or_the_damping_has_moved():
         refactor_every="adaptive",
         ema_decay=0.0,
     )
-    (block, _) = optimizer._blocks
+    (block, _) = optimizer.engine.blocks
     train(optimizer, model, 2)
     held = block.factor
     train(optimizer, model, 2)
@@ -204,7 +204,7 @@ def test_after_a_measurement_that_is_not_finite_the_next_step_measures():
     model = make_model()
     optimizer = SecondOrderOptimizer(model, samples=None, lr=0.0, momentum=0.0, refresh_warmup=0, **ADAPTIVE)
     train(optimizer, model, 30)
-    (block, _) = optimizer._blocks
+    (block, _) = optimizer.engine.blocks
     while optimizer._steps < block.next_update:
         train(optimizer, model, 1)
     optimizer.zero_grad()
@@ -245,15 +245,15 @@ def test_a_alone_is_measured_without_a_signal(curv_type, approx, monkeypatch):
         model, approx=approx, curv_type=curv_type, samples=None, lr=0.0, ema_decay=0.0, update_every=1
     )
     train(optimizer, model, 1)
-    whole = [dict(block.tensors) for block in optimizer._blocks]
+    whole = [dict(block.tensors) for block in optimizer.engine.blocks]
     sent, own = [], CurvaturePass.backward
     monkeypatch.setattr(CurvaturePass, "backward", lambda self, *args: (sent.append(1), own(self, *args))[1])
     optimizer.zero_grad()
-    for block in optimizer._blocks:
+    for block in optimizer.engine.blocks:
         block.wanted = ("A",)
     backward(model)
     assert not sent
-    for block, known in zip(optimizer._blocks, whole, strict=True):
+    for block, known in zip(optimizer.engine.blocks, whole, strict=True):
         assert set(block.pending) == {"A", "count"}
         for key, value in block.pending.items():
             close(value, known[key])
@@ -264,7 +264,7 @@ def test_slow_drifts_add_up():
     optimizer = SecondOrderOptimizer(
         model, samples=None, lr=0.0, momentum=0.0, update_every=1, refactor_every="adaptive", ema_decay=0.99
     )
-    (block, _) = optimizer._blocks
+    (block, _) = optimizer.engine.blocks
     train(optimizer, model, 40)
     held, moves = block.factor, [dict(block.drifts)]
     while block.factor is held and len(moves) < 20:
@@ -299,7 +299,7 @@ def test_an_interval_may_become_a_number_and_adaptive_again():
             for group in optimizer.param_groups:
                 group["update_every"] = "adaptive"
         train(optimizer, model, 1, seed=lambda t: 50)
-        averages.append(optimizer._blocks[0].tensors["A"])
+        averages.append(optimizer.engine.blocks[0].tensors["A"])
     close(*averages)
 
 

@@ -199,7 +199,7 @@ def test_factors_are_made_of_as_many_samples_as_they_need(trigger):
     total, part = nn.CrossEntropyLoss(weight, reduction="sum"), sample_order(200, 0)[:80]
     expected = {
         block.name: curvature(model, total, [(x[part], y[part])], params=block.params, **options).to_dense()
-        for block in optimizer._blocks
+        for block in optimizer.engine.blocks
     }
 
     def evaluate():
@@ -210,7 +210,7 @@ def test_factors_are_made_of_as_many_samples_as_they_need(trigger):
 
     optimizer.step(evaluate)
     terms = {"sum": 1, "weights": float(weight[y].sum()) if weight is not None else 1}.get(trigger, 200)
-    for block in optimizer._blocks:
+    for block in optimizer.engine.blocks:
         truth = expected[block.name]
         scale = 200 / 80 / terms
         vectors = torch.eye(len(truth), dtype=truth.dtype)
@@ -982,7 +982,7 @@ def test_after_warm_up_adaptive_intervals_begin_at_once():
         optimizer.zero_grad()
         F.cross_entropy(model(DATA[0][0]), DATA[0][1]).backward()
         optimizer.step()
-    assert all(block.measurements == 21 and block.next_update == 21 for block in optimizer._blocks)
+    assert all(block.measurements == 21 and block.next_update == 21 for block in optimizer.engine.blocks)
 
 
 def test_sparse_gradients_step_without_curvature():
@@ -1093,7 +1093,7 @@ AUTO = {"update_every": "auto", "refactor_every": "auto"}
 def test_curvature_is_measured_in_each_of_the_first_steps_and_then_rarely(make):
     model = make_model()
     optimizer = make(model)
-    blocks, counts = len(optimizer._blocks), []
+    blocks, counts = len(optimizer.engine.blocks), []
     copied = None
     for t in range(32):
         if t == 4:
@@ -1105,7 +1105,7 @@ def test_curvature_is_measured_in_each_of_the_first_steps_and_then_rarely(make):
         counts.append(optimizer.metrics()["measurements"] / blocks)
     assert counts == [*range(1, 12), *[11] * 9, *[12] * 10, 13, 13]
     assert copied is not None and torch.equal(flat(model.parameters()), flat(copied[0].parameters()))
-    assert all(block.measurements == block.factorisations == 13 for block in optimizer._blocks)
+    assert all(block.measurements == block.factorisations == 13 for block in optimizer.engine.blocks)
     again = make(make_model())
     saved = optimizer.state_dict()
     for state in saved["state"].values():
@@ -1144,7 +1144,7 @@ def test_relative_damping_is_that_of_the_mean_eigenvalue_of_each_block(options):
     shape.pop("damping_type", None)
     shape["approx"] = "kfac" if shape["approx"] == "ekfac" else shape["approx"]  # whose first factor is K-FAC's
     C = curvature(twin, nn.CrossEntropyLoss(), [(x, y)], **shape).to_dense()
-    sizes, dampings = [sum(p.numel() for p in block.params) for block in relative._blocks], []
+    sizes, dampings = [sum(p.numel() for p in block.params) for block in relative.engine.blocks], []
     for own in C.diagonal().split(sizes):
         dampings.append(0.3 * float(own.mean().abs()))
     params = [twin.parameters()] if len(sizes) == 1 else [twin[0].parameters(), twin[3].parameters()]
@@ -1153,7 +1153,7 @@ def test_relative_damping_is_that_of_the_mean_eigenvalue_of_each_block(options):
     for other, optimizer in ((model, relative), (twin, absolute)):
         F.cross_entropy(other(x), y).backward()
         optimizer.step()
-    shifts = [relative._shift(block, relative.param_groups[0]) for block in relative._blocks if block.measured]
+    shifts = [relative._shift(block, relative.param_groups[0]) for block in relative.engine.blocks if block.measured]
     assert [float(shift) for shift in shifts] == pytest.approx(dampings[: len(shifts)], rel=1e-9)
     if options.get("curv_type") != "input":  # whose step is multiplied with λ
         measured.close(flat(model.parameters()), flat(twin.parameters()))
@@ -1193,7 +1193,7 @@ def test_plain_gradients_have_no_relative_damping_in_the_model_of_the_loss():
     optimizer = SecondOrderOptimizer(model, groups, damping_scale="relative", damping=0.5, step_rule="quadratic")
     optimizer.step(closure(model, *DATA[0]))
     fixed, relative = optimizer._shifts()
-    mean = float(optimizer._blocks[0].mean_eigenvalue())
+    mean = float(optimizer.engine.blocks[0].mean_eigenvalue())
     assert [fixed[p] for p in model.parameters()] == [0.0, 0.0, 0.2, 0.2]
     assert [float(relative[p]) for p in model[0].parameters()] == pytest.approx([0.5 * mean] * 2)
     assert not any(p in relative for p in model[3].parameters())
@@ -1208,7 +1208,7 @@ def test_relative_damping_counts_less_in_the_model_where_the_loss_curves_less_th
         model, step_rule="quadratic", damping=0.4, damping_scale="relative", momentum=0.0, l2=0.02, lr=0.0, **exact
     )
     optimizer.step(closure(model, x, y))
-    (block,) = optimizer._blocks
+    (block,) = optimizer.engine.blocks
     block.scale(scale)
     optimizer.param_groups[0]["lr"] = 1.0
     optimizer.step(closure(model, x, y))
@@ -1243,7 +1243,7 @@ def test_the_effective_dimension_is_the_trace_of_c_times_the_damped_inverse(opti
     optimizer = SecondOrderOptimizer(model, lr=0.0, **options)
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
-    for block in optimizer._blocks:
+    for block in optimizer.engine.blocks:
         held = None if block.bakes_damping() else 0.3
         sizes = [piece.of(piece.param).numel() for piece in block.pieces]
         C, solved = [], []
@@ -1304,7 +1304,7 @@ def test_relative_damping_of_ekfac_is_that_of_its_eigenvalues():
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-    for block in optimizer._blocks:
+    for block in optimizer.engine.blocks:
         assert float(block.mean_eigenvalue()) == pytest.approx(float(block.factor.values.mean()))
 
 

@@ -200,7 +200,7 @@ def test_averages_of_whole_gradients_give_every_step_one_weight():
         A, B = oracles.kron_factors(a, s, "whole")
         factors.append((A, scale * B))
     A, B = ((one + other) / 2 for one, other in zip(*factors, strict=True))
-    left, right = optimizer._blocks[0].approx.sides_of(optimizer._blocks[0].tensors)
+    left, right = optimizer.engine.blocks[0].approx.sides_of(optimizer.engine.blocks[0].tensors)
     close(right.tril(), A.tril())
     close(left.tril(), B.tril())
 
@@ -216,7 +216,7 @@ def test_whole_gradients_need_signals_where_only_inputs_are_due(approx):
     for _ in range(40):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
-        wanted |= {tuple(sorted(block.wanted)) for block in optimizer._blocks}
+        wanted |= {tuple(sorted(block.wanted)) for block in optimizer.engine.blocks}
         optimizer.step()
     assert ("A",) in wanted
 

@@ -227,9 +227,9 @@ def test_nothing_measured_leaves_the_damping_alone(approx, damping_type):
         damping=0.1, update_every=1, refactor_every=1,
     )  # fmt: skip
     x, y = cases.randn(3, 4), cases.randn(3, 3)
-    optimizer._record.loss_fn(model(x), y).backward()
+    optimizer.engine.recorder.loss_fn(model(x), y).backward()
     before = [p.detach().clone() for p in model.parameters()]
-    for block in optimizer._blocks:
+    for block in optimizer.engine.blocks:
         block.add({key: value * torch.nan for key, value in block.pending.items()})
     with pytest.warns(UserWarning, match="were not finite"):
         optimizer.step()
@@ -264,7 +264,7 @@ def stepper(approx="kfac", **options):
         optimizer.step()
         return before[0] - model.weight.detach(), before[1] - model.bias.detach()
 
-    return optimizer, optimizer._blocks[0], step
+    return optimizer, optimizer.engine.blocks[0], step
 
 
 @pytest.mark.parametrize("device", ["cpu", "accelerator"])

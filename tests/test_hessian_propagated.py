@@ -128,7 +128,7 @@ def test_an_optimizer_measures_what_is_looked_at(loss_fn, approx, keys):
     chosen = loss if loss_fn == "module" else "cross_entropy"
     optimizer = SecondOrderOptimizer(model, loss_fn=chosen, curv_type="hessian", approx=approx)
     loss(model(x), y).backward()
-    for block in optimizer._blocks:
+    for block in optimizer.engine.blocks:
         for key in keys:
             assert torch.allclose(block.pending[key], seen.blocks[block.name].tensors[key], rtol=1e-10)
 
@@ -141,7 +141,7 @@ def test_micro_batches_add_up():
     optimizer = SecondOrderOptimizer(model, loss_fn=loss, curv_type="hessian", approx="diag")
     for part in (slice(0, 3), slice(3, 6)):
         (loss(model(x[part]), y[part]) / 2).backward()
-    for block in optimizer._blocks:
+    for block in optimizer.engine.blocks:
         assert torch.allclose(block.pending["diag"], seen.blocks[block.name].tensors["diag"], rtol=1e-10)
 
 
@@ -230,7 +230,7 @@ def test_activations_inside_a_checkpoint(activation):
         optimizer = SecondOrderOptimizer(model, curv_type="hessian", approx="diag", lr=0.0, momentum=0.0)
         nn.functional.cross_entropy(model(cases.randn(6, 4)), torch.arange(6) % 3).backward()
         optimizer.step()
-        found.append(torch.cat([block.tensors["diag"].flatten() for block in optimizer._blocks]))
+        found.append(torch.cat([block.tensors["diag"].flatten() for block in optimizer.engine.blocks]))
     assert torch.allclose(*found, rtol=1e-12)
 
 
@@ -249,6 +249,6 @@ def test_low_precision_is_carried_back_in_single(dtype, approx):
         nn.functional.cross_entropy(model(x), torch.arange(4096) % 32).backward()
         optimizer.step()
         key = "diag" if approx == "diag" else "B"
-        found.append([block.tensors[key] for block in optimizer._blocks])
+        found.append([block.tensors[key] for block in optimizer.engine.blocks])
     for single, low in zip(*found, strict=True):
         assert low.dtype == torch.float32 and (single - low).norm() < 0.03 * single.norm()

@@ -224,7 +224,7 @@ def assert_measured(opt, truth, tol=1e-9, uncovered=0):
     """Step, and every block holds its part of the truth; the blocks cover all of it but so many parameters."""
     opt.step()
     seen = []
-    for block in opt._blocks:
+    for block in opt.engine.blocks:
         index = places_of(opt.model, block)
         expected = truth[index][:, index]
         seen.append(index)
@@ -427,7 +427,7 @@ def test_uses_of_bare_parameters_are_right_or_refused_by_name(name, approx, kind
         assert re.search(r"(gradient|curvature) of p\b|layers? '?p\b|put the batch first", str(error)), error
         assert modes_are_clean()
         return
-    for block in opt._blocks:
+    for block in opt.engine.blocks:
         index = places_of(model, block)
         expected = truth[index][:, index]
         if approx == "diag":
@@ -558,7 +558,7 @@ def test_checkpoints_that_are_not_reentrant_change_nothing(kind, training, appro
         torch.manual_seed(0)
         losses, grads = taken(model, opt, [tokens(seed=k) for k in range(3)])
         assert modes_are_clean()
-        kept = [t for block in opt._blocks for t in block.tensors.values()]
+        kept = [t for block in opt.engine.blocks for t in block.tensors.values()]
         found.append((losses, grads, kept, [p.detach() for p in model.parameters()]))
     assert found[0][0] == found[1][0]
     for ours, theirs in zip(found[0][1:], found[1][1:], strict=True):
@@ -634,7 +634,7 @@ def test_compiled_models_train_like_plain_ones(name):
         opt = SecondOrderOptimizer(model, lr=0.1, update_every=2, samples=None)
         used = torch.compile(model, backend=backend) if compiled else model
         losses, _ = taken(used, opt, [batch(seed=k) for k in range(3)])
-        assert all(block.measured for block in opt._blocks)
+        assert all(block.measured for block in opt.engine.blocks)
         runs.append((losses, list(model.parameters())))
     torch._dynamo.reset()
     assert modes_are_clean()
@@ -688,7 +688,7 @@ def test_low_precision_measures_nearly_the_same_in_float32(name, approx, form):
             loss = CE(model(x), y)
         loss.backward()
         opt.step()
-        found.append([tensor for block in opt._blocks for tensor in block.tensors.values()])
+        found.append([tensor for block in opt.engine.blocks for tensor in block.tensors.values()])
     for ours, theirs in zip(*found, strict=True):
         assert ours.dtype == theirs.dtype == torch.float32
         assert theirs.isfinite().all()
@@ -881,7 +881,7 @@ def test_the_rows_of_a_packed_parameter_are_solved_each_with_their_own_curvature
     opt.step()
     got = parameters_to_vector([p.grad for p in model.parameters()])
     flat, expected = parameters_to_vector(grads), torch.zeros_like(got)
-    for block in opt._blocks:
+    for block in opt.engine.blocks:
         index = places_of(model, block)
         expected[index] = oracles.solve_dense(truth[index][:, index], flat[index], 0.3)
     close(got, expected, 1e-9)
@@ -948,7 +948,7 @@ def test_a_norm_is_read_in_the_mode_of_its_forward_pass(norm, first, kind):
             model.eval()
         loss.backward()
         opt.step()
-        found.append([t for block in opt._blocks for t in block.tensors.values()])
+        found.append([t for block in opt.engine.blocks for t in block.tensors.values()])
     same(*found, 1e-12)
 
 
@@ -1226,7 +1226,7 @@ def test_embeddings_that_cannot_be_read_are_refused_by_name(name):
     with pytest.raises(ValueError, match=message):
         curvature(model, CE, [])
     rest = [{"params": model[1].parameters()}, {"params": model[0].parameters(), "approx": None}]
-    assert len(SecondOrderOptimizer(model, params=rest)._blocks) == 1
+    assert len(SecondOrderOptimizer(model, params=rest).engine.blocks) == 1
 
 
 @over_kinds
@@ -1272,10 +1272,10 @@ def test_groups_of_named_parameters():
     opt = SecondOrderOptimizer(model, params=[{"params": inside, "approx": "diag"}, {"params": rest}])
     taken(model, opt, [tokens(seed=k) for k in range(2)])
     assert opt.param_groups[0]["param_names"] == [name for name, _ in inside]
-    kinds = {block.name: block.options.approx for block in opt._blocks}
+    kinds = {block.name: block.options.approx for block in opt.engine.blocks}
     assert all((kind == "diag") == name.startswith(("attn", "lstm")) for name, kind in kinds.items())
     flat = SecondOrderOptimizer(built(Everything), params=None)
-    assert len(flat._blocks) == len(opt._blocks)
+    assert len(flat.engine.blocks) == len(opt.engine.blocks)
 
 
 @pytest.mark.parametrize("case", models.MODELS, ids=cases.ids(models.MODELS))

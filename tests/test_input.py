@@ -468,7 +468,7 @@ def test_few_rows_are_kept_in_the_place_of_a_and_many_are_not():
         precond = Preconditioner(model, curv_type="input", ema_decay=0.0)
         CE(model(cases.randn(n, 4)), torch.arange(n) % 3).backward()
         precond.step()
-        assert type(precond._blocks[0].factor).__name__ == kept
+        assert type(precond.engine.blocks[0].factor).__name__ == kept
 
 
 def test_batches_of_other_sizes_where_nothing_is_read_from_the_device(accelerator):

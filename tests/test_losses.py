@@ -163,7 +163,7 @@ def test_an_unreduced_squared_error_is_weighted_element_by_element(kind):
     y, weights = cases.randn(N, 2, seed=1), torch.tensor([3.0, 0.25], dtype=torch.float64)
     opt = optimizer(model, nn.MSELoss(reduction="none"), curv_type=kind)
     (weights * nn.MSELoss(reduction="none")(model(x), y)).mean()  # not seen: another module
-    (weights * opt._record.loss_fn(model(x), y)).mean().backward()
+    (weights * opt.engine.recorder.loss_fn(model(x), y)).mean().backward()
     J = torch.stack([torch.cat([torch.kron(torch.eye(2)[o], row), torch.eye(2)[o]]) for row in x for o in range(2)])
     residual = (model(x) - y).detach().flatten() if kind == "empirical_fisher" else torch.ones(2 * N).double()
     scale = 2 * weights.repeat(N) / (2 * N)
@@ -198,7 +198,7 @@ def test_a_batch_without_terms_adds_nothing(trigger, kind):
     backward(torch.full_like(y, -100))
     assert not model.weight.grad.any()
     opt.step()  # zero gradients and no curvature: nothing to do
-    assert not opt._blocks[0].tensors
+    assert not opt.engine.blocks[0].tensors
     opt.zero_grad()
     backward(torch.full_like(y, -100))
     backward(y)
@@ -212,7 +212,7 @@ def test_a_loss_with_factor_zero_has_no_curvature(kind, approx):
     opt = optimizer(model, loss, curv_type=kind, approx=approx)
     (0 * loss(model(x), y)).backward()
     opt.step()
-    (block,) = opt._blocks
+    (block,) = opt.engine.blocks
     assert all(not block.tensors[key].any() for key in block.approx.linear)
     assert all(torch.isfinite(value).all() for value in block.tensors.values())
 
@@ -290,7 +290,7 @@ def test_a_gradient_that_may_be_that_of_the_named_loss_passes(name, dtype):
     y = labels(N)
     loss(opt.model(cases.randn(N, 4).to(dtype)), y).backward()
     opt.step()
-    assert opt._blocks[0].tensors
+    assert opt.engine.blocks[0].tensors
 
 
 def test_a_named_loss_needs_a_reduction_and_a_class_dimension():

@@ -268,7 +268,7 @@ def test_the_running_average_is_the_best_of_the_weighted_sum():
         optimizer.step()
         matrices.append(oracles.ggn(model, loss_fn, xs, ys, named(model)))
     expected = (0.25 * matrices[0] + 0.5 * matrices[1] + matrices[2]) / 1.75
-    (block,) = optimizer._blocks
+    (block,) = optimizer.engine.blocks
     v = [cases.randn(*p.shape, seed=k) for k, p in enumerate(model.parameters())]
     close(flat(block.matvec(v)), expected @ flat(v), 1e-9)
     close(
@@ -286,12 +286,12 @@ def test_a_measurement_that_is_not_finite_is_left_out(approx):
     )
     loss_fn(model(x), y).backward()
     optimizer.step()
-    before = {key: value.clone() for key, value in optimizer._blocks[0].tensors.items()}
+    before = {key: value.clone() for key, value in optimizer.engine.blocks[0].tensors.items()}
     optimizer.zero_grad()
     loss_fn(model(x * torch.nan), y).backward()
     with pytest.warns(UserWarning, match="not finite"):
         optimizer.step()
-    for key, value in optimizer._blocks[0].tensors.items():
+    for key, value in optimizer.engine.blocks[0].tensors.items():
         assert torch.equal(value, before[key])
 
 
@@ -431,12 +431,12 @@ def test_a_batch_that_overflows_is_left_out_when_rows_are_compressed():
     )
     loss_fn(model(x), y).backward()
     optimizer.step()
-    before = optimizer._blocks[0].tensors["values"].clone()
+    before = optimizer.engine.blocks[0].tensors["values"].clone()
     optimizer.zero_grad()
     loss_fn(model(x * 1e30), y).backward()
     with pytest.warns(UserWarning, match="not finite"):
         optimizer.step()
-    assert torch.equal(optimizer._blocks[0].tensors["values"], before)
+    assert torch.equal(optimizer.engine.blocks[0].tensors["values"], before)
 
 
 def test_the_gram_matrix_stays_near_the_limit_of_its_rows(monkeypatch):

@@ -318,7 +318,7 @@ def test_parameters_may_be_frozen_and_unfrozen_between_steps(approx):
         for name, p in fresh.named_parameters():
             p.requires_grad_(name not in names)
         train(model, optimizer, [1])
-        firsts = {block.params[0] for block in optimizer._blocks}
+        firsts = {block.params[0] for block in optimizer.engine.blocks}
         assert {p for p, state in optimizer.state.items() if "curvature" in state} == firsts
         train(
             fresh, SecondOrderOptimizer(fresh, fresh.parameters(), approx=approx, ema_decay=0.0, **EACH, **PLAIN), [1]
@@ -352,7 +352,7 @@ def test_a_bad_row_does_not_reach_the_parameters_and_is_counted():
     optimizer = SecondOrderOptimizer(model, approx="full", rows_limit=1, damping=0.5, **PLAIN)
     before = flat(model.parameters())
     backward(model)
-    optimizer._blocks[0].pending_rows[0].uses[0][0].s[0, 0] = torch.nan
+    optimizer.engine.blocks[0].pending_rows[0].uses[0][0].s[0, 0] = torch.nan
     optimizer.step()
     close(before - flat(model.parameters()), flat(p.grad for p in model.parameters()) / 0.5)
     assert optimizer.metrics()["skipped_measurements"] == 1
@@ -433,12 +433,12 @@ def test_a_group_added_later_keeps_what_the_others_have_measured_though_their_da
     model = make_model()
     optimizer = SecondOrderOptimizer(model, model[2].parameters(), update_every=5)
     train(model, optimizer, [0])
-    statistics = {key: value.clone() for key, value in optimizer._blocks[0].tensors.items()}
+    statistics = {key: value.clone() for key, value in optimizer.engine.blocks[0].tensors.items()}
     optimizer.param_groups[0].update(damping=0.5, ema_decay=0.5)
     optimizer.add_param_group({"params": model[0].parameters(), "approx": "diag"})
     train(model, optimizer, [1])
-    assert {block.name for block in optimizer._blocks} == {"0", "2"}
-    kept = next(block for block in optimizer._blocks if block.name == "2")
+    assert {block.name for block in optimizer.engine.blocks} == {"0", "2"}
+    kept = next(block for block in optimizer.engine.blocks if block.name == "2")
     assert all(torch.equal(value, statistics[key]) for key, value in kept.tensors.items())
 
 
@@ -447,7 +447,7 @@ def test_full_joins_the_layers_of_groups_that_agree():
     groups = [{"params": layer.parameters(), "lr": 0.1 * k} for k, layer in enumerate(model, 1)]
     groups[3]["damping"] = 1.0
     optimizer = SecondOrderOptimizer(model, groups, approx="full")
-    assert [(block.name, len(block.layers)) for block in optimizer._blocks] == [("full", 3), ("full:3", 1)]
+    assert [(block.name, len(block.layers)) for block in optimizer.engine.blocks] == [("full", 3), ("full:3", 1)]
     train(model, optimizer, [0, 1])
 
 
@@ -490,16 +490,16 @@ def test_the_summary_counts_the_bytes_that_are_held(approx, damping_type):
     lines = optimizer.summary().splitlines()
     assert [line.split()[0] for line in lines[1:]] == [name for name, _ in model.named_parameters()]
     held = {}
-    for block in optimizer._blocks:
+    for block in optimizer.engine.blocks:
         saved = optimizer.state[block.params[0]]["curvature"]
         tensors = [*saved["tensors"].values(), *saved["factor"].values()]
         held[block.name] = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    for block in optimizer._blocks:
+    for block in optimizer.engine.blocks:
         shown = next(line for line, p in zip(lines[1:], model.parameters(), strict=True) if p is block.params[0])
         assert int(shown.split()[-1].replace(",", "")) == sum(held[block.name].values())
     sizes = {"full": 43 * 43, "block": 25 * 25, "unit": 5 * 5 * 5}
     if damping_type == "factored" and approx in ("unit", "block", "full"):
-        assert sum(held[optimizer._blocks[0].name].values()) == 8 * 2 * sizes[approx]
+        assert sum(held[optimizer.engine.blocks[0].name].values()) == 8 * 2 * sizes[approx]
 
 
 def test_the_summary_says_what_has_no_curvature_and_why():
@@ -581,7 +581,7 @@ def test_adaptive_intervals_read_their_moves_at_once_and_nothing_while_they_rest
     for step in range(20):
         reads.clear()
         optimizer.zero_grad()
-        due = sum(step >= pace.next for block in optimizer._blocks for pace in block.paces.values())
+        due = sum(step >= pace.next for block in optimizer.engine.blocks for pace in block.paces.values())
         backward(model, 0)
         with Syncs() as syncs:
             optimizer.step()

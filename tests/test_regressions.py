@@ -29,9 +29,9 @@ def test_statistics_do_not_start_at_the_identity():
     model = make_model()
     optimizer = SecondOrderOptimizer(model, lr=0.0, samples=None, ema_decay=0.9)
     step(model, optimizer)
-    first = {key: value.clone() for key, value in optimizer._blocks[0].tensors.items()}
+    first = {key: value.clone() for key, value in optimizer.engine.blocks[0].tensors.items()}
     step(model, optimizer)
-    for key, value in optimizer._blocks[0].tensors.items():
+    for key, value in optimizer.engine.blocks[0].tensors.items():
         torch.testing.assert_close(value, first[key])
 
 
@@ -39,7 +39,7 @@ def test_refactoring_does_not_add_damping_to_the_statistics():
     model = make_model()
     optimizer = SecondOrderOptimizer(model, lr=0.0, damping=10.0)
     step(model, optimizer)
-    block = optimizer._blocks[0]
+    block = optimizer.engine.blocks[0]
     before = {key: value.clone() for key, value in block.tensors.items()}
     for _ in range(3):
         block.refactor(10.0)

@@ -88,7 +88,7 @@ def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(approx, make):
             assert equal(model, before) and all(p.grad is None for p in model.parameters())
             assert state.keys() == dict(model.named_parameters()).keys()
             optimizer.load_state_dict(optimizer.state_dict())
-            assert not any(block.measured or block.has_factor for block in optimizer._blocks)
+            assert not any(block.measured or block.has_factor for block in optimizer.engine.blocks)
         for t in range(3):
             train(model, optimizer, [t])
             with torch.no_grad():
@@ -186,7 +186,7 @@ def test_options_come_from_the_checkpoint_as_in_torch_and_missing_ones_from_here
     again.load_state_dict(state)
     group = again.param_groups[0]
     assert (group["approx"], group["lr"], group["damping"], group["ema_decay"]) == ("diag", 0.01, 0.5, 0.5)
-    assert [block.options.approx for block in again._blocks] == ["diag", "diag"]
+    assert [block.options.approx for block in again.engine.blocks] == ["diag", "diag"]
 
 
 def test_the_state_of_torchs_sgd_can_be_continued_from():
@@ -217,7 +217,7 @@ def test_a_failure_before_saving_is_retried_and_counted_after_resuming(approx):
     optimizer = SecondOrderOptimizer(model, **options)
     train(model, optimizer, [0])
     name = "B" if approx == "kfac" else "matrix"
-    for block in optimizer._blocks:
+    for block in optimizer.engine.blocks:
         value = block.tensors[name]
         value.sub_(2 * torch.eye(value.shape[-1]))
     train(model, optimizer, [1])
@@ -280,7 +280,7 @@ def test_a_copy_feeds_only_itself():
     train(other, copied, range(3, 6))
     for (path, one), (_, kept) in zip(tensors(optimizer.state_dict()), tensors(before), strict=True):
         assert torch.equal(one, kept), path
-    assert not any(block.captured for block in optimizer._blocks)
+    assert not any(block.captured for block in optimizer.engine.blocks)
 
 
 def test_the_optimizer_before_its_model_keeps_its_state_only_and_says_what_to_write():
@@ -324,5 +324,5 @@ def test_a_schedule_given_as_the_default_holds_for_groups_added_later_and_after_
     for m, o in ((model, optimizer), (other, copied)):
         o.add_param_group({"params": m[2].parameters()})
         train(m, o, range(5))
-        assert [block.next_update for block in o._blocks] == [6, 6]
+        assert [block.next_update for block in o.engine.blocks] == [6, 6]
     assert equal(model, other)

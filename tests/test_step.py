@@ -204,10 +204,13 @@ def test_intervals_say_what_is_measured_and_factored_when():
     optimizer = SecondOrderOptimizer(model, update_every=2, refactor_every=lambda t: 3, lr=0.0)
     measured, factored = [], []
     for t in range(7):
-        old = optimizer._blocks[0].tensors.get("B", torch.zeros(()).double()).clone(), optimizer._blocks[0].factor
+        old = (
+            optimizer.engine.blocks[0].tensors.get("B", torch.zeros(()).double()).clone(),
+            optimizer.engine.blocks[0].factor,
+        )
         step(model, optimizer, *DATA[t % 5])
-        measured += [t] if not torch.equal(old[0], optimizer._blocks[0].tensors["B"]) else []
-        factored += [t] if old[1] is not optimizer._blocks[0].factor else []
+        measured += [t] if not torch.equal(old[0], optimizer.engine.blocks[0].tensors["B"]) else []
+        factored += [t] if old[1] is not optimizer.engine.blocks[0].factor else []
     assert measured == [0, 2, 4, 6] and factored == [0, 3, 6]
 
 
@@ -266,7 +269,7 @@ def test_uncovered_parameters_are_listed_or_trained_by_the_gradient():
     before, g = p.detach().clone(), p.grad.clone()
     optimizer.step()
     torch.testing.assert_close(before - p.detach(), 0.1 * g)
-    assert [block.params for block in optimizer._blocks] == [[model.body.bias]]
+    assert [block.params for block in optimizer.engine.blocks] == [[model.body.bias]]
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,7 @@ def test_kinds_of_several_groups_are_measured_in_one_backward(kinds, trigger):
     lost(opt, trigger, model(x), y).backward()
     opt.step()
     named = list(model.named_parameters())
-    for block, kind in zip(opt._blocks, kinds, strict=True):
+    for block, kind in zip(opt.engine.blocks, kinds, strict=True):
         whole = truth_of(model, x, y, kind=TRUTH[kind])
         names = [name for name, _ in named if name.startswith(block.name)]
         close(dense(opt, "tensors", block), oracles.sub_block(whole, named, names))
@@ -310,8 +310,8 @@ def test_a_step_that_a_grad_scaler_skips_leaves_nothing_behind(kind, set_to_none
             opt.model[0].weight.grad[0, 0] = float("inf")
         scaler.step(opt)
         scaler.update()
-        assert bool(opt._blocks[0].tensors) != bad
-    block = opt._blocks[0]
+        assert bool(opt.engine.blocks[0].tensors) != bad
+    block = opt.engine.blocks[0]
     close(block.tensors["matrix"][0].trace(), truth(opt, CE, x, y, kind).trace())
 
 
@@ -325,7 +325,7 @@ def test_autocast_and_bfloat16_measure_nearly_the_same_in_float32(kind, approx):
         with torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast"):
             CE(opt.model(x), y).backward()  # the pass starts inside the region
         opt.step()
-        found[name] = [tensor for block in opt._blocks for tensor in block.tensors.values()]
+        found[name] = [tensor for block in opt.engine.blocks for tensor in block.tensors.values()]
     for name in ("autocast", "bfloat16"):
         assert all(tensor.dtype == torch.float32 for tensor in found[name])
         for got, expected in zip(found[name], found["float32"], strict=True):
@@ -407,7 +407,7 @@ def function_transforms(opt, trigger, x, y):
 def test_what_adds_nothing_to_grad_adds_no_curvature(other, trigger, kind):
     opt, (x, y) = made(trigger, mlp(), curv_type=kind), batch()
     other(opt, trigger, *batch(seed=1))
-    assert not opt._blocks[0].captured
+    assert not opt.engine.blocks[0].captured
     loss = lost(opt, trigger, opt.model(x), y)
     other(opt, trigger, *batch(seed=2))
     loss.backward()
@@ -442,11 +442,11 @@ def test_only_the_blocks_that_a_partial_backward_reaches_are_fed(trigger):
     head = list(opt.model[2].parameters())
     loss = lost(opt, trigger, opt.model(x), y)
     loss.backward(inputs=head, retain_graph=True)
-    assert [block.captured for block in opt._blocks] == [False, True]
+    assert [block.captured for block in opt.engine.blocks] == [False, True]
     loss.backward(inputs=list(opt.model[0].parameters()))
     opt.step()
     expected = truth_of(opt.model, x, y).diag()
-    got = torch.cat([part.flatten() for block in opt._blocks for part in block.split([block.tensors["diag"]])])
+    got = torch.cat([part.flatten() for block in opt.engine.blocks for part in block.split([block.tensors["diag"]])])
     close(got, expected)
 
 
@@ -589,7 +589,7 @@ def test_nothing_is_recorded_while_nothing_is_due(trigger, monkeypatch):
         noted = [key for key in output.grad_fn.metadata if "torchcurv" in str(key)]
         loss = lost(opt, trigger, output, y)
         loss.backward()
-        seen.append((bool(noted), opt._blocks[0].captured))
+        seen.append((bool(noted), opt.engine.blocks[0].captured))
         opt.step()
         assert (step % 3 == 0) == seen[-1][0] == seen[-1][1]
 
@@ -603,7 +603,7 @@ def test_an_exception_in_the_forward_leaves_nothing_behind():
     with pytest.raises(ZeroDivisionError):
         opt.model(x)
     handle.remove()
-    assert not opt._record.forward._calls and not opt._record.forward._depth
+    assert not opt.engine.recorder.forward._calls and not opt.engine.recorder.forward._depth
     CE(opt.model(x), y).backward()
     close(measured(opt), truth(opt, CE, x, y))
 
@@ -838,7 +838,7 @@ def test_hooks_that_came_after_the_first_compiled_call_are_missed_with_a_message
     compiled(x)
     opt = SecondOrderOptimizer(model)
     CE(compiled(x), y).backward()
-    if any(block.captured for block in opt._blocks):
+    if any(block.captured for block in opt.engine.blocks):
         opt.step()
     else:
         with pytest.raises(RuntimeError, match=r"before torch.compile's first call"):
@@ -880,7 +880,7 @@ def test_the_hooks_of_a_copied_model_are_inert(copy_of):
     opt, (x, y) = optimizer(mlp(), "cross_entropy"), batch()
     other = copy_of(opt.model)
     CE(other(x), y).backward()
-    assert not opt._blocks[0].captured
+    assert not opt.engine.blocks[0].captured
     assert all("torchcurv" not in str(module.__dict__.keys()) for module in opt.model.modules())
     CE(opt.model(x), y).backward()
     CE(other(x), y).backward()
@@ -906,7 +906,7 @@ def drawn(curv_type="ggn", seed=0, steps=1, micro=1):
     for _ in range(steps):
         for _ in range(micro):
             CE(opt.model(x), y).backward()
-            found.append(opt._blocks[0].pending["matrix"].clone())
+            found.append(opt.engine.blocks[0].pending["matrix"].clone())
         opt.step()
         opt.zero_grad()
     return found
@@ -1001,7 +1001,7 @@ def test_such_a_gradient_is_taken_plainly_if_the_user_says_so(name):
         expected = p.detach() - 0.1 * p.grad
         opt.step()
         assert torch.allclose(p, expected)
-    assert opt._blocks[-1].tensors
+    assert opt.engine.blocks[-1].tensors
 
 
 def test_a_gradient_penalty_or_weight_decay_in_the_loss_is_no_other_use():
@@ -1017,7 +1017,7 @@ def test_a_bias_before_a_batch_norm_whose_gradient_is_rounding_passes():
     x, y = cases.randn(512, 1, 4, 4).float(), torch.arange(512) % V
     opt = optimizer(model, CE, approx="diag")
     CE(model(x), y).backward()
-    assert all(block.captured for block in opt._blocks)
+    assert all(block.captured for block in opt.engine.blocks)
 
 
 def test_weights_put_in_for_one_call_are_not_ours():

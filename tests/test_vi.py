@@ -364,7 +364,7 @@ def test_temperature_warms_up():
         model = make_model()
         optimizer = VIOptimizer(model, N, approx="diag", kl_warmup=warmup, temperature=TAU, prior_precision=DELTA)
         for t, tau in enumerate(taus):
-            C = optimizer._blocks[0].tensors.get("diag", torch.zeros(()).double())
+            C = optimizer.engine.blocks[0].tensors.get("diag", torch.zeros(()).double())
             got = torch.cat([x.flatten() for x in optimizer.posterior.blocks[0].variances()]).sort().values
             truth = (1 / (N / (TAU * tau) * C + DELTA)).flatten().expand_as(got).sort().values
             torch.testing.assert_close(got, truth)
@@ -395,7 +395,7 @@ def test_groups_without_a_posterior_are_not_drawn():
     assert same == [True, True, False, False]
     g = model[0].weight.grad.clone()
     optimizer.step()
-    C = optimizer._blocks[0].tensors["diag"][0, :, :4]
+    C = optimizer.engine.blocks[0].tensors["diag"][0, :, :4]
     torch.testing.assert_close(before[0] - model[0].weight, g / (C + 0.1))
     assert optimizer.posterior.size == 18
     assert torch.equal(optimizer.sample()["0.weight"], model[0].weight)
@@ -644,7 +644,9 @@ def test_the_damping_of_the_step_is_no_part_of_the_covariance(options):
         )
         step_at_mean(model, optimizer)
         solved = [
-            x for block in optimizer._blocks for x in block.solve([piece.of(piece.param) for piece in block.pieces])
+            x
+            for block in optimizer.engine.blocks
+            for x in block.solve([piece.of(piece.param) for piece in block.pieces])
         ]
         variances = optimizer.posterior.variances()
         draw = optimizer.posterior.deviation(torch.Generator().manual_seed(0))

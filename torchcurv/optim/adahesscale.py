@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchcurv.curv.checks import Interval, check_number
 from torchcurv.curv.options import OPTION_NAMES, Options
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
+from torchcurv.optim.companion import Companion, Group, buffer_of
 from torchcurv.optim.update import scale_within
 
 
@@ -34,9 +35,6 @@ class AdaHesScale(CurvatureOptimizer):
     Sources: Elsayed and Mahmood, "HesScale" (2210.11639); Elsayed et al., "Revisiting scalable Hessian diagonal
     approximations for applications in reinforcement learning" (2406.03276).
     """
-
-    _factors: ClassVar[bool] = False
-    _copied: ClassVar[tuple[str, ...]] = (*CurvatureOptimizer._copied, "_delta", "_max_scale")
 
     def __init__(
         self,
@@ -62,7 +60,7 @@ class AdaHesScale(CurvatureOptimizer):
         if delta is not None:
             check_number("delta", delta, lambda x: x > 0, "a number > 0, or None for no trust region")
         check_number("max_scale", max_scale, lambda x: x > 0, "a number > 0")
-        self._delta, self._max_scale = delta, max_scale
+        self.settings = {"delta": delta, "max_scale": max_scale}
         if approx not in ("diag", None):
             raise ValueError(f'approx={approx!r}; AdaHesScale reads a diagonal: "diag", or None for Adam')
         options = Options(
@@ -80,6 +78,8 @@ class AdaHesScale(CurvatureOptimizer):
             {"lr": lr, "betas": betas, "eps": eps},
             {name: getattr(options, name) for name in OPTION_NAMES},
             **{name: given[name] for name in WHOLE_OPTIONS},
+            companions=(Moments,),
+            factors=False,
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -91,7 +91,8 @@ class AdaHesScale(CurvatureOptimizer):
         if group["approx"] not in ("diag", None):
             raise ValueError(f'approx={group["approx"]!r}; AdaHesScale reads a diagonal: "diag", or None for Adam')
 
-    def _update(self) -> None:
+    def update_parameters(self) -> None:
+        """Adam with the diagonals that were measured."""
         diagonals = self._diagonals()
         steps: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
@@ -100,7 +101,7 @@ class AdaHesScale(CurvatureOptimizer):
                 if p.grad is None:
                     continue
                 g = p.grad.to(torch.promote_types(p.dtype, torch.float32))
-                h, state = diagonals.get(p, g), self._moments(self.state[p], p)
+                h, state = diagonals.get(p, g), moments_of(self.state[p], p)
                 state["moment_steps"] += 1
                 t = state["moment_steps"]
                 m, v = state["exp_avg"].lerp_(g, 1 - beta1), state["exp_avg_sq"].mul_(beta2)
@@ -115,7 +116,7 @@ class AdaHesScale(CurvatureOptimizer):
     def _diagonals(self) -> dict[Tensor, Tensor]:
         """What was last measured of the Hessian's diagonal, by parameter."""
         found: dict[Tensor, Tensor] = {}
-        for block in self._blocks:
+        for block in self.engine.blocks:
             if block.measured:
                 values = block.tensors["diag"].reshape(block.layers[0].shape)
                 found.update(zip(block.params, block.layers[0].split(values), strict=True))
@@ -124,17 +125,20 @@ class AdaHesScale(CurvatureOptimizer):
     def _scale(self, steps: dict[Tensor, Tensor], diagonals: dict[Tensor, Tensor]) -> Tensor | float:
         """s of the trust region, without a host sync."""
         own = [(diagonals[p].abs() * u.square()).sum() for p, u in steps.items() if p in diagonals]
-        if self._delta is None or not own:
+        if self.settings["delta"] is None or not own:
             return 1.0
-        return scale_within(torch.stack(own).sum(), 2 * self._delta, self._max_scale)
+        return scale_within(torch.stack(own).sum(), 2 * self.settings["delta"], self.settings["max_scale"])
 
-    def _moments(self, state: dict[str, Any], p: Tensor) -> dict[str, Any]:
-        if "exp_avg" not in state:
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=dtype) for _ in range(2))
-            state["moment_steps"] = 0
-        return state
 
-    def _save_param(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
-        super()._save_param(state, p, group)
-        self._moments(state, p)
+class Moments(Companion):
+    """The moments of Adam, of every parameter."""
+
+    def save(self, state: dict[str, Any], p: Tensor, group: Group) -> None:
+        moments_of(state, p)
+
+
+def moments_of(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    for name in ("exp_avg", "exp_avg_sq"):
+        buffer_of(state, p, name)
+    state.setdefault("moment_steps", 0)
+    return state

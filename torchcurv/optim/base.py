@@ -11,8 +11,11 @@ import copy
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from difflib import SequenceMatcher
-from typing import Any, ClassVar
+from functools import partial
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +24,12 @@ from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.checks import ADAPTIVE, AUTO, check_interval, interval_at, value_at
 from torchcurv.curv.kinds.base import INPUT
 from torchcurv.curv.options import OPTION_NAMES, Options
-from torchcurv.optim.companion import Companion
-from torchcurv.optim.engine.building import Blueprint, BlockRule
+from torchcurv.optim.companion import Companion, hint_of
+from torchcurv.optim.engine.building import BlockRule, Blueprint
 from torchcurv.optim.engine.checkpoint import exact_state
 from torchcurv.optim.engine.damping import DampingPolicy, StepDamping, is_zero
 from torchcurv.optim.engine.engine import CurvatureEngine
 from torchcurv.optim.engine.report import metrics_of, summary_of
-from torchcurv.optim.update import inner, scale_within
 
 _INTERVALS = ("update_every", "refactor_every")
 INTERVAL = 10  # what "auto" stands for
@@ -39,19 +41,21 @@ _SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", 
 # Options of the optimizer as a whole.
 WHOLE_OPTIONS = ("loss_fn", "reduction", "class_dim", "output_fn", "grad_scaler", "unsupported", "seed")
 
+C = TypeVar("C", bound=Companion)
+
 
 class CurvatureOptimizer(torch.optim.Optimizer):
-    """Base of the optimizers: subclasses define `_update`, which moves the parameters.
+    """Base of the optimizers: subclasses define `update_parameters`, which moves the parameters.
 
-    The structure of a block is read when the optimizer is built, when a group is added and when a state is loaded; every
-    other option of a group may be changed between steps.
+    The structure of a block is read when the optimizer is built, when a group is added and when a state is loaded;
+    every other option of a group may be changed between steps.
     """
 
     model: nn.Module | None = None
     _engine: CurvatureEngine | None = None
-    _companions: Sequence[Companion] = ()
     _last: dict[str, Tensor]  # what is known of the last step, 0-d
-    _copied: ClassVar[tuple[str, ...]] = ("_schedules", "_early", "defaults")
+    _copied: ClassVar[tuple[str, ...]] = ("_schedules", "_early", "defaults", "settings")
+    settings: Mapping[str, Any] = MappingProxyType({})  # options of the whole optimizer that are its own
 
     def __init__(
         self,
@@ -70,7 +74,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         damping: DampingPolicy | None = None,
         arrange: Callable[[list[Curvature]], list[Curvature]] = list,
         rules: tuple[BlockRule, ...] = (),
-        companions: Sequence[Companion] = (),
+        companions: Sequence[type[Companion]] = (),
         **engine_options: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -85,7 +89,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             raise TypeError(f"grad_scaler={grad_scaler!r}; pass a torch.amp.GradScaler, or anything with get_scale()")
         self.model = model
         self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-        self._last, self._companions = {}, companions
+        self._last = {}
+        self._companions: dict[type[Companion], Companion] = {}
         self._schedules: dict[tuple[int, str], Callable[[int], Any]] = {}
         self._early: set[tuple[int, str]] = set()  # (group, interval) that are 1 in the beginning
         recording = {
@@ -98,6 +103,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         }
         blueprint = Blueprint(model, unsupported, arrange, rules)
         self._make_engine(blueprint, recording, damping or StepDamping(), engine_options)
+        self._companions |= {companion: companion(self) for companion in companions}
         self._check_group(self._at_step({**step_defaults, **curvature_options}))
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
@@ -109,7 +115,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _make_engine(
         self, blueprint: Blueprint, recording: dict[str, Any], damping: DampingPolicy, options: dict[str, Any]
     ) -> None:
-        engine = CurvatureEngine(blueprint, recording, _Schedule(weakref.proxy(self)), damping, **options)
+        schedule, hint = _Schedule(weakref.proxy(self)), partial(hint_of, self._companions)
+        engine = CurvatureEngine(blueprint, recording, schedule, damping, hint=hint, **options)
         self._engine, self._engine_options = engine, options
         self._finalizer = weakref.finalize(self, engine.remove)
 
@@ -117,7 +124,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim; curvature and step options may stand in the group."""
-        engine = self._require_engine()
+        engine = self.engine
         _check_keys(param_group, self.defaults)
         super().add_param_group(param_group)
         try:
@@ -156,7 +163,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         found = {**options, **{key: every for key in _INTERVALS if options[key] == AUTO}}
         for key in (*_INTERVALS, *_VALUES):
             if callable(options[key]):
-                found[key] = (interval_at if key in _INTERVALS else value_at)(key, options[key], self._require_engine().step)
+                found[key] = (interval_at if key in _INTERVALS else value_at)(key, options[key], self.engine.step)
         return found
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -189,9 +196,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _build(self) -> None:
         """Layers, blocks and recorder for the groups as they are now."""
-        self._require_engine().build(self.param_groups, self.state)
+        self.engine.build(self.param_groups, self.state)
 
-    def _require_engine(self) -> CurvatureEngine:
+    @property
+    def engine(self) -> CurvatureEngine:
+        """The blocks of the curvature, and when they are refreshed."""
         if self._engine is None:
             raise RuntimeError(
                 "this optimizer was copied or unpickled without its model and keeps state only: deepcopy the pair "
@@ -201,7 +210,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _apply_schedules(self) -> None:
         """What functions of the step say of damping and memory now."""
-        step = self._require_engine().step
+        step = self.engine.step
         for (index, key), schedule in self._schedules.items():
             if key in _VALUES:
                 self.param_groups[index][key] = value_at(key, schedule, step)
@@ -215,17 +224,17 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
         closure: recomputes the loss, and is called first. What else it does, the docstring of the class says.
         """
-        engine = self._require_engine()
-        loss = self._evaluate(closure)
+        engine = self.engine
+        loss = self.run_closure(closure)
         self._last = {"loss": loss.detach()} if isinstance(loss, Tensor) and not loss.dim() else {}
         if engine.refresh():
-            self._update()
+            self.update_parameters()
             self._finish_step()
         elif engine.only_zeros:
             self._save()
         return loss
 
-    def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
+    def run_closure(self, closure: Callable[[], Any] | None) -> Any:
         """Run the closure, if there is one, so that gradients lie in `.grad`."""
         if closure is None:
             return None
@@ -233,13 +242,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             return closure()
 
     @abstractmethod
-    def _update(self) -> None:
-        """Move the parameters, by `self._engine` and the gradients in `.grad`."""
+    def update_parameters(self) -> None:
+        """Move the parameters, by `engine.precondition`, or the blocks, and the gradients in `.grad`."""
 
     def _finish_step(self) -> None:
         """Count the step, put what must survive into the state, and say what the next forward passes feed."""
-        engine = self._require_engine()
-        for companion in self._companions:
+        engine = self.engine
+        for companion in self._companions.values():
             companion.gradients_gone()
         engine.step += 1
         self._save()
@@ -247,17 +256,26 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._build()
         else:
             engine.begin_step()
-        for companion in self._companions:
+        for companion in self._companions.values():
             companion.step_ended()
+
+    def companion(self, kind: type[C]) -> C:
+        """The companion of this type."""
+        found: Any = self._companions[kind]
+        return found
+
+    def note(self, **known: Tensor) -> None:
+        """What `metrics` is to say of this step, as 0-d tensors."""
+        self._last |= known
 
     def _save(self) -> None:
         """What must survive this step into `state`, where every trainable parameter has its keys."""
-        engine = self._require_engine()
+        engine = self.engine
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad:
                     self.state[p]["step"] = engine.step
-                    for companion in self._companions:
+                    for companion in self._companions.values():
                         companion.save(self.state[p], p, group)
         engine.save(self.state)
 
@@ -266,7 +284,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     @property
     def blocks(self) -> Mapping[str, Curvature]:
         """The blocks of the curvature by name: those of layers have the names of the modules."""
-        return {block.name: block for block in self._require_engine().blocks}
+        return {block.name: block for block in self.engine.blocks}
 
     def observe(
         self,
@@ -282,7 +300,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         weight: the factor this loss has in what backward() is called on.
         That output is then dealt with: no other trigger counts it again.
         """
-        recorder = self._require_engine().recorder
+        recorder = self.engine.recorder
         assert recorder is not None
         recorder.observe(output, target, loss_fn, weight)
 
@@ -292,7 +310,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if self._engine is None:
             return
         self._engine.forget()
-        for companion in self._companions:
+        for companion in self._companions.values():
             companion.gradients_gone()
         if self._engine.outdated:
             self._build()
@@ -301,7 +319,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """Take every hook off the model and the loss; the optimizer keeps its state."""
         if self._engine is not None:
             self._engine.remove()
-        for companion in self._companions:
+        for companion in self._companions.values():
             companion.removed()
 
     @torch.no_grad()
@@ -313,17 +331,18 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         damping: that of the first group. loss: what the closure returned, if `step` was given one. kl: ½ lr² <V, g> of
         the step after the KL clip, and clip: the factor ν of that. What else there is, the docstring of the class says.
         """
-        engine = self._require_engine()
+        engine = self.engine
         last = dict(self._last)
-        for companion in self._companions:
+        for companion in self._companions.values():
             last |= companion.known()
         if "size" in last:
             last["kl"] = 0.5 * last.pop("size").abs() * last["clip"].square()
-        return metrics_of(engine, last)
+        return metrics_of(engine.step, engine.blocks, self.param_groups, last)
 
     def summary(self) -> str:
         """A table of what every parameter got: layer, curvature, approximation, block sizes, memory in bytes."""
-        return summary_of(self._require_engine())
+        engine = self.engine
+        return summary_of(engine.blocks, engine.params(), engine.blueprint.names)
 
     # ------------------------------------------------------------------------- saving and copying
 
@@ -334,7 +353,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _restore(self) -> None:
         """Blocks and counters from `state`."""
-        engine = self._require_engine()
+        engine = self.engine
         self._last, early = {}, self._early  # the groups say what "auto" has become
         engine.step = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
         for index, group in enumerate(self.param_groups):
@@ -346,7 +365,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._early = early
         self._build()
         engine.load(self.state)
-        for companion in self._companions:
+        for companion in self._companions.values():
             companion.loaded(self.state)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -363,12 +382,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             return new
         for key in self._copied:
             setattr(new, key, copy.copy(getattr(self, key)))
-        new.model, old = model, self._require_engine()
+        new.model, old = model, self.engine
         new._names = {p: name for name, p in model.named_parameters()}
         loss_fn = old.recording["loss_fn"]
         recording = {**old.recording, "loss_fn": memo.get(id(loss_fn), loss_fn)}
-        new._companions = [companion.copied(new) for companion in self._companions]
+        new._companions = {}
         new._make_engine(replace(old.blueprint, model=model), recording, old.damping, self._engine_options)
+        new._companions |= {companion: companion(new) for companion in self._companions}
         new._restore()
         return new
 
@@ -395,34 +415,6 @@ class _Schedule:
 
     def apply(self, step: int) -> None:
         self.optimizer._apply_schedules()
-
-
-def kl_clip(
-    groups: Iterable[dict[str, Any]], gradients: dict[Tensor, Tensor], solved: dict[Tensor, Tensor], bound: float | None
-) -> dict[str, Tensor]:
-    """size: Σ lr² <V, g> over preconditioned steps V in units of the loss, and clip: the factor ν that keeps it below
-    the bound, one number for all of them. Empty where there is no bound, or nothing to clip."""
-    if bound is None or not solved:
-        return {}
-    products = []
-    for group in groups:
-        clipped = group["params"] if is_of_the_loss(group) else []
-        own = [inner(solved[p], gradients[p]) for p in clipped if p in solved]
-        if own:
-            products.append(torch.stack(own).sum() * group["lr"] ** 2)
-    if not products:
-        return {}
-    size = torch.stack(products).sum()
-    return {"size": size, "clip": scale_within(size, bound)}
-
-
-def descend_plainly(optimizer: CurvatureOptimizer) -> None:
-    """Parameters without a curvature follow the gradient."""
-    covered = {p for block in optimizer.blocks.values() for p in block.params}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if p.grad is not None and p not in covered:
-                p.add_(p.grad, alpha=-group["lr"])
 
 
 # ---------------------------------------------------------------------------------------------- helpers

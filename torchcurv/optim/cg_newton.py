@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torchcurv.curv.checks import check_number
 from torchcurv.curv.hessian.products import Products, hessian_times
 from torchcurv.curv.options import OPTION_NAMES, Options
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
+from torchcurv.optim.engine.engine import descend_uncovered
 from torchcurv.optim.update import inner
 
 Vector = list[Tensor]
@@ -72,9 +73,6 @@ class CGNewton(CurvatureOptimizer):
     architectures" (2020); Martens, "Deep learning via Hessian-free optimization" (2010).
     """
 
-    _factors: ClassVar[bool] = False
-    _copied: ClassVar[tuple[str, ...]] = (*CurvatureOptimizer._copied, "_operator", "_iterations")
-
     def __init__(
         self,
         model: nn.Module,
@@ -99,14 +97,14 @@ class CGNewton(CurvatureOptimizer):
         unsupported: str = "error",
         seed: int = 0,
     ) -> None:
-        self._operator = curv_type if approx == "operator" else None
-        self._iterations = 0
-        if self._operator is not None and curv_type not in OPERATOR_KINDS:
+        operator = curv_type if approx == "operator" else None
+        self.settings = {"operator": operator}
+        if operator is not None and curv_type not in OPERATOR_KINDS:
             raise ValueError(f'curv_type={curv_type!r} with approx="operator"; allowed are "ggn" and "hessian"')
         by_rows = approx in ("full", "block") and curv_type != "hessian"
         options = Options(
-            curv_type="ggn" if self._operator else curv_type,
-            approx=None if self._operator else approx,
+            curv_type="ggn" if operator else curv_type,
+            approx=None if operator else approx,
             samples=samples,
             sharing=sharing,
             ema_decay=ema_decay,
@@ -119,6 +117,8 @@ class CGNewton(CurvatureOptimizer):
             {name: given[name] for name in ("lr", "alpha", "cg_tol", "cg_atol", "cg_maxiter", "warm_start")},
             {name: getattr(options, name) for name in OPTION_NAMES},
             **{name: given[name] for name in WHOLE_OPTIONS},
+            factors=False,
+            waits_for_gradients=operator is None,
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -128,28 +128,38 @@ class CGNewton(CurvatureOptimizer):
         check_number("alpha", group["alpha"], lambda x: 0 <= x <= 1, "a number from 0 to 1")
         check_number("cg_maxiter", group["cg_maxiter"], lambda x: x >= 1, "an int of at least 1")
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. closure: recomputes loss and gradients as in torch.optim; with approx="operator" it is needed,
-        and returns (loss, output), or for the Hessian the loss, without calling backward()."""
-        if self._operator is not None:
-            return self._matrix_free(closure)
-        return super().step(closure)
+    def run_closure(self, closure: Callable[[], Any] | None) -> Any:
+        """closure: recomputes loss and gradients as in torch.optim; with approx="operator" it is needed, and returns
+        (loss, output), or for the Hessian the loss, without calling backward().
+        """
+        if self.settings["operator"] is None:
+            return super().run_closure(closure)
+        self._products, loss = self._products_of(closure)
+        return loss
 
-    def _update(self) -> None:
-        self._iterations = 0
-        for block, index in zip(self._blocks, self._group_index, strict=True):
+    def update_parameters(self) -> None:
+        """Steps along the solutions: block by block, or over everything with products that keep nothing."""
+        if self.settings["operator"] is not None:
+            self._update_all(self._products)
+            del self._products
+            return
+        iterations = 0
+        for block, group in self.engine.by_group():
             if not block.measured or all(p.grad is None for p in block.params):
                 continue
             gradients = {p: p.grad if p.grad is not None else torch.zeros_like(p) for p in block.params}
             b = [-piece.of(gradients[piece.param]) for piece in block.pieces]
-            d = self._solved(self.param_groups[index], block.multiply, b, [p for p, _ in block.pieces])
+            d, count = self._solved(group, block.multiply, b, [p for p, _ in block.pieces])
+            iterations += count
             for piece, x in zip(block.pieces, d, strict=True):
-                piece.of(piece.param).add_(x, alpha=self.param_groups[index]["lr"])
-        self._plain()
+                piece.of(piece.param).add_(x, alpha=group["lr"])
+        descend_uncovered(self.param_groups, self.engine.blocks)
+        self.note(cg_iterations=torch.tensor(float(iterations)))
 
     def _solved(
         self, group: dict[str, Any], multiply: Callable[[Vector], Vector], b: Vector, params: list[Tensor]
-    ) -> Vector:
+    ) -> tuple[Vector, int]:
+        """(the solution, iterations)."""
         alpha = group["alpha"]
         b = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in b]
 
@@ -162,43 +172,40 @@ class CGNewton(CurvatureOptimizer):
             flat = self.state[params[0]][key].split([t.numel() for t in b])
             start = [part.reshape(t.shape) for part, t in zip(flat, b, strict=True)]
         d, iterations = conjugate_gradients(product, b, start, group["cg_tol"], group["cg_atol"], group["cg_maxiter"])
-        self._iterations += iterations
         if group["warm_start"]:
             self.state[params[0]][key] = torch.cat([t.flatten() for t in d])
-        return d
+        return d, iterations
 
-    def _matrix_free(self, closure: Callable[[], Any] | None) -> Any:
-        """A step over all parameters with products that differentiate the closure's graph again."""
+    def _products_of(self, closure: Callable[[], Any] | None) -> tuple[tuple[Products, Vector], Tensor]:
+        """((products with C, the gradient), the loss) over all parameters, by differentiating the closure's graph."""
         if closure is None:
             raise ValueError('approx="operator" needs step(closure); the closure returns (loss, output)')
         with torch.enable_grad():
             result = closure()
         loss, output = result if isinstance(result, tuple) else (result, None)
-        if output is None and self._operator == "ggn":
+        if output is None and self.settings["operator"] == "ggn":
             raise ValueError('approx="operator" with the GGN needs a closure that returns (loss, output)')
-        group, params = self.param_groups[0], [p for p in self._params() if p.requires_grad]
+        params = [p for p in self.engine.params() if p.requires_grad]
         try:
             whole = Products(loss, params, torch.ones_like(loss), middle=None)
         except RuntimeError as error:
             if "second time" not in str(error) and "does not require grad" not in str(error):
                 raise
             raise RuntimeError("the closure must return the loss without calling backward()") from error
-        products = whole if self._operator == "hessian" else _gauss_newton(loss, output, params)
+        products = whole if self.settings["operator"] == "hessian" else _gauss_newton(loss, output, params)
+        return (products, list(whole.first)), loss
+
+    def _update_all(self, found: tuple[Products, Vector]) -> None:
+        products, gradient = found
+        group, params = self.param_groups[0], [p for p in self.engine.params() if p.requires_grad]
 
         def multiply(x: Vector) -> Vector:
             return [Cx[0] for Cx in products([t.unsqueeze(0) for t in x])]
 
-        self._iterations, self._last = 0, {"loss": loss.detach()}
-        with torch.no_grad():
-            d = self._solved(group, multiply, [-g.detach() for g in whole.first], params)
-            for p, x in zip(params, d, strict=True):
-                p.add_(x.to(p.dtype), alpha=group["lr"])
-            self._finish_step()
-        return loss
-
-    def metrics(self) -> dict[str, float]:
-        """Those of every optimizer here, and the CG iterations of the last step."""
-        return {**super().metrics(), "cg_iterations": self._iterations}
+        d, iterations = self._solved(group, multiply, [-g.detach() for g in gradient], params)
+        for p, x in zip(params, d, strict=True):
+            p.add_(x.to(p.dtype), alpha=group["lr"])
+        self.note(cg_iterations=torch.tensor(float(iterations)))
 
 
 def _gauss_newton(loss: Tensor, output: Tensor, params: Vector) -> Products:

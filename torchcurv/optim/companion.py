@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +13,13 @@ Group = dict[str, Any]
 
 
 class Companion:
-    """Something an optimizer keeps. Every method does nothing unless it is defined."""
+    """Something an optimizer keeps, of which a copy of the optimizer has one of its own.
+
+    Every method but the constructor does nothing unless it is defined. optimizer: whose it is; a weak reference.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = weakref.proxy(optimizer)
 
     def gradients_gone(self) -> None:
         """zero_grad() was called, or a step has ended."""
@@ -28,9 +36,17 @@ class Companion:
     def save(self, state: dict[str, Any], p: Tensor, group: Group) -> None:
         """Put into the state of a parameter what must survive; the keys are there from the first step on."""
 
+    def hint(self) -> str | None:
+        """Why no curvature was captured for the gradients that are there, if it knows."""
+        return None
+
     def known(self) -> dict[str, Tensor]:
         """What `metrics` reports, as 0-d tensors."""
         return {}
+
+
+def hint_of(companions: Mapping[Any, Companion]) -> str | None:
+    return next((hint for companion in companions.values() if (hint := companion.hint()) is not None), None)
 
 
 def buffer_of(state: dict[str, Any], p: Tensor, name: str = "momentum_buffer") -> Tensor:

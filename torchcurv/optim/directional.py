@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,10 @@ from torchcurv.curv.analysis.directions import (
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.checks import check_number
 from torchcurv.curv.kinds.base import GRADIENT
-from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.options import OPTION_NAMES, Options
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
+from torchcurv.optim.engine.engine import descend_uncovered
+from torchcurv.optim.engine.report import warn_of_failures
 
 
 def top_k(k: int) -> Criterion:
@@ -84,9 +85,6 @@ class DirectionalNewton(CurvatureOptimizer):
     (2021), with `from_noise` our own.
     """
 
-    _factors: ClassVar[bool] = False
-    _copied: ClassVar[tuple[str, ...]] = (*CurvatureOptimizer._copied, "_criterion", "_damp", "_choices")
-
     def __init__(
         self,
         model: nn.Module,
@@ -117,8 +115,9 @@ class DirectionalNewton(CurvatureOptimizer):
             raise ValueError(
                 f'curv_type={curv_type!r}; DirectionalNewton reads rows of "ggn", "fisher" or "empirical_fisher"'
             )
-        self._criterion, self._damp = criterion, damping
-        self._choices: dict[str, Any] = {
+        self.settings = {
+            "criterion": criterion,
+            "damping": damping,
             "cutoff": cutoff,
             "curvature_samples": curvature_samples,
             "gradient_samples": gradient_samples,
@@ -133,30 +132,31 @@ class DirectionalNewton(CurvatureOptimizer):
             {"lr": lr},
             {name: getattr(options, name) for name in OPTION_NAMES},
             **{name: given[name] for name in WHOLE_OPTIONS},
+            arrange=with_shares,
+            factors=False,
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_number("lr", group["lr"], lambda x: 0 <= x < math.inf, "a finite number >= 0")
 
-    def _make_blocks(self, chosen: list[tuple[Layer, Options, int]]) -> list[Curvature]:
-        return with_shares(super()._make_blocks(chosen))
-
-    def _update(self) -> None:
-        for block, index in zip(self._blocks, self._group_index, strict=True):
+    def update_parameters(self) -> None:
+        """Newton steps along the chosen directions; plain gradients elsewhere."""
+        for block, group in self.engine.by_group():
             if block.kind == GRADIENT or not block.measured:
                 continue
             try:
-                newton = self._directions(block).newton(self._damp)
+                newton = self._directions(block).newton(self.settings["damping"])
             except FloatingPointError:  # counted, and no step
                 block.count_skipped()
-                self._report([block])
+                warn_of_failures([block])
                 continue
             for piece, x in zip(block.pieces, block.split(newton), strict=True):
-                piece.of(piece.param).add_(x, alpha=self.param_groups[index]["lr"])
-        self._plain()
+                piece.of(piece.param).add_(x, alpha=group["lr"])
+        descend_uncovered(self.param_groups, self.engine.blocks)
 
     def _directions(self, block: Curvature) -> Directions:
         """The chosen directions of a block, while `step` runs (torchcurv.directions looks at a batch on its own)."""
-        shares = next(other for other in self._blocks if other.kind == GRADIENT and other.layers is block.layers)
-        return directions_of(block, shares, self._criterion, **self._choices)
+        shares = next(one for one in self.engine.blocks if one.kind == GRADIENT and one.layers is block.layers)
+        choices = {key: self.settings[key] for key in ("cutoff", "curvature_samples", "gradient_samples")}
+        return directions_of(block, shares, self.settings["criterion"], **choices)

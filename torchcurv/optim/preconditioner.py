@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torchcurv.curv.options import OPTION_NAMES
@@ -68,13 +67,13 @@ class Preconditioner(CurvatureOptimizer):
             **{name: given[name] for name in WHOLE_OPTIONS},
         )
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Precondition the gradients in place."""
+    def run_closure(self, closure: Callable[[], Any] | None) -> None:
+        """None: there is no closure to be run."""
         if closure is not None:
             raise ValueError("Preconditioner.step takes no closure: give it to the optimizer behind")
-        if self._refresh():
-            gradients = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
-            for p, x in self._solve(gradients).items():
-                gradients[p].copy_(x)
-            self._finish_step()
+
+    def update_parameters(self) -> None:
+        """Precondition the gradients in place."""
+        gradients = {p: p.grad for p in self.engine.params() if p.grad is not None}
+        for p, x in self.engine.precondition(gradients).items():
+            gradients[p].copy_(x)

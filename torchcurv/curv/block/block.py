@@ -100,6 +100,11 @@ class Curvature:
     # -------------------------------------------------------------------------------- measuring
 
     @property
+    def by_passes(self) -> bool:
+        """Whether curvature passes measure it; Price's estimate of the Hessian is made from draws."""
+        return self.kind != SECOND or self.options.method != "price"
+
+    @property
     def captured(self) -> bool:
         return bool(self.pending or self.pending_rows)
 

@@ -15,7 +15,8 @@ from torchcurv.curv.options import OPTION_NAMES, Options
 from torchcurv.optim.engine.damping import Group
 
 Chosen = list[tuple[Layer, Options, int]]  # layers, with the options and the index of their group
-BlockRule = Callable[[Curvature, int, Sequence[Group]], None]  # raises where a block may not be in its group
+Names = dict[Tensor, str]
+BlockRule = Callable[[Curvature, int, Sequence[Group], Names], None]  # raises where a block may not be in its group
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Blueprint:
     rules: tuple[BlockRule, ...] = ()
 
     @property
-    def names(self) -> dict[Tensor, str]:
+    def names(self) -> Names:
         return {p: name for name, p in self.model.named_parameters()}
 
     def blocks(self, groups: Sequence[Group]) -> list[tuple[Curvature, int]]:
@@ -42,7 +43,7 @@ class Blueprint:
         found = [(block, group_of[block.params[0]]) for block in blocks]
         for block, index in found:
             for rule in self.rules:
-                rule(block, index, groups)
+                rule(block, index, groups, self.names)
         return found
 
     def _chosen(self, groups: Sequence[Group], group_of: dict[Tensor, int]) -> Chosen:

@@ -22,13 +22,13 @@ DAMPING_TOLERANCE = 0.1
 class DampingPolicy(Protocol):
     """What an optimizer adds to its curvatures."""
 
-    def nominal(self, group: Group) -> Number:
+    def nominal(self, group: Group, step: int) -> Number:
         """λ as the user gave it; when it changes, factors that hold it are computed anew."""
 
-    def shift(self, block: Curvature, group: Group) -> Number:
+    def shift(self, block: Curvature, group: Group, step: int) -> Number:
         """What is added to the eigenvalues of a block in a step."""
 
-    def of_draws(self, group: Group) -> float | None:
+    def of_draws(self, group: Group, step: int) -> float | None:
         """What is added to them for draws, where these need a factor of their own; else None."""
 
 
@@ -39,15 +39,15 @@ class StepDamping:
     none of the loss.
     """
 
-    def nominal(self, group: Group) -> Number:
+    def nominal(self, group: Group, step: int) -> Number:
         return group["damping"] + _l2(group)
 
-    def shift(self, block: Curvature, group: Group) -> Number:
+    def shift(self, block: Curvature, group: Group, step: int) -> Number:
         if group.get("damping_scale", "absolute") == "absolute":
-            return self.nominal(group)
+            return self.nominal(group, step)
         return group["damping"] * block.mean_eigenvalue() + _l2(group)
 
-    def of_draws(self, group: Group) -> float | None:
+    def of_draws(self, group: Group, step: int) -> float | None:
         return None
 
 
@@ -55,20 +55,20 @@ class StepDamping:
 class PosteriorDamping:
     """δ̃ + λ in a step and δ̃ in a draw, δ̃ = τ δ / N of the prior.
 
-    prior: from a group to its δ̃. apart: whether one factor of a group cannot serve both.
+    prior: from a group and a step to its δ̃. apart: whether one factor of a group cannot serve both.
     """
 
-    prior: Callable[[Group], float]
+    prior: Callable[[Group, int], float]
     apart: Callable[[Group], bool]
 
-    def nominal(self, group: Group) -> Number:
-        return self.prior(group) + group["damping"]
+    def nominal(self, group: Group, step: int) -> Number:
+        return self.prior(group, step) + group["damping"]
 
-    def shift(self, block: Curvature, group: Group) -> Number:
-        return self.nominal(group)
+    def shift(self, block: Curvature, group: Group, step: int) -> Number:
+        return self.nominal(group, step)
 
-    def of_draws(self, group: Group) -> float | None:
-        return self.prior(group) if self.apart(group) else None
+    def of_draws(self, group: Group, step: int) -> float | None:
+        return self.prior(group, step) if self.apart(group) else None
 
 
 def is_of_the_loss(group: Group) -> bool:

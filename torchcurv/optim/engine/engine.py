@@ -97,7 +97,7 @@ class CurvatureEngine:
             kept = old.get(block.key, block)
             kept.name, kept.layers, kept.options = block.name, block.layers, block.options
             kept.draws_apart = kept.draws_apart or (
-                kept.factor is None and self.damping.of_draws(groups[index]) is not None
+                kept.factor is None and self.damping.of_draws(groups[index], self.step) is not None
             )
             self.pairs.append((kept, index))
         self._trained = [p.requires_grad for p in self.params()]
@@ -207,10 +207,10 @@ class CurvatureEngine:
         warn_of_failures([block for block, _ in stale if block not in read])
         for block, index in stale:
             group = self.groups[index]
-            of_draws = self.damping.of_draws(group)
+            of_draws = self.damping.of_draws(group, self.step)
             block.draws_apart = of_draws is not None
-            nominal = self.damping.nominal(group)
-            block.refactor(self.damping.shift(block, group), 0.0 if of_draws is None else of_draws, nominal)
+            nominal = self.damping.nominal(group, self.step)
+            block.refactor(self.damping.shift(block, group, self.step), 0.0 if of_draws is None else of_draws, nominal)
             if not self.schedule.adaptive(index, "refactor_every"):
                 block.next_refactor = self.step + self.schedule.interval(index, "refactor_every", self.step)
             self.unsaved.append(block)
@@ -222,9 +222,9 @@ class CurvatureEngine:
         if not self.schedule.adaptive(index, "refactor_every") and self.step >= block.next_refactor:
             return True
         group = self.groups[index]
-        if block.bakes_damping() and has_changed(self.damping.nominal(group), block.factor_damping):
+        if block.bakes_damping() and has_changed(self.damping.nominal(group, self.step), block.factor_damping):
             return True
-        of_draws = self.damping.of_draws(group)
+        of_draws = self.damping.of_draws(group, self.step)
         return block.draws_apart and of_draws is not None and has_changed(of_draws, block.draw_damping)
 
     def _is_stale(self, block: Curvature, index: int) -> bool:
@@ -242,11 +242,15 @@ class CurvatureEngine:
                     if not same(own.get(key), other.get(key)):
                         raise ValueError(
                             f"block {block.name!r} lies over groups with {key}={own.get(key)!r} and "
-                            f'{key}={other.get(key)!r}: give them equal ones, or build the optimizer with '
+                            f"{key}={other.get(key)!r}: give them equal ones, or build the optimizer with "
                             'partition="group"'
                         )
 
     # ---------------------------------------------------------------------------------------- use
+
+    def shift(self, block: Curvature, group: Group) -> float | Tensor:
+        """What is added to the eigenvalues of a block in this step."""
+        return self.damping.shift(block, group, self.step)
 
     def precondition(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """(C + λ I)^-1 applied to the gradients of the covered parameters, in float32 or better."""
@@ -258,7 +262,7 @@ class CurvatureEngine:
                 piece.of(gradients[p] if (p := piece.param) in gradients else torch.zeros_like(p))
                 for piece in block.pieces
             ]
-            damping = None if block.bakes_damping() else self.damping.shift(block, group)
+            damping = None if block.bakes_damping() else self.shift(block, group)
             for piece, x in zip(block.pieces, block.direction(given, damping), strict=True):
                 p = piece.param
                 if p in gradients and piece.rows is None:
@@ -284,3 +288,12 @@ class CurvatureEngine:
         for block in self.blocks:
             block.load_state(state.get(block.params[0], {}).get(block.state_key, {}))
         self.begin_step()
+
+
+def descend_uncovered(groups: Sequence[Group], blocks: Sequence[Curvature]) -> None:
+    """Parameters without a curvature follow the gradient."""
+    covered = {p for block in blocks for p in block.params}
+    for group in groups:
+        for p in group["params"]:
+            if p.grad is not None and p not in covered:
+                p.add_(p.grad, alpha=-group["lr"])

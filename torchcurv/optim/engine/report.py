@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from torchcurv.curv.block.block import Curvature, read_flags
 from torchcurv.curv.kinds.base import GRADIENT, INPUT
+from torchcurv.optim.engine.damping import Group
 from torchcurv.optim.update import norm_of
-
-if TYPE_CHECKING:
-    from torchcurv.optim.engine.engine import CurvatureEngine
 
 
 def warn_of_failures(blocks: list[Curvature]) -> None:
@@ -34,37 +32,37 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=8)  # the line that calls step(), through torch's own wrappers of it
 
 
-def metrics_of(engine: CurvatureEngine, last: dict[str, Tensor]) -> dict[str, float]:
+def metrics_of(
+    step: int, blocks: Sequence[Curvature], groups: Sequence[Group], last: dict[str, Tensor]
+) -> dict[str, float]:
     """Counts, and 0-d tensors as plain numbers: one host read for all of them."""
-    blocks = engine.blocks
     counts = {
-        "step": engine.step,
+        "step": step,
         "measurements": sum(block.measurements for block in blocks),
         "factorisations": sum(block.factorisations for block in blocks),
     }
     flags = [block.flags for block in blocks if block.flags is not None]
-    params = list(engine.params())
+    params = [p for group in groups for p in group["params"]]
     device = params[0].device
     bad = torch.stack([flag.to(device) for flag in flags]).sum(0) if flags else torch.zeros(2, device=device)
     tensors = {"skipped_measurements": bad[0], "failed_factorisations": bad[1], "parameter_norm": norm_of(params)}
     gradients = [p.grad for p in params if p.grad is not None]
     if gradients:
         tensors["gradient_norm"] = norm_of(gradients)
-    tensors["damping"] = torch.as_tensor(engine.groups[0]["damping"], dtype=torch.float64)
+    tensors["damping"] = torch.as_tensor(groups[0]["damping"], dtype=torch.float64)
     tensors |= last
     values = torch.stack([value.to(device, torch.float64) for value in tensors.values()]).tolist()
     return {**counts, **dict(zip(tensors, values, strict=True))}
 
 
-def summary_of(engine: CurvatureEngine) -> str:
+def summary_of(blocks: Sequence[Curvature], params: Iterable[Tensor], names: dict[Tensor, str]) -> str:
     """A table of what every parameter got: layer, curvature, approximation, block sizes, memory in bytes."""
     rows = [("parameter", "shape", "block", "curv_type", "approx", "block sizes", "memory")]
     owners: dict[Tensor, list[Curvature]] = {}
-    for block in engine.blocks:
+    for block in blocks:
         for p in block.params if block.kind != GRADIENT else ():
             owners.setdefault(p, []).append(block)
-    names = engine.blueprint.names
-    for p in engine.params():
+    for p in params:
         name, shape = names.get(p, "?"), "x".join(map(str, p.shape)) or "scalar"
         if p not in owners:
             rows.append((name, shape, "-", "-", "plain gradient" if p.requires_grad else "frozen", "-", "-"))

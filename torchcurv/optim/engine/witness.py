@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchcurv.curv.block.block import Curvature
+from torchcurv.curv.capture.recorder import Record
+from torchcurv.optim.engine.building import Blueprint
+from torchcurv.optim.engine.damping import Group
 
-if TYPE_CHECKING:
-    from torchcurv.optim.engine.engine import CurvatureEngine
+
+class Watched(Protocol):
+    """What is asked of an engine."""
+
+    blueprint: Blueprint
+    groups: Sequence[Group]
+    recorder: Record | None
+    hooked: bool
+    hint: Callable[[], str | None]
+
+    @property
+    def blocks(self) -> list[Curvature]: ...
+
+    def unfrozen(self) -> list[Tensor]: ...
 
 
-def check_unfrozen(engine: CurvatureEngine) -> None:
+def check_unfrozen(engine: Watched) -> None:
     """A parameter that is trained since the blocks were built has a gradient but no curvature."""
     options = {p: group["approx"] for group in engine.groups for p in group["params"]}
     names = engine.blueprint.names
@@ -24,7 +40,7 @@ def check_unfrozen(engine: CurvatureEngine) -> None:
         )
 
 
-def check_captured(engine: CurvatureEngine, missing: list[Curvature]) -> bool:
+def check_captured(engine: Watched, missing: list[Curvature]) -> bool:
     """A gradient whose curvature was not captured is an error, or trains as it is if the user said so.
 
     False: all gradients are zero, as in the step that a checkpoint library takes to make the state exist.
@@ -39,10 +55,10 @@ def check_captured(engine: CurvatureEngine, missing: list[Curvature]) -> bool:
     used = _unknown_uses(engine, missing)
     if used and refuses:
         raise RuntimeError(
-            f"nothing is known of the curvature of {', '.join(used)}: a parameter of a module's own may be added to, or "
-            'multiplied with, something of the batch. Put it into a group with approx=None, or with approx="diag" to '
-            'have its gradients taken sample by sample, or pass unsupported="gradient", or teach torchcurv the module '
-            "with torchcurv.register_view"
+            f"nothing is known of the curvature of {', '.join(used)}: a parameter of a module's own may be added "
+            "to, or multiplied with, something of the batch. Put it into a group with approx=None, or with "
+            'approx="diag" to have its gradients taken sample by sample, or pass unsupported="gradient", or teach '
+            "torchcurv the module with torchcurv.register_view"
         )
     if nothing and not used:
         raise RuntimeError(
@@ -59,13 +75,13 @@ def check_captured(engine: CurvatureEngine, missing: list[Curvature]) -> bool:
     return True
 
 
-def _unknown_uses(engine: CurvatureEngine, missing: list[Curvature]) -> list[str]:
+def _unknown_uses(engine: Watched, missing: list[Curvature]) -> list[str]:
     assert engine.recorder is not None
     unknown, names = engine.recorder.forward.unknown_uses, engine.blueprint.names
     return [f"{names[p]} in torch.{unknown[p]}" for b in missing for p in b.params if p in unknown]
 
 
-def _silent_trigger(engine: CurvatureEngine) -> str:
+def _silent_trigger(engine: Watched) -> str:
     assert engine.recorder is not None
     hint, loss_fn = engine.hint(), engine.recorder.loss_fn
     if hint is not None:

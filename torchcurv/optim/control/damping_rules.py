@@ -1,0 +1,90 @@
+"""Damping rules: how a step that was made changes the damping of the next ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchcurv.optim.control.quadratic_model import Evaluation, Vector
+from torchcurv.optim.engine.damping import is_of_the_loss
+from torchcurv.optim.update import dot, levenberg_marquardt
+
+# So many directions per output of a batch (samples times classes, or pixels) are left to the curvature: a batch fits
+# any model that has more directions than it has outputs, so that ρ says nothing there. The value was chosen together
+# with the default of the relative damping, on the problems of benchmarks/defaults.py.
+MAX_DIMENSIONS_PER_OUTPUT = 4.5
+
+
+class FixedDamping:
+    """The damping is what the groups say."""
+
+    needs_closure = False
+
+    def steps_to_check(self, settings: dict[str, Any], step: int, rejected: bool) -> int:
+        """Over how many steps the damping is to change after this one; 0: not at all."""
+        return 0
+
+    def adapt(self, optimizer: Any, evaluation: Evaluation, before: Vector, steps: int) -> bool:
+        """Change the damping of the groups; whether the step is rejected."""
+        return False
+
+
+class LevenbergMarquardt:
+    """The damping shrinks where a quadratic model predicts well how the loss changes, and grows where it does not."""
+
+    needs_closure = True
+
+    def steps_to_check(self, settings: dict[str, Any], step: int, rejected: bool) -> int:
+        """The first T steps one by one, and one that comes after a rejected step; then all T."""
+        interval = settings["damping_interval"]
+        if step < 0:
+            return 0
+        if (step + 1) % interval == 0 and step >= interval:
+            return interval
+        return int(step < interval or rejected)
+
+    def adapt(self, optimizer: Any, evaluation: Evaluation, before: Vector, steps: int) -> bool:
+        """Levenberg and Marquardt's rule, for the step that was made, to count for so many; one host read."""
+        moved = {p: (p.detach() - x).to(torch.promote_types(x.dtype, torch.float32)) for p, x in before.items()}
+        l2 = {p: group["l2"] for group in optimizer.param_groups for p in group["params"]}
+        gradients = {p: p.grad for p in before if p.grad is not None}
+        slope = dot(moved, gradients)
+        curvature, change = evaluation.checked(moved, before, slope)
+        decay = dot(moved, before, l2) + 0.5 * dot(moved, moved, l2)
+        predicted, actual = slope + 0.5 * curvature + decay, change + decay
+        loss = evaluation.loss.detach()
+        dimension = effective_dimension(optimizer, loss)
+        ratio = torch.where(predicted == 0, torch.nan, actual.double() / predicted.double())
+        optimizer.note(predicted=predicted, actual=actual, ratio=ratio, effective_dimension=dimension)
+        # what rounding makes of the difference of two losses, eight units in the last place of each
+        noise = loss.abs() * (8 * torch.finfo(loss.dtype).eps / evaluation.share)
+        read = torch.stack([x.double() for x in (actual, predicted, noise, dimension)]).tolist()
+        crowding = read[3] / (MAX_DIMENSIONS_PER_OUTPUT * evaluation.output.numel())
+        omega = optimizer.settings["damping_decay"] ** steps
+        factor = levenberg_marquardt(read[0], read[1], omega, read[2])
+        if crowding > 2 / 3:  # smaller by ω, it would leave up to half as many more
+            factor = max(1.0, factor)
+        if crowding > 1:
+            factor = 1 / omega
+        low, high = optimizer.settings["damping_bounds"]
+        for group in optimizer.param_groups:
+            group["damping"] = min(high, max(low, group["damping"] * factor))
+        return not read[0] <= read[2]
+
+
+DAMPING_RULES: dict[str, Callable[[], FixedDamping | LevenbergMarquardt]] = {
+    "fixed": FixedDamping,
+    "lm": LevenbergMarquardt,
+}
+
+
+def effective_dimension(optimizer: Any, like: Tensor) -> Tensor:
+    """Σ tr C (C + λ)^-1 over the blocks whose C is that of the loss."""
+    total = torch.zeros_like(like, dtype=torch.float64)
+    for block, group in optimizer.engine.by_group():
+        if is_of_the_loss(group) and block.has_factor:
+            total += block.effective_dimension(optimizer.engine.shift(block, group)).to(total.device)
+    return total
