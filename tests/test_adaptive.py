@@ -161,7 +161,7 @@ def test_every_approximation_rests_and_its_factor_too(approx, monkeypatch):
     (block, *_), factored = optimizer.engine.blocks, []
     own = block.refactor
     monkeypatch.setattr(
-        block, "refactor", lambda *args, **kwargs: (factored.append(optimizer._steps), own(*args, **kwargs))
+        block, "refactor", lambda *args, **kwargs: (factored.append(optimizer.engine.step), own(*args, **kwargs))
     )
     measured = train(optimizer, model, 60)
     assert all(len(times) < 20 for times in measured.values())
@@ -205,13 +205,13 @@ def test_after_a_measurement_that_is_not_finite_the_next_step_measures():
     optimizer = SecondOrderOptimizer(model, samples=None, lr=0.0, momentum=0.0, refresh_warmup=0, **ADAPTIVE)
     train(optimizer, model, 30)
     (block, _) = optimizer.engine.blocks
-    while optimizer._steps < block.next_update:
+    while optimizer.engine.step < block.next_update:
         train(optimizer, model, 1)
     optimizer.zero_grad()
     nn.functional.cross_entropy(model(cases.randn(6, 4) * math.nan), torch.arange(6) % 3).backward()
     with pytest.warns(UserWarning, match="not finite"):
         optimizer.step()
-    assert block.next_update == optimizer._steps
+    assert block.next_update == optimizer.engine.step
 
 
 @pytest.mark.parametrize("make", [SecondOrderOptimizer, Preconditioner])

@@ -14,15 +14,21 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-import torchcurv.optim.second_order as second_order_module
 from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer, curvature
 from torchcurv.curv.capture.assemble import StatisticsAssembler
+from torchcurv.optim.control import damping_rules
 from torchcurv.optim.control.quadratic_model import RIDGE, Evaluation, minimiser, sample_order
+from torchcurv.optim.control.step_rules import shifts
 from torchcurv.optim.update import levenberg_marquardt, scale_within
 
 DATA = [(cases.randn(6, 4, seed=t), torch.arange(6) % 3) for t in range(5)]
 EACH = {"update_every": 1, "refactor_every": 1}
 EXACT = {"approx": "full", "samples": None, "damping_type": "exact", "ema_decay": 0.0, "model_samples": None}
+
+
+def interval(optimizer, key):
+    """How often the blocks of the first group are measured, or factorised, at the next step."""
+    return optimizer.engine.schedule.interval(0, key, optimizer.engine.step)
 
 
 def make_model(dropout=0.0, norm=False):
@@ -232,7 +238,7 @@ def test_an_output_that_is_flattened_to_rows_is_cut_by_samples():
 
         optimizer.step(evaluate)
         gradients = {p: cases.randn(*p.shape, seed=k) for k, p in enumerate(model.parameters())}
-        directions.append(flat(optimizer._solve(gradients).values()))
+        directions.append(flat(optimizer.engine.precondition(gradients).values()))
     torch.testing.assert_close(*directions)
 
 
@@ -542,8 +548,8 @@ def test_a_bad_scale_of_the_preconditioner_is_made_good():
     for factor in (1.0, 100.0):
         model, (x, y) = make_model(), DATA[0]
         optimizer = SecondOrderOptimizer(model, step_rule="quadratic", damping=1e-6, momentum=0.0, **EXACT)
-        before, solve = flat(model.parameters()), optimizer._solve
-        optimizer._solve = lambda g, f=factor, s=solve: {p: v * f for p, v in s(g).items()}
+        before, solve = flat(model.parameters()), optimizer.engine.precondition
+        optimizer.engine.precondition = lambda g, f=factor, s=solve: {p: v * f for p, v in s(g).items()}
         optimizer.step(closure(model, x, y))
         steps.append(flat(model.parameters()) - before)
     torch.testing.assert_close(*steps, rtol=1e-5, atol=1e-8)
@@ -1112,12 +1118,15 @@ def test_curvature_is_measured_in_each_of_the_first_steps_and_then_rarely(make):
         if "step" in state:
             state["step"] = state["step"] * 0 + 3
     again.load_state_dict(saved)
-    assert again._interval(0, "update_every") == 1 and again.param_groups[0]["update_every"] == 10
+    assert (
+        again.engine.schedule.interval(0, "update_every", again.engine.step) == 1
+        and again.param_groups[0]["update_every"] == 10
+    )
 
 
 def test_an_interval_that_is_given_holds_from_the_first_step():
     optimizer = SecondOrderOptimizer(make_model(), update_every=4)
-    assert optimizer._interval(0, "update_every") == 4 and optimizer._interval(0, "refactor_every") == 1
+    assert interval(optimizer, "update_every") == 4 and interval(optimizer, "refactor_every") == 1
 
 
 # ------------------------------------------------------------------------------------- relative damping
@@ -1153,8 +1162,9 @@ def test_relative_damping_is_that_of_the_mean_eigenvalue_of_each_block(options):
     for other, optimizer in ((model, relative), (twin, absolute)):
         F.cross_entropy(other(x), y).backward()
         optimizer.step()
-    shifts = [relative._shift(block, relative.param_groups[0]) for block in relative.engine.blocks if block.measured]
-    assert [float(shift) for shift in shifts] == pytest.approx(dampings[: len(shifts)], rel=1e-9)
+    measured = [block for block in relative.engine.blocks if block.measured]
+    added = [relative.engine.shift(block, relative.param_groups[0]) for block in measured]
+    assert [float(shift) for shift in added] == pytest.approx(dampings[: len(added)], rel=1e-9)
     if options.get("curv_type") != "input":  # whose step is multiplied with λ
         measured.close(flat(model.parameters()), flat(twin.parameters()))
     assert not torch.equal(flat(model.parameters()), flat(make_model().parameters()))
@@ -1192,7 +1202,7 @@ def test_plain_gradients_have_no_relative_damping_in_the_model_of_the_loss():
     ]
     optimizer = SecondOrderOptimizer(model, groups, damping_scale="relative", damping=0.5, step_rule="quadratic")
     optimizer.step(closure(model, *DATA[0]))
-    fixed, relative = optimizer._shifts()
+    fixed, relative = shifts(optimizer)
     mean = float(optimizer.engine.blocks[0].mean_eigenvalue())
     assert [fixed[p] for p in model.parameters()] == [0.0, 0.0, 0.2, 0.2]
     assert [float(relative[p]) for p in model[0].parameters()] == pytest.approx([0.5 * mean] * 2)
@@ -1290,7 +1300,7 @@ def test_damping_does_not_leave_more_directions_than_a_batch_has_outputs_for(out
         damping=1e-3,
         samples=None,
     )
-    monkeypatch.setattr(second_order_module, "MOST_DIRECTIONS", outputs / 18)
+    monkeypatch.setattr(damping_rules, "MAX_DIMENSIONS_PER_OUTPUT", outputs / 18)
     optimizer.step(closure(model, x, y))
     found = optimizer.metrics()
     assert found["ratio"] > 0.75 and 10 < found["effective_dimension"] < 20

@@ -19,7 +19,6 @@ NOT_YET = {
     "isinstance tests on own classes",
     "overridden methods of CurvatureOptimizer",
     "lines of the longest function",
-    "private names in tests",
 }
 
 

@@ -398,8 +398,9 @@ def test_the_way_by_layers(id, approx):
     options = {"approx": approx, "samples": None if approx == "block" else 1, "rows_limit": 10_000}
     posterior = laplace(model, case.loss, [(x, y)], output_fn=case.output_fn, params=known(model), **options)
     blocks, call = posterior.gaussian.blocks, arguments(x)
-    truth = posterior._covariance(blocks, posterior._network.jacobians(posterior.mean, call))
-    close(posterior._by_layer(blocks, call), truth)
+    outputs = posterior.linearised
+    truth = outputs.by_jacobians(blocks, outputs.network.jacobians(posterior.mean, call))
+    close(outputs.by_layers(blocks, call), truth)
     close(posterior.glm(x, chunk_size=2).covariance, truth)
 
 

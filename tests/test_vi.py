@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer, curvature
 from torchcurv.optim import VOGN, NoisyKFAC
-from torchcurv.optim.vi import price_average
+from torchcurv.optim.posterior_draws import PosteriorDraws
+from torchcurv.optim.price import price_average
 
 N, TAU, DELTA = 50.0, 0.5, 2.0
 X, Y = cases.randn(8, 4), torch.arange(8) % 3
@@ -575,7 +576,8 @@ def test_the_second_of_a_pair_is_drawn_from_what_the_posterior_is_by_then():
     optimizer = VIOptimizer(model, N, samples=None, **EVERY_FOUR)
     seen = deviations(model, optimizer, range(2))
     optimizer.param_groups[0]["temperature"] = 4.0
-    same_noise = optimizer.posterior.deviation(optimizer._generator("training_draws", 2, torch.device("cpu")))
+    generator = optimizer.companion(PosteriorDraws).generator("training_draws", 2, torch.device("cpu"))
+    same_noise = optimizer.posterior.deviation(generator)
     seen += deviations(model, optimizer, [2])
     assert not torch.allclose(seen[2], -seen[1])
     torch.testing.assert_close(seen[2], -flat(same_noise[p] for p in model.parameters()))

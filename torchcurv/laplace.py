@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from torchcurv.curv.analysis.linearised_outputs import LinearisedOutputs
 from torchcurv.curv.analysis.measure import curvature
-from torchcurv.curv.approximations.rows import RowSpace
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.checks import check_count
 from torchcurv.curv.losses.likelihood import Likelihood, LikelihoodMeter, double
 from torchcurv.curv.losses.loss import Loss
 from torchcurv.curv.losses.table import loss_of
-from torchcurv.curv.numerics import at_least_float32
-from torchcurv.curv.posterior.draws import arguments, holding, outputs_under
-from torchcurv.curv.posterior.gaussian import Gaussian, GaussianBlock, Number, kl_of_block, sum_of_terms
-from torchcurv.curv.posterior.linearised import Call, Network, batch_size, covariance_of_rows, is_training, samples_of
+from torchcurv.curv.posterior.draws import holding
+from torchcurv.curv.posterior.gaussian import Gaussian, GaussianBlock, Number, sum_of_terms
+from torchcurv.curv.posterior.linearised import Network
+from torchcurv.curv.posterior.weight_posterior import PriorTerm, WeightPosterior
 
 Precision = float | Tensor | dict[str, Any]  # of the prior: one, [blocks], or by the name of a block
 _POSITIVE = "a number > 0"
@@ -36,7 +36,6 @@ _FIXED = {  # options of a training run, and what stands in their place
     "update_every": "all of the data is measured once",
     "refactor_every": "all of the data is measured once",
 }
-_JACOBIAN_ELEMENTS = 2**24  # of the Jacobians that are held at a time, unless chunk_size says otherwise
 
 
 class GLM(NamedTuple):
@@ -121,7 +120,7 @@ def laplace(
     )
 
 
-class LaplacePosterior:
+class LaplacePosterior(WeightPosterior):
     """The posterior N(θ*, Σ), Σ^-1 = (N/τ) C + δ I, over the covered parameters; see `torchcurv.laplace`.
 
     `prior_precision`, `temperature` and `noise_variance` may be set, and count from then on; θ* and C stay.
@@ -142,8 +141,9 @@ class LaplacePosterior:
         seed: int,
     ) -> None:
         self.model, self.likelihood = model, likelihood
-        self._names, self._blocks, self._loss, self._network = params, blocks, loss, Network(model, output_fn)
+        self._names, self._blocks, self._loss = params, blocks, loss
         self._mean = {p: p.detach().clone() for p in params.values()}
+        self.linearised = LinearisedOutputs(Network(model, output_fn), params, self._mean)
         self._values = [_eigenvalues(block) for block in blocks]
         self._norms = [_square_norm(block, self._mean) for block in blocks]
         self._generator = torch.Generator(blocks[0].params[0].device).manual_seed(seed)
@@ -235,11 +235,6 @@ class LaplacePosterior:
             for block, delta in zip(self._blocks, precisions, strict=True)
         ]
 
-    @property
-    def mean(self) -> dict[str, Tensor]:
-        """θ* by name."""
-        return {name: self._mean[p].clone() for name, p in self._names.items()}
-
     @torch.no_grad()
     def variances(self) -> dict[str, Tensor]:
         """The diagonal of Σ by name."""
@@ -252,25 +247,18 @@ class LaplacePosterior:
             check_count("count", count)
         return self._by_name(self.gaussian.sample(generator or self._generator, count))
 
-    @torch.no_grad()
-    def log_prob(self, params: dict[str, Tensor] | None = None) -> Tensor:
-        """log density of parameters by name (leading dimensions are a batch), or of the weights as they are."""
-        named = self._names if params is None else params
-        missing = [name for name in self._names if name not in named]
-        if missing:
-            raise ValueError(f"log_prob: values are missing for {', '.join(missing)}; pass what `sample()` returns")
-        return self.gaussian.log_prob({p: named[name].detach() for name, p in self._names.items()})
+    def named_parameters(self) -> dict[str, Tensor]:
+        """The covered parameters by name."""
+        return self._names
 
-    @torch.no_grad()
-    def entropy(self) -> Tensor:
-        """In nats."""
-        return self.gaussian.entropy()
-
-    @torch.no_grad()
-    def kl(self) -> Tensor:
-        """KL(posterior || prior) in nats."""
+    def prior_terms(self) -> Iterable[PriorTerm]:
+        """The prior of each block."""
         pairs = zip(self._gaussian_blocks(), self._precisions(self._prior_precision), strict=True)
-        return sum_of_terms([kl_of_block(block, self._mean, delta) for block, delta in pairs])
+        return [(block, delta, 1.0) for block, delta in pairs]
+
+    def drawn_params(self, generator: torch.Generator | None) -> AbstractContextManager[None]:
+        """See `sampled_params`."""
+        return self.sampled_params(generator)
 
     def _by_name(self, tensors: dict[Tensor, Tensor]) -> dict[str, Tensor]:
         return {name: tensors[p] for name, p in self._names.items()}
@@ -288,15 +276,6 @@ class LaplacePosterior:
             drawn = self.gaussian.sample(generator or self._generator)
         with holding(drawn):
             yield
-
-    def predict(self, inputs: Any, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """The model's raw outputs under `num_samples` draws [num_samples, ...], without gradients.
-
-        inputs: what the model is called with (a tensor, a tuple of positional or a dict of keyword arguments), or a
-            function without arguments that returns a tensor. The mode of the model (train, eval) is left as it is.
-        """
-        check_count("num_samples", num_samples)
-        return outputs_under((self.sampled_params(generator) for _ in range(num_samples)), self.model, inputs)
 
     # ------------------------------------------------------------------------- the marginal likelihood
 
@@ -385,58 +364,8 @@ class LaplacePosterior:
             check_count("chunk_size", chunk_size)
         if callable(inputs):
             raise TypeError("glm differentiates the model itself: pass what it is called with, not a function")
-        mean, covariance = self._linearised(inputs, chunk_size)
+        mean, covariance = self.linearised(self._gaussian_blocks(), inputs, chunk_size)
         return GLM(mean.reshape(covariance.shape[:2]), covariance)
-
-    def _linearised(self, inputs: Any, chunk_size: int | None) -> tuple[Tensor, Tensor]:
-        """(f(x; θ*) in its own shape, J Σ J^T [N, C, C])."""
-        call, blocks = arguments(inputs), self._gaussian_blocks()
-        at = {name: self._mean[p] for name, p in self._names.items()}
-        n, f = batch_size(call), at_least_float32(self._network(at, call))
-        size = f.numel() // max(1, n) * sum(x.numel() for x in at.values())
-        chunk = chunk_size or max(1, _JACOBIAN_ELEMENTS // max(1, size))
-        parts = []
-        for k in range(0, n, chunk):
-            some = samples_of(call, slice(k, k + chunk))
-            part = self._by_layer(blocks, some)
-            parts.append(self._covariance(blocks, self._network.jacobians(at, some)) if part is None else part)
-        return f, torch.cat(parts)
-
-    def _by_layer(self, blocks: list[GaussianBlock], call: Call) -> Tensor | None:
-        """J Σ J^T without a Jacobian over all parameters, None where this way is not open.
-
-        The rows of J are those of the curvature of |f|² / 2, of which the layers' inputs and signals are kept.
-        """
-        opaque = any(site.opaque for part in blocks for layer in part.block.layers for site in layer.sites)
-        layers = all(len(part.block.layers) == 1 and part.size > 1 for part in blocks)
-        if opaque or not layers or not all(p.requires_grad for p in self._mean) or is_training(self.model):
-            return None
-        args, kwargs = call
-        nothing = next(iter(self._mean)).new_zeros(())
-        moved = {p: x for p, x in self._mean.items() if not torch.equal(p, x)}  # a write spoils graphs of the user's
-        with holding(moved):
-            rows = curvature(
-                self.model, "mse", [(kwargs or args, nothing)], approx="block", reduction="sum", rows_limit=1,
-                params=self._names.values(), output_fn=self._network.output_fn,
-            )  # fmt: skip
-        total = []
-        for part in blocks:
-            factor = rows.blocks[part.block.layers[0].name].factor
-            assert isinstance(factor, RowSpace)
-            total.append(covariance_of_rows(part, factor))
-        return torch.stack(total).sum(0) / 2
-
-    def _covariance(self, blocks: list[GaussianBlock], jacobians: dict[str, Tensor]) -> Tensor:
-        """J Σ J^T [n, C, C]."""
-        by_param = {p: at_least_float32(jacobians[name]) for name, p in self._names.items()}
-        total = []
-        for block in blocks:
-            J = [piece.of(by_param[piece.param]) for piece in block.block.pieces]
-            n, c = J[0].shape[:2]
-            solved = block.covariance_times([x.flatten(0, 1) for x in J])
-            pairs = zip(J, solved, strict=True)
-            total += [x.reshape(n, c, -1) @ y.reshape(n, c, -1).mT for x, y in pairs]
-        return torch.stack(total).sum(0)
 
     def predict_regression(self, inputs: Any, chunk_size: int | None = None) -> GLM:
         """The linearised distribution of the targets of a regression, N(f(x; θ*), J Σ J^T + σ² I); see `glm`."""
@@ -451,7 +380,7 @@ class LaplacePosterior:
         Of "bce_with_logits" the probabilities of every element, with the logistic function in place of the softmax.
         Source: MacKay, "The evidence framework applied to classification networks" (1992); Gibbs (1997).
         """
-        f, covariance = self._linearised(inputs, chunk_size)
+        f, covariance = self.linearised(self._gaussian_blocks(), inputs, chunk_size)
         variances = covariance.diagonal(dim1=1, dim2=2).reshape(f.shape)
         canonical, restore = self._loss.layout(f, len(covariance))
         return restore(self._loss.formula.predictive(canonical, self._loss.layout(variances, len(covariance))[0]))

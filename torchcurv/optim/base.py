@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
@@ -44,7 +44,7 @@ WHOLE_OPTIONS = ("loss_fn", "reduction", "class_dim", "output_fn", "grad_scaler"
 C = TypeVar("C", bound=Companion)
 
 
-class CurvatureOptimizer(torch.optim.Optimizer):
+class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     """Base of the optimizers: subclasses define `update_parameters`, which moves the parameters.
 
     The structure of a block is read when the optimizer is built, when a group is added and when a state is loaded;
@@ -53,8 +53,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     model: nn.Module | None = None
     _engine: CurvatureEngine | None = None
+    _companions: Mapping[type[Companion], Companion] = MappingProxyType({})
     _last: dict[str, Tensor]  # what is known of the last step, 0-d
-    _copied: ClassVar[tuple[str, ...]] = ("_schedules", "_early", "defaults", "settings")
+    _copied: ClassVar[tuple[str, ...]] = ("_schedules", "_early", "defaults")
     settings: Mapping[str, Any] = MappingProxyType({})  # options of the whole optimizer that are its own
 
     def __init__(
@@ -260,7 +261,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             companion.step_ended()
 
     def companion(self, kind: type[C]) -> C:
-        """The companion of this type."""
+        """The companion of this type; an optimizer that was copied without its model has none, and says so."""
+        assert self.engine is not None
         found: Any = self._companions[kind]
         return found
 
@@ -382,6 +384,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             return new
         for key in self._copied:
             setattr(new, key, copy.copy(getattr(self, key)))
+        new.settings = dict(self.settings)
         new.model, old = model, self.engine
         new._names = {p: name for name, p in model.named_parameters()}
         loss_fn = old.recording["loss_fn"]

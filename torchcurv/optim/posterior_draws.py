@@ -74,7 +74,8 @@ class PosteriorDraws(Companion):
             return (count + 1) // 2, 1.0 if count % 2 else -1.0
         return count, 1.0
 
-    def _generator(self, stream: str, index: int, device: torch.device) -> torch.Generator:
+    def generator(self, stream: str, index: int, device: torch.device) -> torch.Generator:
+        """That of the noise of one draw of a stream."""
         # Price's estimate multiplies a draw with its own gradient, which is an average over the ranks
         alike = self._priced() or not torch.distributed.is_initialized()
         rank = 0 if alike else torch.distributed.get_rank()
@@ -98,7 +99,7 @@ class PosteriorDraws(Companion):
             first, self._first = self._first, None
             if sign < 0 and first is not None and first.noise == index and first.version.is_of(blocks):
                 return first.deviation, sign
-        generator = self._generator(stream, index, blocks[0].block.params[0].device)
+        generator = self.generator(stream, index, blocks[0].block.params[0].device)
         shares = training and self.optimizer.settings["shared_noise"]
         deviation = self._sharing(index, posterior)(generator) if shares else posterior.deviation(generator)
         if training and self.optimizer.settings["antithetic"] and sign > 0:
@@ -113,7 +114,7 @@ class PosteriorDraws(Companion):
         state, blocks = self._counts, posterior.blocks
         noise = state[NOISE] = int(state.get(NOISE, 0)) or index
         if self._shared is None or self._shared.noise != noise or not self._shared.version.is_of(blocks):
-            generator = self._generator(NOISE, noise, blocks[0].block.params[0].device)
+            generator = self.generator(NOISE, noise, blocks[0].block.params[0].device)
             self._shared = SharedNoise(noise, posterior.draws(generator), CovarianceVersion(blocks))
         return self._shared.make
 

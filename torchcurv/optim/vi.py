@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torchcurv.curv.checks import check_count
 from torchcurv.curv.losses.table import loss_of
 from torchcurv.curv.options import OPTION_NAMES
-from torchcurv.curv.posterior.draws import outputs_under
-from torchcurv.curv.posterior.gaussian import Gaussian, GaussianBlock, kl_of_block
+from torchcurv.curv.posterior.gaussian import Gaussian, GaussianBlock, kl_of_block, sum_of_terms
+from torchcurv.curv.posterior.weight_posterior import PriorTerm, WeightPosterior
 from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
 from torchcurv.optim.companion import Momentum, buffer_of
 from torchcurv.optim.draw_records import holds_its_mean
@@ -48,7 +48,7 @@ _STEP_OPTIONS = ("lr", "momentum")
 _NO_STEP_OPTIONS = {"weight_decay": 0.0, "l2": 0.0, "nesterov": False, "maximize": False}
 
 
-class VIOptimizer(CurvatureOptimizer):
+class VIOptimizer(CurvatureOptimizer, WeightPosterior):
     r"""Variational inference: a Gaussian posterior N(μ, Σ) with Σ^-1 = (N/τ) (C + δ̃), trained by natural gradients.
 
     It minimises N E_q[mean loss] + τ KL(q || N(0, 1/δ)). Every draw is a forward and a backward at
@@ -242,16 +242,30 @@ class VIOptimizer(CurvatureOptimizer):
         return pairs
 
     @property
-    def posterior(self) -> Gaussian:
-        """q over the parameters that are drawn, as it is now; its mean holds all parameters."""
+    def gaussian(self) -> Gaussian:
+        """q over the parameters that are drawn, as it is now; its mean holds all parameters, μ in float32 or better."""
         blocks = [block for block, _ in self.gaussian_blocks()]
         return Gaussian({p: self._draws.mean(p) for p in self.engine.params()}, blocks)
 
     @property
-    def mean(self) -> dict[str, Tensor]:
-        """μ by name, of all parameters given to the optimizer; float32 or better."""
+    def posterior(self) -> Gaussian:
+        """The same."""
+        return self.gaussian
+
+    def named_parameters(self) -> dict[str, Tensor]:
+        """All parameters given to the optimizer, by name."""
         names = self.engine.blueprint.names
-        return {names[p]: self._draws.mean(p).clone() for p in self.engine.params()}
+        return {names[p]: p for p in self.engine.params()}
+
+    def prior_terms(self) -> list[PriorTerm]:
+        """The prior of each block, N(0, 1/δ) with the δ of its group, and its temperature τ."""
+        pairs = self.gaussian_blocks()
+        step = self.engine.step
+        return [(block, g["prior_precision"], temperature_at(self.settings, g, step)) for block, g in pairs]
+
+    def drawn_params(self, generator: torch.Generator | None) -> AbstractContextManager[None]:
+        """The parameters hold a draw to look at, of a stream of its own."""
+        return self._draws.at(self._draws.draw(LOOKING, generator))
 
     @torch.no_grad()
     def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -266,33 +280,6 @@ class VIOptimizer(CurvatureOptimizer):
         return self.model.get_parameter(name)
 
     @torch.no_grad()
-    def log_prob(self, params: dict[str, Tensor] | None = None) -> Tensor:
-        """log q of parameters by name (leading dimensions are a batch), or of the weights as they are."""
-        values: dict[Tensor, Tensor] = {p: p.detach() for p in self.engine.params()}
-        names = self.engine.blueprint.names
-        if params is not None:
-            missing = [names[p] for p in values if names[p] not in params]
-            if missing:
-                raise ValueError(f"log_prob: values are missing for {', '.join(missing)}; pass what `sample()` returns")
-            values = {p: params[names[p]] for p in values}
-        return self.posterior.log_prob(values)
-
-    @torch.no_grad()
-    def entropy(self) -> Tensor:
-        """Entropy of q in nats, over the parameters that are drawn."""
-        return self.posterior.entropy()
-
-    @torch.no_grad()
-    def kl(self) -> Tensor:
-        """KL(q || N(0, 1/δ)) in nats, over the parameters that are drawn, δ being that of their group."""
-        return self._tempered_kl(lambda group: 1.0)
-
-    def _tempered_kl(self, factor: Callable[[dict[str, Any]], float]) -> Tensor:
-        pairs, mean = self.gaussian_blocks(), {p: self._draws.mean(p) for p in self.engine.params()}
-        terms = [kl_of_block(block, mean, group["prior_precision"]) * factor(group) for block, group in pairs]
-        return torch.stack(terms).sum() if terms else torch.zeros(())
-
-    @torch.no_grad()
     def elbo(self, loss: float | Tensor) -> Tensor:
         """-N E_q[mean loss] - τ KL(q || prior), a bound on the log evidence for τ = 1.
 
@@ -303,7 +290,12 @@ class VIOptimizer(CurvatureOptimizer):
         if self.settings["noise_variance"] is not None:
             constant = self._seen_outputs() / 2 * math.log(2 * math.pi * self.settings["noise_variance"])
             expected = expected - self.settings["dataset_size"] * constant
-        return expected - self._tempered_kl(lambda group: temperature_at(self.settings, group, self.engine.step))
+        return expected - self._tempered_kl()
+
+    def _tempered_kl(self) -> Tensor:
+        """τ KL(q || prior)."""
+        mean = self.gaussian.mean
+        return sum_of_terms([kl_of_block(block, mean, delta) * tau for block, delta, tau in self.prior_terms()])
 
     # ----------------------------------------------------------------------------------------- draws
 
@@ -317,18 +309,6 @@ class VIOptimizer(CurvatureOptimizer):
         """
         with self._draws.at_next(generator):
             yield
-
-    @torch.no_grad()
-    def predict(self, inputs: Any, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """The model's raw outputs under `num_samples` draws [num_samples, ...], without gradients.
-
-        inputs: what the model is called with (a tensor, a tuple of positional or a dict of keyword arguments), or a
-            function without arguments that returns a tensor. The mode of the model (train, eval) is left as it is.
-        """
-        check_count("num_samples", num_samples)
-        assert self.model is not None
-        draws = (self._draws.at(self._draws.draw(LOOKING, generator)) for _ in range(num_samples))
-        return outputs_under(draws, self.model, inputs)
 
     # ------------------------------------------------------------------------------------------ step
 
