@@ -1,8 +1,11 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and `@pytest.mark.pairwise`: of all combinations of the parameters of a test a
+pairwise cover runs, the others are slow."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
+from cover import cover
 
 from torchcurv.curv.numerics import assume_accelerator
 
@@ -12,3 +15,24 @@ def accelerator() -> Iterator[None]:
     """The test takes the paths of an accelerator."""
     with assume_accelerator():
         yield
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` picks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    grids = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("pairwise") and not item.get_closest_marker("slow"):
+            grids[item.nodeid.partition("[")[0]].append(item)
+    for grid in grids.values():
+        kept = set(cover([_row(item) for item in grid]))
+        for k, item in enumerate(grid):
+            if k not in kept:
+                item.add_marker(pytest.mark.slow)
+
+
+def _row(item: pytest.Item) -> tuple:
+    """The values of a case, by their places in the lists; a value with `axes` is itself made of several."""
+    row = []
+    for name, place in sorted(item.callspec.indices.items()):
+        row.extend(getattr(item.callspec.params[name], "axes", (place,)))
+    return tuple(row)

@@ -42,6 +42,7 @@ def step_of(model, x, y, **options):
     return flat(model.parameters()) - before, optimizer
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("curv_type", ["ggn", "empirical_fisher", "hessian"])
 @pytest.mark.parametrize("approx", ["full", "block", "unit", "kfac", "diag"])
 @pytest.mark.parametrize("id", ["mlp", "cnn", "shared_layer"])

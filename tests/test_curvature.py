@@ -255,6 +255,7 @@ def test_factors_in_blocks(case, blocks, sharing):
     close(exact.trace(), oracles.block_from_arrays(a, s, module).trace())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("sharing", ["expand", "reduce", "whole"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ALL_LAYERS, ids=ids(ALL_LAYERS))

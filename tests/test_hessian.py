@@ -125,6 +125,7 @@ def test_hutchinson_is_unbiased():
     assert (many - truth).norm() < 0.1 * truth.norm()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("loss_fn", ["module", "name"])
 @pytest.mark.parametrize("indefinite", ["abs", "clip", "shift"])
 @pytest.mark.parametrize("approx", ["full", "block", "unit", "diag"])

@@ -266,6 +266,7 @@ def same(ours, theirs, tol=None):
 # --- 1. several calls in one forward pass --------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("approx", ["full", "block", "diag"])
 @over_kinds
 @over_repeated
@@ -303,6 +304,7 @@ TIME_FIRST = {
 }
 
 
+@pytest.mark.pairwise
 @over_kinds
 @pytest.mark.parametrize("n", [2, T, 2 * T])
 @pytest.mark.parametrize("name", TIME_FIRST)
@@ -412,6 +414,7 @@ USES = {
 }
 
 
+@pytest.mark.pairwise
 @over_kinds
 @pytest.mark.parametrize("approx", ["block", "diag"])
 @pytest.mark.parametrize("name", USES)
@@ -531,6 +534,7 @@ FROZEN = {
 }
 
 
+@pytest.mark.pairwise
 @over_kinds
 @pytest.mark.parametrize("name, frozen", [(name, names) for name, each in FROZEN.items() for names in each])
 def test_frozen_parameters_of_every_layer(name, frozen, kind):
@@ -592,6 +596,7 @@ CHECKPOINTED = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", CHECKPOINTED)
 @over_kinds
@@ -673,6 +678,7 @@ def test_channels_last_changes_nothing(kind, approx, training):
     same(*found, 1e-9)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("form", ["autocast", "bfloat16"])
 @pytest.mark.parametrize("approx", ["kfac", "diag", "block"])
 @pytest.mark.parametrize("name", ["attention", "lstm", "lstm cell", "bare", "tied embedding", "everything"])
@@ -736,6 +742,7 @@ MASKS = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("approx", ["block", "diag"])
 @pytest.mark.parametrize("masks", MASKS)
 @over_kinds
@@ -899,6 +906,7 @@ def evaluated(model, x, how):
     model.train(training)
 
 
+@pytest.mark.pairwise
 @over_kinds
 @pytest.mark.parametrize("how", ["no_grad", "inference", "grad"])
 @pytest.mark.parametrize(
@@ -984,6 +992,7 @@ class Breaks(nn.Module):
         return self.head(self.norm(z[..., :3] if self.place == "norm" else z).mean(1))
 
 
+@pytest.mark.pairwise
 @over_kinds
 @pytest.mark.parametrize("by", ["forward", "hook", "pre-hook", "earlier pre-hook"])
 @pytest.mark.parametrize("place", ["bare", "attention", "lstm", "norm"])
@@ -1051,6 +1060,7 @@ def pushed_forward(model, x):
 TRANSFORMS = [functional, vmapped, per_sample_gradients, vmapped_with_our_parameters, pushed_forward]
 
 
+@pytest.mark.pairwise
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:`torch.jit.script` is deprecated")
 @over_kinds
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -1090,6 +1100,7 @@ def sentences():
     return models.padded(0, 5, 3, 4, seed=1), models.padded(-100, 5, 3, 4, seed=2)
 
 
+@pytest.mark.pairwise
 @over_kinds
 @pytest.mark.parametrize("approx", ["block", "diag"])
 @pytest.mark.parametrize(

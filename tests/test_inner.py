@@ -219,6 +219,7 @@ def right_or_refused(model: nn.Module, x: Tensor, y: Tensor, kind: str, name: st
     return True
 
 
+@pytest.mark.pairwise
 @over_kinds
 @pytest.mark.parametrize("n", [3, 1])
 @pytest.mark.parametrize("use", USES)
@@ -259,6 +260,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.pairwise
 @over_kinds
 @pytest.mark.parametrize("n", [3, 1])
 @pytest.mark.parametrize("use", REFUSED)
@@ -308,6 +310,7 @@ MISLEADING = {  # dimension 0 is as long as the batch, and is not the batch
 }
 
 
+@pytest.mark.pairwise
 @over_kinds
 @pytest.mark.parametrize("n", [5, 4])
 @pytest.mark.parametrize("use", MISLEADING)
@@ -598,6 +601,7 @@ ATTENTION = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("approx", ["block", "diag", "kfac", "ekfac"])
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch_first", "time_first"])
 @pytest.mark.parametrize("setting", ATTENTION)
@@ -738,6 +742,7 @@ RECURRENT = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 @pytest.mark.parametrize("approx", ["block", "diag", "kfac"])
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch_first", "time_first"])
@@ -836,6 +841,7 @@ def tied_layer(c) -> tuple[str, Tensor]:
     return next((name, index) for name, index in indices_of(c).items() if name.startswith("uses."))
 
 
+@pytest.mark.pairwise
 @over_kinds
 @over_used
 @over_tied
@@ -870,6 +876,7 @@ def order_of(layer) -> list[Tensor]:
     return [at.view(piece.shape) for at, piece in zip(torch.arange(sum(sizes)).split(sizes), layer.pieces, strict=True)]
 
 
+@pytest.mark.pairwise
 @over_kinds
 @over_used
 @over_tied
@@ -1140,6 +1147,7 @@ class Everything(nn.Module):
         return self.head((h + self.scalar * self.attn(h, h, h)[0]).mean(1))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("blocks", [{}, {"factor_blocks": 3}, {"max_factor_dim": 4}], ids=["dense", "blocks", "wide"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("approx", ["kfac", "ekfac", "diag", "unit", "block", "full"])

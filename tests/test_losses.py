@@ -30,6 +30,7 @@ def problem(case):
     return model, x, cases.target_for(case, model(x))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trigger", ["module", "observe"])
 @pytest.mark.parametrize("case", cases.LOSSES, ids=cases.ids(cases.LOSSES))

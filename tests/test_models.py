@@ -211,6 +211,7 @@ def as_dtype(x: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype) if x.is_floating_point() else x
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @over_models

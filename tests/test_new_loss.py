@@ -168,6 +168,7 @@ def optimizer(model, loss_fn, **options):
     return measured.optimizer(model, loss_fn, **options)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", TRUTHS)
 @pytest.mark.parametrize("trigger", ["module", "observe"])
 @pytest.mark.parametrize("loss", LOSSES)

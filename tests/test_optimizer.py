@@ -529,6 +529,7 @@ class Syncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("momentum_type", ["raw", "preconditioned"])
 @pytest.mark.parametrize("kind", ["ggn", "fisher", "empirical_fisher"])
 @pytest.mark.parametrize("approx", APPROXIMATIONS)

@@ -53,6 +53,7 @@ def resumed(options, stop, dtype, end=12):
     return list(model.parameters()), list(other.parameters())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("approx", APPROXIMATIONS)

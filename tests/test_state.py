@@ -47,6 +47,7 @@ def tensors(value, path=()):
 # --- distributed checkpoint -----------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed.checkpoint", "ignore::FutureWarning")
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("flatten", [False, True])
@@ -114,6 +115,7 @@ def test_the_keys_and_shapes_of_the_state_are_the_same_at_every_step(approx):
 # --- loading --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("target", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("approx", APPROXIMATIONS)

@@ -108,6 +108,7 @@ PACKS = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trigger", ["module", "observe", "both"])
 @pytest.mark.parametrize("pack", PACKS)
@@ -391,6 +392,7 @@ def function_transforms(opt, trigger, x, y):
     CE(call(fast, x), y).backward()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trigger", TRIGGERS)
 @pytest.mark.parametrize(
@@ -473,6 +475,7 @@ def test_one_output_counts_once_per_step_and_again_for_new_gradients(trigger, ki
 # ------------------------------------------------------------------------------- how long captures live
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("by", ["optimizer", "model"])
 @pytest.mark.parametrize("when", ["before forward", "before backward"])
@@ -767,6 +770,7 @@ MODELS = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trigger", TRIGGERS)
 @pytest.mark.parametrize("name", MODELS)

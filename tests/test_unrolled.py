@@ -106,6 +106,7 @@ def initial(module: nn.RNNBase, n: tuple[int, ...]) -> Tensor | tuple[Tensor, Te
 # ---------------------------------------------------------------------------------------------- values
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("num_layers", [1, 2])
@@ -145,6 +146,7 @@ def test_all_settings_equal_torch(
     agree(module, randn(*shape, I), initial(module, (n,) if batched else ()) if given_state else None)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("given_state", [False, True])
 @pytest.mark.parametrize("batch", [(), (1,), (3,)])
 @pytest.mark.parametrize("bias", [False, True])

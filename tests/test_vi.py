@@ -705,6 +705,7 @@ RESUMED = [
 ]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("draws", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", SHAPES + RESUMED, ids=names(SHAPES + RESUMED))
