@@ -1,5 +1,7 @@
-"""Fixtures that several test files share, and `@pytest.mark.pairwise`: of all combinations of the parameters of a test a
-pairwise cover runs, the others are slow."""
+"""Fixtures that several test files share, and `@pytest.mark.pairwise`.
+
+Of all combinations of the parameters of a test with that mark a pairwise cover runs; the others are slow.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -31,8 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _row(item: pytest.Item) -> tuple:
-    """The values of a case, by their places in the lists; a value with `axes` is itself made of several."""
+    """The values of a case: those that are equal, or the same object; a value with `axes` is itself made of several."""
     row = []
-    for name, place in sorted(item.callspec.indices.items()):
-        row.extend(getattr(item.callspec.params[name], "axes", (place,)))
+    for _, value in sorted(item.callspec.params.items()):
+        row.extend(getattr(value, "axes", (value if isinstance(value, str | int | float | None) else id(value),)))
     return tuple(row)
