@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, jacrev
 
-from torchcurv import SecondOrderOptimizer, curvature, directions
-from torchcurv.curv.kinds.base import CurvatureKind, SignalKind, Signals
-from torchcurv.curv.kinds.table import KINDS, register_kind
+from torchcurv import CurvatureKind, SecondOrderOptimizer, SignalKind, Signals, curvature, directions, register_kind
+from torchcurv.curv.kinds.table import KINDS
 
 close = measured.close
 
@@ -153,6 +152,17 @@ def test_a_kind_that_is_not_registered_is_refused():
         SecondOrderOptimizer(net(), curv_type="decentred")
     with pytest.raises(ValueError, match=r"curv_type='decentred' is unknown"):
         curvature(net(), nn.CrossEntropyLoss(), [(X, Y)], curv_type="decentred", approx="operator")
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_signals_that_are_not_as_many_as_was_said_are_refused(count, monkeypatch):
+    class Miscounted(SignalKind):
+        def signals(self, terms, generator):
+            return Signals(count, iter([terms.gradient()]))
+
+    monkeypatch.setitem(KINDS, "centred", Miscounted)
+    with pytest.raises(ValueError, match=f"sends {count} signals, and sent 1"):
+        curvature(net(), nn.CrossEntropyLoss(), [(X, Y)], curv_type="centred")
 
 
 def test_a_kind_says_what_it_measures():

@@ -9,9 +9,8 @@ from torch import nn
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 
-from torchcurv import SecondOrderOptimizer, curvature, laplace, register_loss
+from torchcurv import LossFormula, SecondOrderOptimizer, curvature, laplace, register_loss
 from torchcurv.curv.losses import table
-from torchcurv.curv.losses.formula import LossFormula
 from torchcurv.curv.losses.table import loss_of
 
 

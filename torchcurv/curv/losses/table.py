@@ -37,7 +37,7 @@ def register_loss(
         before.
     options: names of the module's attributes that mean what they mean in torch's own module (`weight`, `ignore_index`,
         `label_smoothing`, `pos_weight`), as far as the formula knows them (`LossFormula.options`).
-    formula: an instance of a subclass of torchcurv.curv.losses.formula.LossFormula, in place of `like`.
+    formula: an instance of a subclass of torchcurv.LossFormula, in place of `like`.
     name: by which `loss_fn=` may know it from now on; None: the formula's own.
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
