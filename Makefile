@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
 
-.PHONY: demo test test-all check format step-time train clean
+.PHONY: demo test test-all check docs examples format step-time train clean
 
 demo: $(VENV)/.benchmarks
 	$(BIN)/python -m benchmarks.demo
@@ -16,10 +16,17 @@ test: $(VENV)/.test
 test-all: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-check: $(VENV)/.check
+check: $(VENV)/.check docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, into build/site; a broken link or an unknown name fails.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+examples: $(VENV)/.examples
+	for name in classify uncertainty laplace_posterior spectrum; do $(BIN)/python -m examples.$$name || exit 1; done
 
 format: $(VENV)/.check
 	$(BIN)/ruff check --fix .
@@ -41,11 +48,19 @@ $(VENV)/.torch: $(VENV)/.created constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(PIP_INSTALL) -e ".[test,benchmarks]"
+	$(PIP_INSTALL) -e ".[test,benchmarks,examples]"
 	touch $@
 
 $(VENV)/.benchmarks: $(VENV)/.torch pyproject.toml
 	$(PIP_INSTALL) -e ".[benchmarks]"
+	touch $@
+
+$(VENV)/.examples: $(VENV)/.torch pyproject.toml
+	$(PIP_INSTALL) -e ".[examples]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(PIP_INSTALL) -e ".[docs]"
 	touch $@
 
 $(VENV)/.check: $(VENV)/.torch pyproject.toml

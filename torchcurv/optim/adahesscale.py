@@ -28,7 +28,8 @@ class AdaHesScale(CurvatureOptimizer):
         residual: "keep" is HesScale, "zero" HesScaleGN; see `torchcurv.curv.options.Options`.
         delta: size of the trust region in units of the loss, or None. max_scale: bound on s.
         update_every: steps between two measurements of h.
-        The others are those of SecondOrderOptimizer and of torch.optim.Adam.
+
+    The others are those of SecondOrderOptimizer and of torch.optim.Adam.
 
     Sources: Elsayed and Mahmood, "HesScale" (2210.11639); Elsayed et al., "Revisiting scalable Hessian diagonal
     approximations for applications in reinforcement learning" (2406.03276).

@@ -68,8 +68,8 @@ class DirectionalNewton(CurvatureOptimizer):
     running average.
 
     Args:
-        model, params, loss_fn, curv_type ("ggn", "fisher" or "empirical_fisher"), samples, and the options of the whole
-            optimizer: as in SecondOrderOptimizer. samples=None, the default, is the exact curvature.
+        model, params, loss_fn, and the options of the whole optimizer: as in SecondOrderOptimizer.
+        curv_type: "ggn", "fisher" or "empirical_fisher". samples: as there; None, the default, is the exact curvature.
         criterion: from the eigenvalues above the cut-off, ascending, to the indices of those to step along; `top_k(k)`
             or `above(threshold)`.
         damping: from (evals [K], gram_evecs [rows, K], gammas [N, K], lambdas [N, K]) to δ [K]; `constant(δ)` or

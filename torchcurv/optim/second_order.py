@@ -119,7 +119,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             where curvature changes fast, and then 10; always 1 for curv_type="input" and for approx="full" and "block",
             which may be made of the rows of one batch.
         sharing: see `torchcurv.curv.options.Options`; None: "whole" for step_rule="quadratic", else "expand".
-        ema_decay (or a function of the step), refresh_tol, refresh_cap, refresh_warmup, rows_limit,
+        ema_decay: a number, or a function of the step. refresh_tol, refresh_cap, refresh_warmup, rows_limit,
             factor_blocks, max_factor_dim, max_positions, partition, rank: see `torchcurv.curv.options.Options`.
         reduction, class_dim: of a loss given by name. output_fn: from the model's output to the loss's input.
         grad_scaler: the torch.amp.GradScaler that scales the loss, if any.
