@@ -178,7 +178,7 @@ class CGNewton(CurvatureOptimizer):
             raise ValueError('approx="operator" with the GGN needs a closure that returns (loss, output)')
         group, params = self.param_groups[0], [p for p in self._params() if p.requires_grad]
         try:
-            whole = Products(loss, params, torch.ones_like(loss), middle=None)
+            whole = Products(loss, params, torch.ones_like(loss), output_matvec=None)
         except RuntimeError as error:
             if "second time" not in str(error) and "does not require grad" not in str(error):
                 raise
@@ -206,4 +206,4 @@ def _gauss_newton(loss: Tensor, output: Tensor, params: Vector) -> Products:
     with torch.enable_grad():
         (at_output,) = torch.autograd.grad(loss, output, create_graph=True)
     middle = partial(hessian_times, at_output, output)
-    return Products(output, params, torch.zeros_like(output), middle, second=False)
+    return Products(output, params, torch.zeros_like(output), middle, include_second_order=False)

@@ -15,7 +15,7 @@ from torchcurv.curv.analysis.directions import (
     Directions,
     check_choices,
     directions_of,
-    with_shares,
+    with_gradient_blocks,
 )
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.checks import check_number
@@ -140,7 +140,7 @@ class DirectionalNewton(CurvatureOptimizer):
         check_number("lr", group["lr"], lambda x: 0 <= x < math.inf, "a finite number >= 0")
 
     def _make_blocks(self, chosen: list[tuple[Layer, Options, int]]) -> list[Curvature]:
-        return with_shares(super()._make_blocks(chosen))
+        return with_gradient_blocks(super()._make_blocks(chosen))
 
     def _update(self) -> None:
         for block, index in zip(self._blocks, self._group_index, strict=True):
