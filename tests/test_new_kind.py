@@ -36,9 +36,9 @@ class CentredFisher(SignalKind):
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(KINDS, "centred", Centred)
-    monkeypatch.setitem(KINDS, "centred_fisher", CentredFisher)
+def registered(own_tables):
+    register_kind("centred", Centred)
+    register_kind("centred_fisher", CentredFisher)
 
 
 X, Y = cases.randn(6, 4, seed=3), torch.tensor([0, 1, 2, 2, 1, 0])
@@ -189,10 +189,7 @@ def test_a_registration_says_what_is_wrong(name, kind, error, message):
 
 
 def test_a_registration_lets_options_name_it():
-    try:
-        register_kind("once", Centred)
-        register_kind("once", Centred)  # again, as a notebook does
-        assert "centred" in KINDS and KINDS["once"] is Centred
-        SecondOrderOptimizer(net(), curv_type="once").remove()
-    finally:
-        del KINDS["once"]
+    register_kind("once", Centred)
+    register_kind("once", Centred)  # again, as a notebook does
+    assert KINDS["once"] is Centred
+    SecondOrderOptimizer(net(), curv_type="once").remove()

@@ -4,8 +4,8 @@
     nn.LSTM, GRU, RNN and their cells   one linear map of the inputs, one of the hidden state, for each layer
     bare Parameters of a user's module  biases and scales: added to, or multiplied with, something of the batch
 
-While a due forward pass runs such a module, a `ParameterTrace` sees the torch functions it calls and notes the products it
-knows. Attention runs torch's own code; fused recurrent functions run step by step (unrolled.py).
+While a due forward pass runs such a module, a `ParameterTrace` sees the torch functions it calls and notes the
+products it knows. Attention runs torch's own code; fused recurrent functions run step by step (recurrent.py).
 """
 
 from __future__ import annotations
