@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 from cover import cover
 
+from torchcurv.curv.kinds.table import KINDS
+from torchcurv.curv.losses.table import FORMULAS, MODULES
 from torchcurv.curv.numerics import assume_accelerator
 
 
@@ -38,3 +40,14 @@ def _row(item: pytest.Item) -> tuple:
     for _, value in sorted(item.callspec.params.items()):
         row.extend(getattr(value, "axes", (value if isinstance(value, str | int | float | None) else id(value),)))
     return tuple(row)
+
+
+@pytest.fixture
+def own_tables() -> Iterator[None]:
+    """What a test registers is forgotten after it."""
+    tables = (FORMULAS, MODULES, KINDS)
+    before = [dict(table) for table in tables]
+    yield
+    for table, held in zip(tables, before, strict=True):
+        table.clear()
+        table.update(held)

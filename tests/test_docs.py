@@ -53,7 +53,7 @@ RUN = {str(page.relative_to(ROOT)): found for page in PAGES if (found := blocks(
 
 
 @pytest.mark.parametrize("page", RUN)
-def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, own_tables):
     monkeypatch.chdir(tmp_path)
     pytest.importorskip("matplotlib").use("Agg")
     torch.manual_seed(0)

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, jacrev
 
-from torchcurv import SecondOrderOptimizer, curvature, directions
-from torchcurv.curv.kinds.base import CurvatureKind, SignalKind, Signals
-from torchcurv.curv.kinds.table import KINDS, register_kind
+from torchcurv import CurvatureKind, SecondOrderOptimizer, SignalKind, Signals, curvature, directions, register_kind
+from torchcurv.curv.kinds.table import KINDS
 
 close = measured.close
 
@@ -37,9 +36,9 @@ class CentredFisher(SignalKind):
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(KINDS, "centred", Centred)
-    monkeypatch.setitem(KINDS, "centred_fisher", CentredFisher)
+def registered(own_tables):
+    register_kind("centred", Centred)
+    register_kind("centred_fisher", CentredFisher)
 
 
 X, Y = cases.randn(6, 4, seed=3), torch.tensor([0, 1, 2, 2, 1, 0])
@@ -155,6 +154,17 @@ def test_a_kind_that_is_not_registered_is_refused():
         curvature(net(), nn.CrossEntropyLoss(), [(X, Y)], curv_type="decentred", approx="operator")
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_signals_that_are_not_as_many_as_was_said_are_refused(count, monkeypatch):
+    class Miscounted(SignalKind):
+        def signals(self, terms, generator):
+            return Signals(count, iter([terms.gradient()]))
+
+    monkeypatch.setitem(KINDS, "centred", Miscounted)
+    with pytest.raises(ValueError, match=f"sends {count} signals, and sent 1"):
+        curvature(net(), nn.CrossEntropyLoss(), [(X, Y)], curv_type="centred")
+
+
 def test_a_kind_says_what_it_measures():
     class Silent(CurvatureKind):
         pass
@@ -179,10 +189,7 @@ def test_a_registration_says_what_is_wrong(name, kind, error, message):
 
 
 def test_a_registration_lets_options_name_it():
-    try:
-        register_kind("once", Centred)
-        register_kind("once", Centred)  # again, as a notebook does
-        assert "centred" in KINDS and KINDS["once"] is Centred
-        SecondOrderOptimizer(net(), curv_type="once").remove()
-    finally:
-        del KINDS["once"]
+    register_kind("once", Centred)
+    register_kind("once", Centred)  # again, as a notebook does
+    assert KINDS["once"] is Centred
+    SecondOrderOptimizer(net(), curv_type="once").remove()

@@ -4,7 +4,10 @@ from torchcurv import nn, optim
 from torchcurv.curv.analysis.curvature_set import CurvatureSet
 from torchcurv.curv.analysis.measure import curvature, directions
 from torchcurv.curv.analysis.operator import CurvatureOperator
+from torchcurv.curv.kinds.base import CurvatureKind, SignalKind, Signals
+from torchcurv.curv.kinds.table import register_kind
 from torchcurv.curv.layers.table import register_view
+from torchcurv.curv.losses.formula import LossFormula
 from torchcurv.curv.losses.table import register_loss
 from torchcurv.laplace import LaplacePosterior, laplace
 from torchcurv.optim.preconditioner import Preconditioner
@@ -12,17 +15,22 @@ from torchcurv.optim.second_order import SecondOrderOptimizer
 from torchcurv.optim.vi import VIOptimizer
 
 __all__ = [
+    "CurvatureKind",
     "CurvatureOperator",
     "CurvatureSet",
     "LaplacePosterior",
+    "LossFormula",
     "Preconditioner",
     "SecondOrderOptimizer",
+    "SignalKind",
+    "Signals",
     "VIOptimizer",
     "curvature",
     "directions",
     "laplace",
     "nn",
     "optim",
+    "register_kind",
     "register_loss",
     "register_view",
 ]

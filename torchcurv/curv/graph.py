@@ -154,4 +154,4 @@ def call_plainly(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
 
 
 uncompiled = torch._disable_dynamo(call_plainly)  # unlike torch.compiler.disable, imports the compiler only when called
-unseen = torch._C.DisableTorchFunction  # a context in which no mode sees what a hook looks at
+no_torch_function = torch._C.DisableTorchFunction  # a context in which no mode sees what a hook looks at

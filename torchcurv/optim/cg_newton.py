@@ -187,7 +187,7 @@ class CGNewton(CurvatureOptimizer):
             raise ValueError('approx="operator" with the GGN needs a closure that returns (loss, output)')
         params = [p for p in self.engine.params() if p.requires_grad]
         try:
-            whole = Products(loss, params, torch.ones_like(loss), middle=None)
+            whole = Products(loss, params, torch.ones_like(loss), output_matvec=None)
         except RuntimeError as error:
             if "second time" not in str(error) and "does not require grad" not in str(error):
                 raise
@@ -213,4 +213,4 @@ def _gauss_newton(loss: Tensor, output: Tensor, params: Vector) -> Products:
     with torch.enable_grad():
         (at_output,) = torch.autograd.grad(loss, output, create_graph=True)
     middle = partial(hessian_times, at_output, output)
-    return Products(output, params, torch.zeros_like(output), middle, second=False)
+    return Products(output, params, torch.zeros_like(output), middle, include_second_order=False)

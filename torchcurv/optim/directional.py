@@ -15,7 +15,7 @@ from torchcurv.curv.analysis.directions import (
     Directions,
     check_choices,
     directions_of,
-    with_shares,
+    with_gradient_blocks,
 )
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.checks import check_number
@@ -132,7 +132,7 @@ class DirectionalNewton(CurvatureOptimizer):
             {"lr": lr},
             {name: getattr(options, name) for name in OPTION_NAMES},
             **{name: given[name] for name in WHOLE_OPTIONS},
-            arrange=with_shares,
+            arrange=with_gradient_blocks,
             factors=False,
         )
 

@@ -70,7 +70,7 @@ def check_choices(cutoff: float | None, curvature_samples: int | None, gradient_
         check_number("cutoff", cutoff, lambda x: 0 <= x < 1, "a number from 0 to below 1, or None")
 
 
-def with_shares(blocks: list[Curvature]) -> list[Curvature]:
+def with_gradient_blocks(blocks: list[Curvature]) -> list[Curvature]:
     """Blocks kept as rows, and after them for each a twin with the shares of the samples in the gradient."""
     twins = [Curvature(f"{block.name}:gradient", block.layers, block.options) for block in blocks]
     for twin in twins:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from torchcurv.curv.analysis.curvature_set import CurvatureSet
-from torchcurv.curv.analysis.directions import Criterion, Directions, check_choices, directions_of, with_shares
-from torchcurv.curv.analysis.operator import CurvatureOperator, forward, left_alone
+from torchcurv.curv.analysis.directions import Criterion, Directions, check_choices, directions_of, with_gradient_blocks
+from torchcurv.curv.analysis.operator import CurvatureOperator, forward, preserved_buffers
 from torchcurv.curv.block.block import Curvature, partition
 from torchcurv.curv.capture.context import LossEvent
 from torchcurv.curv.capture.recorder import Record
@@ -139,7 +139,7 @@ def directions(
     check_choices(cutoff, curvature_samples, gradient_samples)
     chosen = Options(curv_type=curv_type, approx="full", partition=partition, samples=samples, damping=0.0)
     blocks, _ = _looked_at(
-        model, loss_fn, data, chosen, params, with_shares,
+        model, loss_fn, data, chosen, params, with_gradient_blocks,
         reduction=reduction, class_dim=class_dim, output_fn=output_fn, seed=seed,
     )  # fmt: skip
     pairs = zip(blocks[: len(blocks) // 2], blocks[len(blocks) // 2 :], strict=True)
@@ -172,7 +172,7 @@ def _looked_at(
     if passes > 1 and iter(data) is data:
         data = list(data)
     try:
-        with left_alone(model):
+        with preserved_buffers(model):
             for _ in range(passes):
                 _measure(model, record, blocks, loss, data, output_fn)
     finally:

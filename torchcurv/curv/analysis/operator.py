@@ -78,7 +78,7 @@ class CurvatureOperator(OverParameters):
         total = [at_least_float32(torch.zeros_like(x)) for x in sent]
         shares: Tensor | float = 0.0
         seen = False
-        with left_alone(self._model), _same_random_state(self._seed, self.params):
+        with preserved_buffers(self._model), _same_random_state(self._seed, self.params):
             for x, y in self._data:
                 seen = True
                 batch, share = self._batch(x, y)
@@ -184,7 +184,7 @@ def _same_random_state(seed: int, params: list[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def left_alone(model: nn.Module) -> Any:
+def preserved_buffers(model: nn.Module) -> Any:
     """The buffers as they were (batch norm in train mode updates its statistics in a forward pass)."""
     saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:

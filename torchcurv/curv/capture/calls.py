@@ -95,7 +95,7 @@ class Capture:
 
 
 @dataclass
-class Noted:
+class NodeNotes:
     """What lies at one edge of the graph: calls of layers, a capture, or both."""
 
     calls: list[Call] = field(default_factory=list)

@@ -46,7 +46,7 @@ class LossEvent:
     loss_scale: Any = 1.0
     arriving: Tensor | None = None
 
-    def edge_of(self, edge: Edge | None) -> Edge:
+    def edge_at(self, edge: Edge | None) -> Edge:
         """The edge of a call of the capture."""
         return self.output_edge if edge is None else edge
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchcurv.curv.capture.calls import Call, Capture
-from torchcurv.curv.capture.hooks import Hook, argument, ignored
+from torchcurv.curv.capture.hooks import Hook, argument, is_internal_forward
 from torchcurv.curv.capture.notes import GraphNotes
-from torchcurv.curv.capture.parameter_trace import Watch, sample_gradients
-from torchcurv.curv.graph import Edge, backward_id, base_of, edge_of, parameters_of, unseen
+from torchcurv.curv.capture.parameter_trace import ParameterTrace, sample_gradients
+from torchcurv.curv.graph import Edge, backward_id, base_of, edge_of, no_torch_function, parameters_of
 from torchcurv.curv.hessian.tape import Tape
 from torchcurv.curv.layers.layer import Layer, Site
 from torchcurv.curv.layers.normalization import BATCH_NORMS, uses_batch_statistics
@@ -47,7 +47,7 @@ class Forward:
         self.unknown_uses: dict[Tensor, str] = {}  # functions that used a bare parameter in a way that is not known
         self._calls: list[tuple[Call, Edge]] = []
         self._depth = 0  # of calls of the model's own forward
-        self._watches: list[Watch | None] = []
+        self._watches: list[ParameterTrace | None] = []
         self._recent: dict[int, list[Call]] = {}  # uses of a bare parameter in the running call of its module
         self._handles: list[Any] = []
         self._hooks: list[tuple[Hook, set[int]]] = []  # with the layers they feed
@@ -56,11 +56,11 @@ class Forward:
         start, end = Hook(self._on_start), Hook(self._on_end)
         self._handles.append(model.register_forward_pre_hook(start))
         self._handles.append(model.register_forward_hook(end, always_call=True))
-        self._whole = [start, end]
+        self._model_hooks = [start, end]
         for module in model.modules():
             if isinstance(module, BATCH_NORMS):
-                self._whole.append(Hook(self._on_batch_norm))
-                self._handles.append(module.register_forward_hook(self._whole[-1], with_kwargs=True))
+                self._model_hooks.append(Hook(self._on_batch_norm))
+                self._handles.append(module.register_forward_hook(self._model_hooks[-1], with_kwargs=True))
 
     def _hook_layers(self) -> None:
         inside: dict[nn.Module, list[tuple[int, Site]]] = {}
@@ -85,7 +85,7 @@ class Forward:
         self.due = layers
         for hook, fed in self._hooks:
             hook.on = not layers.isdisjoint(fed)
-        for hook in self._whole:
+        for hook in self._model_hooks:
             hook.on = bool(layers)
 
     def remove(self) -> None:
@@ -98,7 +98,7 @@ class Forward:
     # ------------------------------------------------------------------------------------ the whole model
 
     def _on_start(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if ignored():
+        if is_internal_forward():
             return
         if not self._depth:
             self._calls, self.mixed = [], False
@@ -110,7 +110,7 @@ class Forward:
         self._depth += 1
 
     def _on_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if ignored() or not self._depth:
+        if is_internal_forward() or not self._depth:
             return
         self._depth -= 1
         if self._depth:
@@ -127,7 +127,7 @@ class Forward:
     def _on_layer(
         self, k: int, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> Any:
-        if ignored():
+        if is_internal_forward():
             return None
         layer, names = self.layers[k], site.view.arguments
         x = tuple(argument(args, kwargs, position, name) for position, name in enumerate(names))
@@ -139,7 +139,7 @@ class Forward:
             )
         if not out.requires_grad or not _own_parameters(site):
             return None
-        with unseen():
+        with no_torch_function():
             x = tuple(value.detach() if isinstance(value, Tensor) else value for value in x)
             if site.view.mode is not None:
                 x += (site.view.mode(module),)
@@ -148,7 +148,7 @@ class Forward:
 
     def _note(self, out: Tensor, calls: list[Call]) -> Tensor | None:
         """Keep calls at the node of their output; a tensor is to take the place of that output."""
-        with unseen():
+        with no_torch_function():
             edge = edge_of(out)
             self.notes.at(edge).calls.extend(calls)
             if self._depth:
@@ -160,13 +160,13 @@ class Forward:
     def _watch(self, bare: list[Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module with inner layers starts. A recomputation must run the same functions, but is not noted."""
         running = backward_id() != -1
-        if (ignored() and not running) or not torch.is_grad_enabled():
+        if (is_internal_forward() and not running) or not torch.is_grad_enabled():
             self._watches.append(None)
             return
         given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and not isinstance(x, nn.Parameter))
         first = next((x for x in given if x.dim()), None)
         note = _unnoted if running else self._note_inner
-        watch = Watch(note, None if first is None else len(first), bare, self.unknown_uses.setdefault)
+        watch = ParameterTrace(note, None if first is None else len(first), bare, self.unknown_uses.setdefault)
         self._watches.append(watch)
         self._recent |= {id(p): [] for p in bare}
         watch.__enter__()
@@ -186,7 +186,7 @@ class Forward:
         bare = [site.bias.param for _, site in sites if site.weight is None and site.bias is not None]
         recent = {id(p): self._recent.pop(id(p), []) for p in bare}
         out = output[0] if isinstance(output, tuple) and output else output
-        if ignored() or not isinstance(out, Tensor) or not out.requires_grad or not out.dim():
+        if is_internal_forward() or not isinstance(out, Tensor) or not out.requires_grad or not out.dim():
             return None
         calls, batch = [], len(out)
         for k, site in sites:
@@ -224,7 +224,12 @@ class Forward:
     def _on_batch_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Through batch statistics the samples meet: a pass of our own takes the statistics as constants."""
         x = argument(args, kwargs, 0, "input")
-        if ignored() or not uses_batch_statistics(module) or not isinstance(out, Tensor) or not out.requires_grad:
+        if (
+            is_internal_forward()
+            or not uses_batch_statistics(module)
+            or not isinstance(out, Tensor)
+            or not out.requires_grad
+        ):
             return
         self.mixed = True
         if isinstance(x, Tensor) and x.requires_grad and out.grad_fn is not None:

@@ -32,7 +32,7 @@ class Hook:
         return Hook, ()
 
 
-def ignored() -> bool:
+def is_internal_forward() -> bool:
     """Forward passes that are none of the user's: recomputation inside a backward, function transforms, tracing."""
     return not torch.is_grad_enabled() or backward_id() != -1 or in_transform() or torch.jit.is_tracing()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from torchcurv.curv.capture.calls import Call, Capture, Noted
+from torchcurv.curv.capture.calls import Call, Capture, NodeNotes
 from torchcurv.curv.graph import Edge, edge_of, metadata
 
 
@@ -18,13 +18,13 @@ class GraphNotes:
     def __init__(self) -> None:
         self._key = ("torchcurv", id(self))
 
-    def at(self, edge: Edge) -> Noted:
+    def at(self, edge: Edge) -> NodeNotes:
         """What is noted at an edge, to be added to."""
-        return metadata(edge.node).setdefault(self._key, {}).setdefault(edge.number, Noted())
+        return metadata(edge.node).setdefault(self._key, {}).setdefault(edge.number, NodeNotes())
 
-    def read(self, edge: Edge) -> Noted:
+    def read(self, edge: Edge) -> NodeNotes:
         """What is noted at an edge."""
-        return metadata(edge.node).get(self._key, {}).get(edge.number, Noted())
+        return metadata(edge.node).get(self._key, {}).get(edge.number, NodeNotes())
 
     def capture_of(self, f: Tensor, mixed: bool) -> tuple[Capture, Edge] | None:
         """The capture of f, or of the model's output that f is computed from, and the edge it is kept at.

@@ -4,8 +4,8 @@
     nn.LSTM, GRU, RNN and their cells   one linear map of the inputs, one of the hidden state, for each layer
     bare Parameters of a user's module  biases and scales: added to, or multiplied with, something of the batch
 
-While a due forward pass runs such a module, a `Watch` sees the torch functions it calls and notes the products it
-knows. Attention runs torch's own code; fused recurrent functions run step by step (unrolled.py).
+While a due forward pass runs such a module, a `ParameterTrace` sees the torch functions it calls and notes the
+products it knows. Attention runs torch's own code; fused recurrent functions run step by step (recurrent.py).
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def sample_gradients(
 # ------------------------------------------------------------------------------------------------ watch
 
 
-class Watch(TorchFunctionMode):
+class ParameterTrace(TorchFunctionMode):
     """Notes what one module computes with its inner layers while it is active.
 
     note: called for each product. batch: dimension 0 of what the module was given. bare: its bare parameters.
@@ -161,7 +161,7 @@ class Watch(TorchFunctionMode):
         stored = weight if (base := base_of(weight)) is None else base
         start = (weight.storage_offset() - stored.storage_offset()) // max(1, stored.stride(0))
         rows, given = slice(start, start + len(weight)), batch_first(x.detach())
-        others = [mode.note for mode in function_modes() if isinstance(mode, Watch)]
+        others = [mode.note for mode in function_modes() if isinstance(mode, ParameterTrace)]
         for note in dict.fromkeys([self.note, *others]):  # one for each optimizer on the model
             out = note(stored, rows, given, out, batch_first)
         return out

@@ -18,7 +18,7 @@ from torchcurv.curv.approximations.kronecker import Kronecker
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.calls import Call, Capture
 from torchcurv.curv.capture.context import LossEvent, PassContext
-from torchcurv.curv.capture.hooks import Hook, argument, ignored
+from torchcurv.curv.capture.hooks import Hook, argument, is_internal_forward
 from torchcurv.curv.capture.loss_settings import LossSettings
 from torchcurv.curv.capture.signal_pass import CurvaturePass
 from torchcurv.curv.capture.triggers import LossModule, NamedOutput, Observed, Trigger
@@ -132,7 +132,7 @@ class Record:
                 NamedOutput(self, capture, edge.number, edge.shape, frozen(out)).arm(edge.node)
 
     def _on_loss_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
-        if ignored() or not isinstance(loss, Tensor) or not loss.requires_grad:
+        if is_internal_forward() or not isinstance(loss, Tensor) or not loss.requires_grad:
             return
         f, target = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "target")
         if isinstance(target, Tensor) and target.grad_fn is not None and self.capture_of(target) is not None:
@@ -155,7 +155,7 @@ class Record:
                 "observe(output, target) takes the tensor that the loss is applied to, [batch, ...]; got "
                 f"{'the loss, a number' if isinstance(output, Tensor) else f'a {type(output).__name__}'}"
             )
-        if not self.due or ignored() or not output.requires_grad:
+        if not self.due or is_internal_forward() or not output.requires_grad:
             return
         found = self.capture_of(output)
         if found is None:

@@ -40,7 +40,7 @@ class CurvaturePass(SignalSource):
         self, context: PassContext, event: LossEvent, blocks: list[Curvature], part: LossEvent | None = None
     ) -> None:
         self.context, self.event, self.blocks = context, event, blocks
-        self.edges = {id(call): event.edge_of(edge) for call, edge in event.capture.calls}
+        self.edges = {id(call): event.edge_at(edge) for call, edge in event.capture.calls}
         self.assembler = StatisticsAssembler(context.layers, context.members, event.terms, event.calls)
         self._part = None if part is None else CurvaturePass(context, part, blocks)
 
@@ -88,11 +88,16 @@ class CurvaturePass(SignalSource):
         scale = self.event.factor * self.terms.reduction
         size = max(1, SIGNAL_ELEMENTS // sum(call.shape.numel() for call in calls))
         chunk: list[list[Tensor | None]] = []
+        done = 0
         for done, signal in enumerate(signals.values, 1):
             chunk.append(self.backward(calls, signal))
             if len(chunk) == size or done == signals.count:
                 self.assembler.deliver(blocks, calls, chunk, scale, len(chunk) / signals.count)
                 chunk = []
+        if done != signals.count:  # what was over would be missing, and what came too late would be counted twice
+            raise ValueError(
+                f"a kind said that it sends {signals.count} signals, and sent {done}: Signals(count, values)"
+            )
 
     def listen(self, blocks: Sequence[Curvature]) -> bool:
         """The gradients are loss_scale * factor * R times the signals of L / R, whose square is to count factor * R."""

@@ -104,8 +104,8 @@ class Products:
     """C v = J^T M (J v) + sum_k u_k (d²f_k/dθ²) v over some parameters, of an output f.
 
     f: that tensor, or where its gradient arrives. u: like f, dL/df.
-    middle: M x for one x like f; None: M = 0. second: whether C has its second term, as the Hessian of L does, with M
-    that of L with respect to f; any u will do without it.
+    output_matvec: M x for one x like f; None: M = 0. include_second_order: whether C has its second term, as the
+    Hessian of L does, with M that of L with respect to f; any u will do without it.
     """
 
     def __init__(
@@ -113,10 +113,11 @@ class Products:
         f: Tensor | GradientEdge,
         params: list[Tensor],
         u: Tensor,
-        middle: Callable[[Tensor], Tensor] | None,
-        second: bool = True,
+        output_matvec: Callable[[Tensor], Tensor] | None,
+        include_second_order: bool = True,
     ) -> None:
-        self.f, self.params, self.middle, self.second = f, params, middle, second
+        self.f, self.params = f, params
+        self.output_matvec, self.include_second_order = output_matvec, include_second_order
         with torch.enable_grad():
             self.u = u.detach().requires_grad_()
             self.first = torch.autograd.grad(
@@ -128,13 +129,18 @@ class Products:
         connected = [k for k, g in enumerate(self.first) if g.requires_grad]
         if not connected:
             return [at_least_float32(torch.zeros_like(x)) for x in v]
-        wanted = [*(self.params if self.second else ()), *(() if self.middle is None else (self.u,))]
+        wanted = [
+            *(self.params if self.include_second_order else ()),
+            *(() if self.output_matvec is None else (self.u,)),
+        ]
         sent = [v[k].to(self.first[k].dtype) for k in connected]
         total = _each([self.first[k] for k in connected], wanted, sent)
-        if self.middle is not None:
-            at_f = torch.stack([self.middle(x) for x in total.pop()])
+        if self.output_matvec is not None:
+            at_f = torch.stack([self.output_matvec(x) for x in total.pop()])
             first_order = _each([self.f], self.params, [at_f])
-            total = [x + y for x, y in zip(total, first_order, strict=True)] if self.second else first_order
+            total = (
+                [x + y for x, y in zip(total, first_order, strict=True)] if self.include_second_order else first_order
+            )
         return [at_least_float32(x) for x in total]
 
     def at_once(self, size: int) -> int:

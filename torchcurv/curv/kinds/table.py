@@ -20,8 +20,8 @@ _INTERNAL: dict[str, type[CurvatureKind]] = {GRADIENT: GradientShares}  # no use
 def register_kind(name: str, kind: type[CurvatureKind]) -> None:
     """Let `curv_type=name` mean a kind of your own.
 
-    kind: a subclass of torchcurv.curv.kinds.base.CurvatureKind, or of SignalKind where it is known by the signals that
-        are sent back from the output.
+    kind: a subclass of torchcurv.CurvatureKind, or of torchcurv.SignalKind where it is known by the signals that are
+        sent back from the output.
     """
     if not (isinstance(kind, type) and issubclass(kind, CurvatureKind)):
         raise TypeError(f"register_kind: got {kind!r}; pass a subclass of CurvatureKind")

@@ -114,13 +114,18 @@ class LossFormula(ABC):
 
         A `weight` multiplies the elements of an elementwise loss, and a mean still divides by their number.
         """
+        if not self.elementwise and options:
+            raise NotImplementedError(
+                f"{type(self).__name__} lists the options {', '.join(options)}, and does not say what they do to a "
+                "loss of several outputs: define its `read`"
+            )
         if not self.elementwise and not target.is_floating_point():
             labels = target.reshape(f.shape[:2])
             return Target(lambda: one_hot(labels, f), None, float(labels.numel()), True)
         y, weights = layout(target), options.get("weight")
         weights = None if weights is None else layout(weights)
-        count = f.numel() if self.elementwise else f.shape[:2].numel()
-        return Target(lambda: y, weights, count, weights is None)
+        divisor = f.numel() if self.elementwise else f.shape[:2].numel()
+        return Target(lambda: y, weights, divisor, weights is None)
 
     # ------------------------------------------------------------- losses known by their name alone
 

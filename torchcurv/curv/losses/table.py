@@ -18,8 +18,8 @@ from torchcurv.curv.losses.loss import Loss
 from torchcurv.curv.losses.squared_error import SquaredError
 from torchcurv.curv.losses.terms import REDUCTIONS
 
-_NAMES: dict[str, LossFormula] = {}
-_MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {}
+FORMULAS: dict[str, LossFormula] = {}  # by the names that `loss_fn=` knows
+MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {}  # names of a formula, and of its options
 
 
 def register_loss(
@@ -37,7 +37,7 @@ def register_loss(
         before.
     options: names of the module's attributes that mean what they mean in torch's own module (`weight`, `ignore_index`,
         `label_smoothing`, `pos_weight`), as far as the formula knows them (`LossFormula.options`).
-    formula: an instance of a subclass of torchcurv.curv.losses.formula.LossFormula, in place of `like`.
+    formula: an instance of a subclass of torchcurv.LossFormula, in place of `like`.
     name: by which `loss_fn=` may know it from now on; None: the formula's own.
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
@@ -46,15 +46,15 @@ def register_loss(
         raise ValueError("register_loss: pass either like=, the name of a known loss, or formula=")
     if formula is not None:
         like = _named(formula, name)
-    if like not in _NAMES:
-        raise ValueError(f"register_loss: like={like!r}; allowed are {', '.join(map(repr, _NAMES))}")
-    unknown = sorted(set(options) - set(_NAMES[like].options))
+    if like not in FORMULAS:
+        raise ValueError(f"register_loss: like={like!r}; allowed are {', '.join(map(repr, FORMULAS))}")
+    unknown = sorted(set(options) - set(FORMULAS[like].options))
     if unknown:
         raise ValueError(
             f"register_loss: the formula of {like!r} does not know the options {', '.join(unknown)}; it knows "
-            f"{', '.join(_NAMES[like].options) or 'none'}"
+            f"{', '.join(FORMULAS[like].options) or 'none'}"
         )
-    _MODULES[module_type] = (like, tuple(options))
+    MODULES[module_type] = (like, tuple(options))
 
 
 def _named(formula: LossFormula, name: str | None) -> str:
@@ -62,7 +62,7 @@ def _named(formula: LossFormula, name: str | None) -> str:
     if not isinstance(formula, LossFormula):
         raise TypeError(f"register_loss: formula={formula!r}; pass an instance of a subclass of LossFormula")
     name = formula.name if name is None else name
-    held = _NAMES.get(name)
+    held = FORMULAS.get(name)
     if held is not None and (type(held).__module__, type(held).__qualname__) != (
         type(formula).__module__,
         type(formula).__qualname__,
@@ -71,23 +71,23 @@ def _named(formula: LossFormula, name: str | None) -> str:
             f"register_loss: the name {name!r} is that of {type(held).__name__}: give {type(formula).__name__} "
             "another one with name="
         )
-    _NAMES[name] = formula
+    FORMULAS[name] = formula
     return name
 
 
 def loss_of(loss_fn: nn.Module | str, reduction: str | None = None, class_dim: int | None = None) -> Loss:
     """The Loss of a torch loss module, read anew at each call so that changed settings count, or of a name."""
     if isinstance(loss_fn, str):
-        if loss_fn not in _NAMES:
-            allowed = ", ".join(map(repr, _NAMES))
+        if loss_fn not in FORMULAS:
+            allowed = ", ".join(map(repr, FORMULAS))
             raise ValueError(
                 f"loss_fn={loss_fn!r} is unknown; allowed are {allowed}, a torch loss module, or None "
                 "together with optimizer.observe(output, target, loss_fn)"
             )
-        return Loss(loss_fn, _NAMES[loss_fn], check_reduction(reduction or "mean"), class_dim)
-    found = next((_MODULES[cls] for cls in type(loss_fn).__mro__ if cls in _MODULES), None)
+        return Loss(loss_fn, FORMULAS[loss_fn], check_reduction(reduction or "mean"), class_dim)
+    found = next((MODULES[cls] for cls in type(loss_fn).__mro__ if cls in MODULES), None)
     if found is None:
-        allowed = ", ".join(cls.__name__ for cls in _MODULES)
+        allowed = ", ".join(cls.__name__ for cls in MODULES)
         raise TypeError(
             f"loss_fn is a {type(loss_fn).__name__}; known are {allowed} and their subclasses. Name the loss it "
             "computes ('cross_entropy', 'mse', 'bce_with_logits', 'nll'), or register it with "
@@ -97,7 +97,7 @@ def loss_of(loss_fn: nn.Module | str, reduction: str | None = None, class_dim: i
     options = {key: getattr(loss_fn, key, None) for key in keys}
     options = {key: value for key, value in options.items() if value is not None}
     dim = class_dim if class_dim is not None else 1
-    formula = _NAMES[name].for_module(loss_fn)
+    formula = FORMULAS[name].for_module(loss_fn)
     return Loss(name, formula, check_reduction(reduction or str(loss_fn.reduction)), dim, options)
 
 
