@@ -1162,8 +1162,8 @@ def test_relative_damping_is_that_of_the_mean_eigenvalue_of_each_block(options):
     for other, optimizer in ((model, relative), (twin, absolute)):
         F.cross_entropy(other(x), y).backward()
         optimizer.step()
-    measured = [block for block in relative.engine.blocks if block.measured]
-    added = [relative.engine.shift(block, relative.param_groups[0]) for block in measured]
+    known = [block for block in relative.engine.blocks if block.measured]
+    added = [relative.engine.shift(block, relative.param_groups[0]) for block in known]
     assert [float(shift) for shift in added] == pytest.approx(dampings[: len(added)], rel=1e-9)
     if options.get("curv_type") != "input":  # whose step is multiplied with λ
         measured.close(flat(model.parameters()), flat(twin.parameters()))

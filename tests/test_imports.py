@@ -17,7 +17,7 @@ house = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(house)
 
 FLOORS = (
-    {"ground": ("curv.numerics", "curv.checks", "curv.graph", "curv.options")},
+    {"ground": ("curv.numerics", "curv.checks", "curv.graph", "curv.options", "curv.bundles")},
     {"linalg": ("curv.linalg",)},
     {"layers": ("curv.layers",), "losses": ("curv.losses",)},
     {"statistics": ("curv.statistics",), "hessian": ("curv.hessian",)},

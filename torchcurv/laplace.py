@@ -25,10 +25,9 @@ from torchcurv.curv.losses.table import loss_of
 from torchcurv.curv.posterior.draws import holding
 from torchcurv.curv.posterior.gaussian import Gaussian, GaussianBlock, Number, sum_of_terms
 from torchcurv.curv.posterior.linearised import Network
+from torchcurv.curv.posterior.settings import Precision, as_number, check_positive, checked_noise, precisions_of
 from torchcurv.curv.posterior.weight_posterior import PriorTerm, WeightPosterior
 
-Precision = float | Tensor | dict[str, Any]  # of the prior: one, [blocks], or by the name of a block
-_POSITIVE = "a number > 0"
 _FIXED = {  # options of a training run, and what stands in their place
     "damping": "the damping is prior_precision",
     "damping_type": "the damping is exact",
@@ -102,9 +101,9 @@ def laplace(
     "Laplace redux" (2106.14806).
     """
     _check_options(curv_type, approx, options)
-    _check_positive("temperature", temperature)
+    check_positive("temperature", temperature)
     loss = loss_of(loss_fn, reduction, class_dim)
-    noise = _checked_noise(noise_variance, loss, loss_fn)
+    noise = checked_noise(noise_variance, loss, loss_fn)
     if approx == "ekfac" and iter(data) is data:  # it is gone over twice
         data = list(data)
     seen = LikelihoodMeter(data, loss, output_fn)
@@ -164,7 +163,7 @@ class LaplacePosterior(WeightPosterior):
 
     @prior_precision.setter
     def prior_precision(self, value: Precision) -> None:
-        self._check_definite(self._precisions(value), self._scale(self._noise_variance))
+        self._check_definite(precisions_of(value, self.blocks), self._scale(self._noise_variance))
         self._prior_precision = value
 
     @property
@@ -174,7 +173,7 @@ class LaplacePosterior(WeightPosterior):
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        _check_positive("temperature", value)
+        check_positive("temperature", value)
         self._temperature = float(value)
 
     @property
@@ -184,39 +183,19 @@ class LaplacePosterior(WeightPosterior):
 
     @noise_variance.setter
     def noise_variance(self, value: float | None) -> None:
-        self._noise_variance = _checked_noise(value, self._loss, self._loss.name)
+        self._noise_variance = checked_noise(value, self._loss, self._loss.name)
 
     def _scale(self, noise_variance: Number | None) -> Number:
         """From the curvature that was measured to that of E / τ."""
         return self.likelihood.factor / self._temperature / (1.0 if noise_variance is None else noise_variance)
 
-    def _precisions(self, value: Precision) -> list[Number]:
-        """δ of each block."""
-        count = len(self._blocks)
-        if isinstance(value, dict):
-            if value.keys() != set(self.blocks):
-                raise ValueError(f"prior_precision has the names {list(value)}; pass one for each of {self.blocks}")
-            found = [value[name] for name in self.blocks]
-        elif isinstance(value, Tensor) and value.dim():
-            if value.shape != (count,):
-                raise ValueError(
-                    f"prior_precision is a tensor of shape {tuple(value.shape)}; pass a number, or one for each of the "
-                    f"{count} blocks {self.blocks}"
-                )
-            found = list(value.unbind())
-        else:
-            found = [value] * count
-        for one in found:
-            _check_positive("prior_precision", one)
-        return found
-
     def _check_definite(self, precisions: list[Number], scale: Number) -> None:
         for block, values, delta in zip(self._blocks, self._values, precisions, strict=True):
-            least = float(values.amin()) * _detached(scale) + _detached(delta)
+            least = float(values.amin()) * as_number(scale) + as_number(delta)
             if not least > 0:
                 raise ValueError(
                     f"the precision of block {block.name!r} has the eigenvalue {least:.4g}, and no Gaussian has it. "
-                    f"Train the model to a minimum, raise prior_precision={_detached(delta):.4g}, or choose "
+                    f"Train the model to a minimum, raise prior_precision={as_number(delta):.4g}, or choose "
                     "indefinite='clip' or curv_type='ggn'"
                 )
 
@@ -228,17 +207,12 @@ class LaplacePosterior(WeightPosterior):
         return Gaussian(self._mean, self._gaussian_blocks())
 
     def _gaussian_blocks(self) -> list[GaussianBlock]:
-        scale, precisions = self._scale(self._noise_variance), self._precisions(self._prior_precision)
+        scale, precisions = self._scale(self._noise_variance), precisions_of(self._prior_precision, self.blocks)
         self._check_definite(precisions, scale)
         return [
-            GaussianBlock(block, scale, _detached(delta) / scale)
+            GaussianBlock(block, scale, as_number(delta) / scale)
             for block, delta in zip(self._blocks, precisions, strict=True)
         ]
-
-    @torch.no_grad()
-    def variances(self) -> dict[str, Tensor]:
-        """The diagonal of Σ by name."""
-        return self._by_name(self.gaussian.variances())
 
     @torch.no_grad()
     def sample(self, generator: torch.Generator | None = None, count: int | None = None) -> dict[str, Tensor]:
@@ -253,7 +227,7 @@ class LaplacePosterior(WeightPosterior):
 
     def prior_terms(self) -> Iterable[PriorTerm]:
         """The prior of each block."""
-        pairs = zip(self._gaussian_blocks(), self._precisions(self._prior_precision), strict=True)
+        pairs = zip(self._gaussian_blocks(), precisions_of(self._prior_precision, self.blocks), strict=True)
         return [(block, delta, 1.0) for block, delta in pairs]
 
     def drawn_params(self, generator: torch.Generator | None) -> AbstractContextManager[None]:
@@ -291,7 +265,7 @@ class LaplacePosterior(WeightPosterior):
 
         prior_precision, noise_variance: in place of the posterior's own, which stay.
         """
-        precisions = self._precisions(self._prior_precision if prior_precision is None else prior_precision)
+        precisions = precisions_of(self._prior_precision if prior_precision is None else prior_precision, self.blocks)
         noise = self._noise_variance if noise_variance is None else self._noise_given(noise_variance)
         scale = self._scale(noise)
         self._check_definite(precisions, scale)
@@ -302,7 +276,7 @@ class LaplacePosterior(WeightPosterior):
         return total
 
     def _noise_given(self, value: Number) -> Number:
-        _checked_noise(_detached(value), self._loss, self._loss.name)
+        checked_noise(as_number(value), self._loss, self._loss.name)
         return value
 
     def optimize_prior(
@@ -318,7 +292,7 @@ class LaplacePosterior(WeightPosterior):
         Returns: the log marginal likelihood before each step and after the last [steps + 1].
         """
         check_count("steps", steps)
-        _check_positive("lr", lr)
+        check_positive("lr", lr)
         if noise and self._noise_variance is None:
             raise ValueError(f"noise=True, and the likelihood of {self._loss.name} has none: leave noise out")
         logs = self._log_precisions(per_block).requires_grad_()
@@ -341,7 +315,7 @@ class LaplacePosterior(WeightPosterior):
     def _log_precisions(self, per_block: bool) -> Tensor:
         """Where the search begins: 0-d, or one per block."""
         value = self._prior_precision
-        each = torch.stack([double(x).detach() for x in self._precisions(value)]).log()
+        each = torch.stack([double(x).detach() for x in precisions_of(value, self.blocks)]).log()
         return each if per_block or isinstance(value, dict) or (isinstance(value, Tensor) and value.dim()) else each[0]
 
     # --------------------------------------------------------------------------- linearised predictions
@@ -404,32 +378,6 @@ def _eigenvalues(block: Curvature) -> Tensor:
 
 def _square_norm(block: Curvature, mean: dict[Tensor, Tensor]) -> Tensor:
     return sum_of_terms([piece.of(mean[piece.param]).cpu().double().square().sum() for piece in block.pieces])
-
-
-def _detached(value: Number) -> float:
-    return float(value.detach()) if isinstance(value, Tensor) else value
-
-
-def _check_positive(name: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number or (isinstance(value, Tensor) and value.dim() == 0)):
-        came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise TypeError(f"{name} is {came}; pass {_POSITIVE}")
-    if not 0 < _detached(value) < math.inf:
-        raise ValueError(f"{name}={_detached(value)!r}; pass {_POSITIVE}")
-
-
-def _checked_noise(value: float | None, loss: Loss, given: Any) -> float | None:
-    if loss.formula.gaussian:
-        value = 1.0 if value is None else value
-        _check_positive("noise_variance", value)
-        return float(value)
-    if value is not None:
-        raise ValueError(
-            f"noise_variance is that of a Gaussian likelihood, and loss_fn={given!r} is none: pass 'mse' or "
-            "nn.MSELoss(), or noise_variance=None"
-        )
-    return None
 
 
 def _check_options(curv_type: str, approx: str | None, options: dict[str, Any]) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 
-def one_of(name: str, value: Any, known: Mapping[str, Any]) -> Any:
+def entry_of(name: str, value: Any, known: Mapping[str, Any]) -> Any:
     """What `known` has under a value, or an error that says what it could be."""
     if value not in known:
         raise ValueError(f"{name}={value!r} is unknown; allowed are {', '.join(map(repr, known))}")
@@ -56,3 +56,43 @@ def check_number(name: str, value: Any, fits: Callable[[float], bool], allowed: 
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass {allowed}")
     if not fits(value):
         raise ValueError(f"{name}={value!r}; pass {allowed}")
+
+
+# ------------------------------------------------------------------- checks of options, by name and value
+
+Check = Callable[[str, Any], None]
+
+
+def one_of(*allowed: Any) -> Check:
+    return lambda name, value: check_one_of(name, value, allowed)
+
+
+def check_one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown; allowed are {', '.join(map(repr, allowed))}")
+
+
+def number(fits: Callable[[float], bool], allowed: str) -> Check:
+    return lambda name, value: check_number(name, value, fits, allowed)
+
+
+def count(none: str = "") -> Check:
+    """An int of at least 1; none: what None means, if it is allowed."""
+    other = f", or None for {none}" if none else ""
+
+    def check(name: str, value: Any) -> None:
+        if value is None and none:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}; pass an int of at least 1{other}")
+
+    return check
+
+
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}; pass True or False")
+
+
+def anything(name: str, value: Any) -> None:
+    """Checked where it is used."""

@@ -1,173 +1,362 @@
-"""Options of curvature: each is declared once, with its default and its check."""
+"""Options: each is declared once, with its name, type, default, check, scope and meaning.
+
+An option is one line in one of the typed dicts below:
+
+    rank: Annotated[int, Option(16, count(), STRUCTURE, "how many eigenpairs are kept")]
+
+From it follow the keyword of every constructor that takes the topic (by `**options: Unpack[...]`), its check in groups,
+its key in `param_groups` and in the state, and its row in the reference. What several options have to do with one
+another is said by rules (`check_block`). Names of kinds and approximations are those of tables on higher floors, which
+hand them over with `allow`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Annotated, Any, TypedDict, get_type_hints
 
 from torch import Tensor
 
-from torchcurv.curv.approximations.spectrum import SPECTRA
-from torchcurv.curv.approximations.table import APPROXIMATIONS
-from torchcurv.curv.checks import Interval, check_interval, check_number
-from torchcurv.curv.hessian.local import RESIDUALS
-from torchcurv.curv.kinds.base import INPUT, SECOND
-from torchcurv.curv.kinds.table import KINDS
+from torchcurv.curv.checks import Check, Interval, check_interval, check_number, check_one_of, count, number, one_of
 
-PARTITIONS = (None, "all", "group", "layer", "parameter")
-HESSIAN_METHODS = (None, "exact", "hutchinson", "propagate", "price")
-_ALLOWED: dict[str, Collection[Any]] = {
-    "curv_type": KINDS,  # which `register_kind` adds to
-    "approx": (*APPROXIMATIONS, None),
-    "sharing": ("expand", "reduce", "whole"),
-    "damping_type": ("factored", "exact"),
-    "hessian_method": HESSIAN_METHODS,
-    "indefinite": SPECTRA,
-    "residual": tuple(RESIDUALS),
-    "partition": PARTITIONS,
-}
-_METHODS_OF: dict[str | None, tuple[str, ...]] = {
-    "diag": ("propagate", "exact", "hutchinson", "price"),
-    "kfac": ("propagate",),
-}
+# What an option decides: the structure of blocks, which is read when they are built; what the next step does, which is
+# read at every use; or the optimizer as a whole.
+STRUCTURE, LIVE, OPTIMIZER = "structure", "live", "optimizer"
 
 
 @dataclass(frozen=True)
+class Option:
+    """One option: its default, what raises on values that are not allowed, its scope, and what it means."""
+
+    default: Any
+    check: Check
+    scope: str
+    doc: str
+
+
+# -------------------------------------------------------------------------------- names and numbers
+
+_NAMES: dict[str, Collection[Any]] = {}  # by option, the names that tables on higher floors have
+
+
+def allow(option: str, names: Collection[Any]) -> None:
+    """Let an option take the names of a table, also those that are added to it later."""
+    _NAMES[option] = names
+
+
+def of_table(*others: Any) -> Check:
+    """A name of the table that was given to `allow`, or one of some other values."""
+
+    def check(name: str, value: Any) -> None:
+        check_one_of(name, value, (*_NAMES[name], *others))
+
+    return check
+
+
+def _damping(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        check_number(name, value, lambda x: 0 <= x < math.inf, "a finite number >= 0, or a 0-d tensor")
+    elif value.dim():
+        raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}; pass a number or a 0-d tensor")
+
+
+def _interval(name: str, value: Any) -> None:
+    check_interval(name, value)
+
+
+# ----------------------------------------------------------------------------------- options of a block
+
+
+class ShapeOptions(TypedDict, total=False):
+    """What is measured, and of which shape."""
+
+    samples: Annotated[
+        int | None,
+        Option(
+            1,
+            count("the exact curvature"),
+            STRUCTURE,
+            "signals drawn per pass (random signs for the ggn, labels for the Fisher); None: all of them",
+        ),
+    ]
+    partition: Annotated[
+        str | None,
+        Option(
+            None,
+            one_of(None, "all", "group", "layer", "parameter"),
+            STRUCTURE,
+            'what one block of "full" and "lowrank" covers: "all" parameters with equal options (None), those of a '
+            '"group", a "layer", or a "parameter"',
+        ),
+    ]
+    rows_limit: Annotated[
+        int,
+        Option(
+            2048,
+            count(),
+            STRUCTURE,
+            "a dense block with more parameters goes through the Gram matrix of its rows (one per sample and signal) "
+            'and has no running average; of more rows "lowrank" keeps the largest eigenpairs at once',
+        ),
+    ]
+    ema_decay: Annotated[
+        float | Callable[[int], float],
+        Option(
+            0.95,
+            number(lambda x: 0 <= x <= 1, "a number between 0 (no memory) and 1 (plain mean)"),
+            LIVE,
+            "the fraction ρ of the old that a running average keeps per step (ρ^k over the k steps between two "
+            "measurements), 0 <= ρ <= 1; 1 is the plain mean; or a function of the step",
+        ),
+    ]
+
+
+class KroneckerOptions(TypedDict, total=False):
+    """K-FAC and EK-FAC."""
+
+    sharing: Annotated[
+        str,
+        Option(
+            "expand",
+            one_of("expand", "reduce", "whole"),
+            STRUCTURE,
+            'how positions that share a weight count: "expand": each is a sample of its own; "reduce": inputs are '
+            'averaged and signals added up over them first; "whole": the gradient G of a sample as it is, '
+            "A = Σ G^T G / Σ norm(G)², B = Σ G G^T, so that B ⊗ A has the partial traces of C",
+        ),
+    ]
+    factor_blocks: Annotated[
+        int, Option(1, count(), STRUCTURE, "diagonal blocks that are kept of each of the two factors; 1: the whole")
+    ]
+    max_factor_dim: Annotated[
+        int | None,
+        Option(
+            8192,
+            count("no limit"),
+            STRUCTURE,
+            "of a factor, or of the matrix of a unit, larger than this only the diagonal is kept",
+        ),
+    ]
+    max_positions: Annotated[
+        int | None,
+        Option(
+            None,
+            count("no limit"),
+            STRUCTURE,
+            "statistics of a layer that is used at more positions of a batch are those of every k-th sample, "
+            "k = ceil(positions / max_positions)",
+        ),
+    ]
+
+
+class LowRankOptions(TypedDict, total=False):
+    """approx="lowrank"."""
+
+    rank: Annotated[int, Option(16, count(), STRUCTURE, "how many eigenpairs are kept, those of largest magnitude")]
+
+
+class HessianOptions(TypedDict, total=False):
+    """curv_type="hessian"."""
+
+    hessian_method: Annotated[
+        str | None,
+        Option(
+            None,
+            of_table(None),
+            STRUCTURE,
+            '"exact" (products with unit vectors), "hutchinson" for "diag" (`samples` products with random signs), '
+            '"price" for "diag" of a VIOptimizer (from its draws), or "propagate" for "diag" (HesScale) and "kfac" '
+            '(HBP); None: "propagate" for these two, else "exact"',
+        ),
+    ]
+    residual: Annotated[
+        str,
+        Option(
+            "keep",
+            of_table(),
+            STRUCTURE,
+            'what propagation does with second derivatives of activations: "keep", "zero" (Gauss-Newton), "abs", '
+            '"clip"',
+        ),
+    ]
+    max_hessian_dim: Annotated[
+        int,
+        Option(
+            2048,
+            count(),
+            STRUCTURE,
+            'the largest number of elements of a sample that "kfac" of the Hessian carries a matrix over',
+        ),
+    ]
+    indefinite: Annotated[
+        str,
+        Option(
+            "abs",
+            of_table(),
+            STRUCTURE,
+            'what becomes of negative eigenvalues: "abs", "clip" (zero), "shift" (all are raised until the least is '
+            'zero), or "keep", which can only be looked at',
+        ),
+    ]
+
+
+class RefreshOptions(TypedDict, total=False):
+    """When statistics are measured and factors computed."""
+
+    update_every: Annotated[
+        Interval,
+        Option(
+            1,
+            _interval,
+            LIVE,
+            'steps between two measurements: an int, a function of the step, or "adaptive": each statistic is then '
+            "measured ever more rarely while its running average moves by less than refresh_tol",
+        ),
+    ]
+    refactor_every: Annotated[
+        Interval,
+        Option(
+            1,
+            _interval,
+            LIVE,
+            'steps between two factorisations; "adaptive": when a statistic has moved by refresh_tol since the last, '
+            "or the damping by a tenth",
+        ),
+    ]
+    refresh_tol: Annotated[
+        float, Option(0.1, number(lambda x: 0 < x < math.inf, "a number > 0"), LIVE, "see update_every")
+    ]
+    refresh_cap: Annotated[int, Option(100, count(), LIVE, "the longest adaptive interval, in steps")]
+    refresh_warmup: Annotated[
+        int,
+        Option(
+            10,
+            number(lambda x: x >= 0 and x == int(x), "an int of at least 0"),
+            LIVE,
+            "so many first steps measure in each",
+        ),
+    ]
+
+
+class DampingTypeOptions(TypedDict, total=False):
+    """How the damping is applied."""
+
+    damping_type: Annotated[
+        str,
+        Option(
+            "factored",
+            one_of("factored", "exact"),
+            STRUCTURE,
+            '"exact" Tikhonov through eigenvectors, or "factored" over the Kronecker factors by Cholesky',
+        ),
+    ]
+
+
+class MainOptions(TypedDict, total=False):
+    """What a constructor names itself."""
+
+    curv_type: Annotated[
+        str,
+        Option(
+            "ggn",
+            of_table(),
+            STRUCTURE,
+            '"ggn", "fisher", "empirical_fisher", "hessian", or "input": C = I ⊗ A, A = mean a a^T of the inputs of '
+            "a layer; or a name given to register_kind",
+        ),
+    ]
+    approx: Annotated[
+        str | None,
+        Option(
+            "kfac",
+            of_table(None),
+            STRUCTURE,
+            '"full", "block", "unit", "kfac", "ekfac", "diag", "lowrank", or None for the plain gradient',
+        ),
+    ]
+    damping: Annotated[
+        float | Tensor | Callable[[int], float],
+        Option(
+            0.1,
+            _damping,
+            LIVE,
+            "λ of (C + λ I)^-1, in units of the loss per squared parameter; > 0 for a step; or a function of the step",
+        ),
+    ]
+
+
+class BlockOptions(ShapeOptions, KroneckerOptions, LowRankOptions, HessianOptions, RefreshOptions, DampingTypeOptions):
+    """The options of a block beside those of MainOptions."""
+
+
+# ---------------------------------------------------------------------------------------------- table
+
+
+def table_of(*topics: Any) -> dict[str, Option]:
+    """The options of some typed dicts by name."""
+    found: dict[str, Option] = {}
+    for topic in topics:
+        for name, hint in get_type_hints(topic, include_extras=True).items():
+            found[name] = hint.__metadata__[0]
+    return found
+
+
+def with_defaults(table: Mapping[str, Option], **defaults: Any) -> dict[str, Option]:
+    """The table with other defaults for some options."""
+    return {**table, **{name: replace(table[name], default=value) for name, value in defaults.items()}}
+
+
+def complete(table: Mapping[str, Option], given: Mapping[str, Any], who: str) -> dict[str, Any]:
+    """Every option of a table, with its default where none is given. who: takes the options."""
+    for name in given.keys() - table.keys():
+        alike = get_close_matches(name, table, 1)
+        meant = f", did you mean {alike[0]!r}?" if alike else "."
+        raise TypeError(f"{who} has no option {name!r}{meant} Its options are {', '.join(sorted(table))}")
+    return {name: given.get(name, option.default) for name, option in table.items()}
+
+
+BLOCK_TABLE = table_of(MainOptions, BlockOptions)
+OPTION_NAMES = tuple(BLOCK_TABLE)
+STRUCTURE_NAMES = tuple(name for name, option in BLOCK_TABLE.items() if option.scope == STRUCTURE)
+
+
 class Options:
-    """The curvature options of one block.
+    """The options of one block, complete and checked: an attribute for each of MainOptions and BlockOptions."""
 
-    curv_type: "ggn", "fisher", "empirical_fisher", "hessian", or "input": C = I ⊗ A over a weight, A = mean a a^T of
-        what came into its layer, and 0 over a bias, whatever the loss; for approx="kfac" (or None). The direction
-        of a step is then λ (C + λ I)^-1 g, which for λ -> ∞ is g; with ema_decay=0, update_every=1, refactor_every=1
-        and damping_type="factored" it goes through the rows a where they are fewer than the inputs.
-    approx: "full", "block", "unit", "kfac", "ekfac", "diag", "lowrank", or None for the plain gradient.
-    partition: what one block of "full" and "lowrank" covers: "all" parameters with equal options (None, the default),
-        those of a "group", a "layer", or a "parameter".
-    rank: how many eigenpairs "lowrank" keeps, those of largest magnitude.
-    samples: signals drawn per pass (random signs for the ggn, labels for the Fisher); None sends all of them.
-    sharing: how K-FAC treats positions that share a weight. "expand": each is a sample of its own, as if their signals
-        were independent. "reduce": inputs are averaged and signals added up over them first, as if each position had
-        the same. "whole": the gradient G of a sample is taken as it is, A = Σ G^T G / Σ norm(G)² and B = Σ G G^T; then
-        B ⊗ A has the partial traces of C, and is C wherever that is a Kronecker product. With one position per sample
-        there is no difference. Embeddings, weights that unlike modules share, and curv_type="hessian" and "input" take
-        it for "expand".
-    damping: λ of (C + λ I)^-1, in units of the loss per squared parameter; > 0 for a step.
-    damping_type: "exact" Tikhonov through eigenvectors, or "factored" over the Kronecker factors by Cholesky.
-    ema_decay: the fraction ρ of the old that a running average keeps per step (ρ^k over the k steps between two
-        measurements), 0 <= ρ <= 1; 1 is the plain mean.
-    update_every, refactor_every: steps between two measurements, and between two factorisations: an int, a callable
-        of the step, or "adaptive". Then each statistic (A and B of K-FAC on their own) is measured ever more rarely
-        while its running average moves by less than `refresh_tol` (schedule.py), at most `refresh_cap` steps apart and
-        on each of the first `refresh_warmup`. A factor is computed anew
-        when a statistic has moved by refresh_tol since the last, or the damping by a tenth.
-    rows_limit: a dense block with more parameters than this goes through the Gram matrix of its rows (one row
-        per sample and signal) and never forms its matrix. Such a block has no running average. Of more rows than this
-        "lowrank" keeps the `rank` largest eigenpairs at once, and goes on with them.
-    hessian_method: of curv_type="hessian": "exact" (products with unit vectors), "hutchinson" for "diag" (`samples`
-        products with random signs), "price" for "diag" of a VIOptimizer (from its draws and their gradients, without
-        a pass), or "propagate" for "diag" (HesScale) and "kfac" (HBP). None: "propagate" for these two, else "exact".
-    residual: what propagation does with second derivatives of activations, sample by sample: "keep", "zero" (Gauss-
-        Newton), "abs", "clip".
-    max_hessian_dim: the largest number of elements of a sample that "kfac" of the Hessian carries a matrix over.
-    indefinite: what becomes of negative eigenvalues of the Hessian (or entries of its diagonal): "abs", "clip" (zero),
-        "shift" (all are raised until the least is zero), or "keep", which can only be looked at.
-    factor_blocks: K-FAC keeps this many diagonal blocks of each of its two factors; 1 keeps the whole.
-    max_factor_dim: of a K-FAC factor, or of the matrix of a unit, larger than this only the diagonal is kept; None:
-        no limit. The vocabulary side of an embedding is always a diagonal.
-    max_positions: K-FAC statistics of a layer that is used at more positions of a batch (samples times pixels, or
-        tokens) are those of every k-th sample, k = ceil(positions / max_positions), and of one at least; None: of all
-        samples. For "kfac" and "ekfac", but not for curv_type="input" and "hessian".
-    """
+    def __init__(self, **given: Any) -> None:
+        unknown = given.keys() - BLOCK_TABLE.keys()
+        if unknown:
+            raise TypeError(f"unknown options {', '.join(sorted(unknown))}; a block has {', '.join(OPTION_NAMES)}")
+        values = {name: given.get(name, option.default) for name, option in BLOCK_TABLE.items()}
+        self.__dict__.update(values)
+        for name, option in BLOCK_TABLE.items():
+            option.check(name, values[name])
+        for rule in BLOCK_RULES:
+            rule(self)
 
-    curv_type: str = "ggn"
-    approx: str | None = "kfac"
-    samples: int | None = 1
-    sharing: str = "expand"
-    damping: float | Tensor = 0.1
-    damping_type: str = "factored"
-    ema_decay: float = 0.95
-    update_every: Interval = 1
-    refactor_every: Interval = 1
-    refresh_tol: float = 0.1
-    refresh_cap: int = 100
-    refresh_warmup: int = 10
-    rows_limit: int = 2048
-    hessian_method: str | None = None
-    residual: str = "keep"
-    max_hessian_dim: int = 2048
-    indefinite: str = "abs"
-    factor_blocks: int = 1
-    max_factor_dim: int | None = 8192
-    max_positions: int | None = None
-    partition: str | None = None
-    rank: int = 16
+    def __getattr__(self, name: str) -> Any:  # for the type checker: the options are in __dict__
+        raise AttributeError(f"a block has no option {name!r}")
 
-    def __post_init__(self) -> None:
-        for key, allowed in _ALLOWED.items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(
-                    f"{key}={getattr(self, key)!r} is unknown; allowed are {', '.join(map(repr, allowed))}"
-                )
-        if self.curv_type == SECOND:
-            self._check_hessian()
-        if self.partition not in (None, "layer") and self.approx not in ("full", "lowrank", None):
-            raise ValueError(
-                f'partition={self.partition!r} with approx={self.approx!r}; it is for "full" and "lowrank"; every '
-                "other approximation is made layer by layer"
-            )
-        if self.curv_type == INPUT and self.approx not in ("kfac", None):
-            raise ValueError(
-                f'curv_type="input" with approx={self.approx!r}: it is the A of K-FAC, known as no other '
-                'approximation: write approx="kfac"'
-            )
-        samples = self.samples
-        if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
-            raise ValueError(f"samples={samples!r}; pass an int of at least 1, or None for the exact curvature")
-        for key in ("update_every", "refactor_every"):
-            check_interval(key, getattr(self, key))
-        check_number(
-            "ema_decay", self.ema_decay, lambda x: 0 <= x <= 1, "a number between 0 (no memory) and 1 (plain mean)"
-        )
-        if not isinstance(self.damping, Tensor):
-            check_number("damping", self.damping, lambda x: 0 <= x < math.inf, "a finite number >= 0, or a 0-d tensor")
-        elif self.damping.dim():
-            raise ValueError(f"damping is a tensor of shape {tuple(self.damping.shape)}; pass a number or a 0-d tensor")
-        check_number("refresh_tol", self.refresh_tol, lambda x: 0 < x < math.inf, "a number > 0")
-        check_number("refresh_warmup", self.refresh_warmup, lambda x: x >= 0 and x == int(x), "an int of at least 0")
-        for key, other in (
-            ("refresh_cap", ""),
-            ("rows_limit", ""),
-            ("factor_blocks", ""),
-            ("max_hessian_dim", ""),
-            ("rank", ""),
-            ("max_factor_dim", ", or None for no limit"),
-            ("max_positions", ", or None for no limit"),
-        ):
-            value = getattr(self, key)
-            if value is None and other:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{key}={value!r}; pass an int of at least 1{other}")
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"the options of a block are fixed: {name} cannot be set")
 
-    def _check_hessian(self) -> None:
-        if self.approx == "ekfac":
-            raise ValueError(
-                'approx="ekfac" of the Hessian is not known: choose "full", "block", "unit", "kfac", "diag" or '
-                '"lowrank", or curv_type="ggn"'
-            )
-        allowed = _METHODS_OF.get(self.approx, ("exact",))
-        if self.approx is not None and self.hessian_method not in (None, *allowed):
-            raise ValueError(
-                f"hessian_method={self.hessian_method!r} with approx={self.approx!r}; allowed are "
-                f"{', '.join(map(repr, allowed))}"
-            )
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(vars(self).values()))
+
+    def __repr__(self) -> str:
+        changed = {k: v for k, v in vars(self).items() if v is not BLOCK_TABLE[k].default}
+        return f"Options({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
 
     @property
     def method(self) -> str:
         """hessian_method, with what None stands for."""
-        return self.hessian_method or _METHODS_OF.get(self.approx, ("exact",))[0]
+        return self.hessian_method or methods_of(self.approx)[0]
 
     @property
     def covers(self) -> str:
@@ -175,9 +364,45 @@ class Options:
         return self.partition or ("all" if self.approx in ("full", "lowrank") else "layer")
 
 
-OPTION_NAMES = tuple(f.name for f in fields(Options))
-# The options that decide what a block keeps; the others are read when they are needed.
-STRUCTURE = (
-    "curv_type", "approx", "samples", "sharing", "damping_type", "rows_limit", "factor_blocks", "max_factor_dim",
-    "hessian_method", "residual", "max_hessian_dim", "indefinite", "max_positions", "partition", "rank",
-)  # fmt: skip
+def methods_of(approx: str | None) -> tuple[str, ...]:
+    """The ways to the Hessian that an approximation has, the default first."""
+    known = {"diag": ("propagate", "exact", "hutchinson", "price"), "kfac": ("propagate",)}
+    return known.get(approx or "", ("exact",))
+
+
+# ------------------------------------------------------------------------ what options have to do with one another
+
+
+def _hessian_has_a_way(options: Options) -> None:
+    if options.curv_type != "hessian":
+        return
+    if options.approx == "ekfac":
+        raise ValueError(
+            'approx="ekfac" of the Hessian is not known: choose "full", "block", "unit", "kfac", "diag" or "lowrank", '
+            'or curv_type="ggn"'
+        )
+    allowed = methods_of(options.approx)
+    if options.approx is not None and options.hessian_method not in (None, *allowed):
+        raise ValueError(
+            f"hessian_method={options.hessian_method!r} with approx={options.approx!r}; allowed are "
+            f"{', '.join(map(repr, allowed))}"
+        )
+
+
+def _partition_fits(options: Options) -> None:
+    if options.partition not in (None, "layer") and options.approx not in ("full", "lowrank", None):
+        raise ValueError(
+            f'partition={options.partition!r} with approx={options.approx!r}; it is for "full" and "lowrank"; every '
+            "other approximation is made layer by layer"
+        )
+
+
+def _input_is_kfac(options: Options) -> None:
+    if options.curv_type == "input" and options.approx not in ("kfac", None):
+        raise ValueError(
+            f'curv_type="input" with approx={options.approx!r}: it is the A of K-FAC, known as no other '
+            'approximation: write approx="kfac"'
+        )
+
+
+BLOCK_RULES: list[Callable[[Options], None]] = [_hessian_has_a_way, _partition_fits, _input_is_kfac]

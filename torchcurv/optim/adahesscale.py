@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from torchcurv.curv.checks import Interval, check_number
-from torchcurv.curv.options import OPTION_NAMES, Options
-from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
-from torchcurv.optim.companion import Companion, Group, buffer_of
+from torchcurv.curv.checks import Interval, check_number, number
+from torchcurv.curv.options import (
+    LIVE,
+    BlockOptions,
+    MainOptions,
+    Option,
+    Options,
+    complete,
+    table_of,
+    with_defaults,
+)
+from torchcurv.optim.base import CurvatureOptimizer
+from torchcurv.optim.engine.companion import Companion, Group, buffer_of
+from torchcurv.optim.options import LossOptions, MainLossOption
 from torchcurv.optim.update import scale_within
+
+_finite = number(lambda x: 0 <= x < math.inf, "a finite number >= 0")
+
+
+def _betas(name: str, value: Any) -> None:
+    for beta in value:
+        check_number(name, beta, lambda x: 0 <= x < 1, "two numbers from 0 to below 1")
+
+
+class AdamOptions(TypedDict, total=False):
+    """Those of Adam, per group."""
+
+    lr: Annotated[float, Option(1e-5, _finite, LIVE, "step size")]
+    betas: Annotated[tuple[float, float], Option((0.9, 0.999), _betas, LIVE, "decays of the two moments")]
+    eps: Annotated[float, Option(1e-8, _finite, LIVE, "added to the root of the second moment")]
+
+
+def _is_diagonal(group: Group, options: Options, settings: Mapping[str, Any]) -> None:
+    if options.approx not in ("diag", None):
+        raise ValueError(f'approx={options.approx!r}; AdaHesScale reads a diagonal: "diag", or None for Adam')
 
 
 class AdaHesScale(CurvatureOptimizer):
@@ -36,6 +66,14 @@ class AdaHesScale(CurvatureOptimizer):
     approximations for applications in reinforcement learning" (2406.03276).
     """
 
+    table: ClassVar = with_defaults(
+        table_of(MainLossOption, MainOptions, BlockOptions, LossOptions, AdamOptions),
+        curv_type="hessian",
+        approx="diag",
+        hessian_method="propagate",
+        ema_decay=0.0,
+    )
+
     def __init__(
         self,
         model: nn.Module,
@@ -50,46 +88,22 @@ class AdaHesScale(CurvatureOptimizer):
         max_scale: float = 1.0,
         update_every: Interval = 1,
         approx: str | None = "diag",
-        reduction: str | None = None,
-        class_dim: int | None = None,
-        output_fn: Callable[[Any], Tensor] | None = None,
-        grad_scaler: Any = None,
-        unsupported: str = "error",
-        seed: int = 0,
+        **options: Unpack[LossOptions],
     ) -> None:
         if delta is not None:
             check_number("delta", delta, lambda x: x > 0, "a number > 0, or None for no trust region")
         check_number("max_scale", max_scale, lambda x: x > 0, "a number > 0")
         self.settings = {"delta": delta, "max_scale": max_scale}
-        if approx not in ("diag", None):
-            raise ValueError(f'approx={approx!r}; AdaHesScale reads a diagonal: "diag", or None for Adam')
-        options = Options(
-            curv_type="hessian",
-            approx=approx,
-            hessian_method="propagate",
-            residual=residual,
-            ema_decay=0.0,
-            update_every=update_every,
-        )
-        given = locals()
+        named = {"loss_fn": loss_fn, "lr": lr, "betas": betas, "eps": eps, "residual": residual}
+        given = {**named, "update_every": update_every, "approx": approx, **options}
         super().__init__(
             model,
             params,
-            {"lr": lr, "betas": betas, "eps": eps},
-            {name: getattr(options, name) for name in OPTION_NAMES},
-            **{name: given[name] for name in WHOLE_OPTIONS},
+            complete(self.table, given, type(self).__name__),
+            rules=(_is_diagonal,),
             companions=(Moments,),
             factors=False,
         )
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        for key in ("lr", "eps"):
-            check_number(key, group[key], lambda x: 0 <= x < math.inf, "a finite number >= 0")
-        for beta in group["betas"]:
-            check_number("betas", beta, lambda x: 0 <= x < 1, "two numbers from 0 to below 1")
-        if group["approx"] not in ("diag", None):
-            raise ValueError(f'approx={group["approx"]!r}; AdaHesScale reads a diagonal: "diag", or None for Adam')
 
     def update_parameters(self) -> None:
         """Adam with the diagonals that were measured."""

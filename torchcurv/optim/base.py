@@ -10,9 +10,8 @@ from __future__ import annotations
 import copy
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from difflib import SequenceMatcher
 from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
@@ -21,25 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from torchcurv.curv.block.block import Curvature
-from torchcurv.curv.checks import ADAPTIVE, AUTO, check_interval, interval_at, value_at
-from torchcurv.curv.kinds.base import INPUT
-from torchcurv.curv.options import OPTION_NAMES, Options
-from torchcurv.optim.companion import Companion, hint_of
+from torchcurv.curv.bundles import flattened
+from torchcurv.curv.options import OPTIMIZER, Option
 from torchcurv.optim.engine.building import BlockRule, Blueprint
 from torchcurv.optim.engine.checkpoint import exact_state
-from torchcurv.optim.engine.damping import DampingPolicy, StepDamping, is_zero
+from torchcurv.optim.engine.companion import Companion, hint_of
+from torchcurv.optim.engine.damping import DampingPolicy, StepDamping
 from torchcurv.optim.engine.engine import CurvatureEngine
+from torchcurv.optim.engine.groups import GroupOptions, GroupRule
 from torchcurv.optim.engine.report import metrics_of, summary_of
+from torchcurv.optim.rules import damped, indefinite_is_mapped
 
-_INTERVALS = ("update_every", "refactor_every")
-INTERVAL = 10  # what "auto" stands for
-OF_THE_BATCH = ("full", "block")  # which are made of the rows of one batch where these are few
-_VALUES = ("damping", "ema_decay")  # which may be functions of the step, too
-UNSUPPORTED = ("error", "gradient")
-# What the schedulers of torch write into groups; keys of the user's own are welcome too.
-_SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")
-# Options of the optimizer as a whole.
-WHOLE_OPTIONS = ("loss_fn", "reduction", "class_dim", "output_fn", "grad_scaler", "unsupported", "seed")
+RECORDING = ("loss_fn", "reduction", "class_dim", "output_fn", "grad_scaler", "seed")
 
 C = TypeVar("C", bound=Companion)
 
@@ -51,149 +43,86 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     every other option of a group may be changed between steps.
     """
 
+    table: ClassVar[Mapping[str, Option]]  # what it takes, with its own defaults
     model: nn.Module | None = None
     _engine: CurvatureEngine | None = None
     _companions: Mapping[type[Companion], Companion] = MappingProxyType({})
     _last: dict[str, Tensor]  # what is known of the last step, 0-d
-    _copied: ClassVar[tuple[str, ...]] = ("_schedules", "_early", "defaults")
     settings: Mapping[str, Any] = MappingProxyType({})  # options of the whole optimizer that are its own
 
     def __init__(
         self,
         model: nn.Module,
         params: Any,
-        step_defaults: dict[str, Any],
-        curvature_options: dict[str, Any],
+        options: Mapping[str, Any],
         *,
-        loss_fn: nn.Module | str | None,
-        reduction: str | None,
-        class_dim: int | None,
-        output_fn: Callable[[Any], Tensor] | None,
-        grad_scaler: Any,
-        unsupported: str,
-        seed: int,
+        rules: Sequence[GroupRule] = (),
         damping: DampingPolicy | None = None,
+        block_rules: Sequence[BlockRule] = (),
         arrange: Callable[[list[Curvature]], list[Curvature]] = list,
-        rules: tuple[BlockRule, ...] = (),
         companions: Sequence[type[Companion]] = (),
         **engine_options: Any,
     ) -> None:
+        """options: all of `table`, as `complete` returns them. rules: what the options of a group have to do with one
+        another. The others are those of Blueprint and CurvatureEngine.
+        """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; pass the nn.Module to train as the first argument")
-        if unsupported not in UNSUPPORTED:
-            raise ValueError(f"unsupported={unsupported!r}; allowed are {', '.join(map(repr, UNSUPPORTED))}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed={seed!r}; pass an int")
-        if isinstance(class_dim, bool) or not isinstance(class_dim, int | None):
-            raise TypeError(f"class_dim={class_dim!r}; pass an int, or None")
-        if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
-            raise TypeError(f"grad_scaler={grad_scaler!r}; pass a torch.amp.GradScaler, or anything with get_scale()")
-        self.model = model
-        self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-        self._last = {}
+        whole = {name: options[name] for name, one in self.table.items() if one.scope == OPTIMIZER}
+        for name, value in whole.items():
+            self.table[name].check(name, value)
+        own = {name: one for name, one in self.table.items() if one.scope != OPTIMIZER}
+        defaults = {name: options[name] for name in own}
+        self.model, self._last = model, {}
+        self._group_options = GroupOptions(own, tuple(whole), self.settings, (damped, indefinite_is_mapped, *rules))
         self._companions: dict[type[Companion], Companion] = {}
-        self._schedules: dict[tuple[int, str], Callable[[int], Any]] = {}
-        self._early: set[tuple[int, str]] = set()  # (group, interval) that are 1 in the beginning
-        recording = {
-            "loss_fn": loss_fn,
-            "reduction": reduction,
-            "class_dim": class_dim,
-            "output_fn": output_fn,
-            "grad_scaler": grad_scaler,
-            "seed": seed,
-        }
-        blueprint = Blueprint(model, unsupported, arrange, rules)
+        recording = {name: whole[name] for name in RECORDING}
+        blueprint = Blueprint(model, whole["unsupported"], arrange, tuple(block_rules))
         self._make_engine(blueprint, recording, damping or StepDamping(), engine_options)
         self._companions |= {companion: companion(self) for companion in companions}
-        self._check_group(self._at_step({**step_defaults, **curvature_options}))
+        self._group_options.check(self._group_options.at_step(defaults, 0))
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
             if not params:
                 raise ValueError("the model has no trainable parameters: nothing to optimize")
-        super().__init__(params, {**step_defaults, **curvature_options})
+        super().__init__(params, defaults)
         self._build()
 
     def _make_engine(
         self, blueprint: Blueprint, recording: dict[str, Any], damping: DampingPolicy, options: dict[str, Any]
     ) -> None:
-        schedule, hint = _Schedule(weakref.proxy(self)), partial(hint_of, self._companions)
-        engine = CurvatureEngine(blueprint, recording, schedule, damping, hint=hint, **options)
+        hint = partial(hint_of, self._companions)
+        engine = CurvatureEngine(blueprint, recording, self._group_options, damping, hint=hint, **options)
         self._engine, self._engine_options = engine, options
         self._finalizer = weakref.finalize(self, engine.remove)
 
     # ------------------------------------------------------------------------------------- groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim; curvature and step options may stand in the group."""
-        engine = self.engine
-        _check_keys(param_group, self.defaults)
+        """As in torch.optim; curvature and step options may stand in the group, and bundles of them."""
+        engine, options = self.engine, self._group_options
+        param_group.update(flattened(param_group))
+        options.check_keys(param_group)
         super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
         try:
-            self._take_group(len(self.param_groups) - 1)
-            if engine.pairs or engine.hooked:
+            self._check_params(index, engine.blueprint.names)
+            options.groups = self.param_groups
+            options.accept(index, engine.step)
+            if engine.hooked:
                 self._build()
         except Exception:
             self.param_groups.pop()
-            groups = len(self.param_groups)
-            self._schedules = {key: value for key, value in self._schedules.items() if key[0] < groups}
-            self._early = {key for key in self._early if key[0] < groups}
+            options.drop(index)
             raise
 
-    def _take_group(self, index: int) -> None:
-        """Check the group; callables (schedules) are kept beside it, so that it can be saved."""
-        group = self.param_groups[index]
-        strangers = [k for k, p in enumerate(group["params"]) if p not in self._names]
-        if strangers:
+    def _check_params(self, index: int, names: dict[Tensor, str]) -> None:
+        foreign = [k for k, p in enumerate(self.param_groups[index]["params"]) if p not in names]
+        if foreign:
             raise ValueError(
-                f"the parameters at {strangers} of group {index} are not parameters of the model: pass parameters "
+                f"the parameters at {foreign} of group {index} are not parameters of the model: pass parameters "
                 "of the module given as the first argument"
             )
-        schedules = {key: group[key] for key in (*_INTERVALS, *_VALUES)}
-        early = {(index, key) for key in _INTERVALS if group[key] == AUTO}
-        group.update(self._at_step(group))
-        self._check_group(group)
-        self._early = {pair for pair in self._early if pair[0] != index} | early
-        for key, value in schedules.items():
-            self._schedules.pop((index, key), None)
-            if callable(value):
-                self._schedules[index, key] = value
-
-    def _at_step(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of a group with what "auto" stands for, and what functions of the step say now."""
-        every = 1 if options["curv_type"] == INPUT or options["approx"] in OF_THE_BATCH else INTERVAL
-        found = {**options, **{key: every for key in _INTERVALS if options[key] == AUTO}}
-        for key in (*_INTERVALS, *_VALUES):
-            if callable(options[key]):
-                found[key] = (interval_at if key in _INTERVALS else value_at)(key, options[key], self.engine.step)
-        return found
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        options = Options(**{key: group[key] for key in OPTION_NAMES})
-        if options.approx is not None and not self._is_damped(group):
-            raise ValueError(
-                "damping=0; pass a number > 0: curvature is singular as soon as a layer has more parameters than "
-                "there are samples"
-            )
-        if options.approx is not None and options.curv_type == "hessian" and options.method == "price":
-            self._check_price(group)
-        if options.approx is not None and options.curv_type == "hessian" and options.indefinite == "keep":
-            raise ValueError(
-                'indefinite="keep" leaves negative eigenvalues to be looked at (torchcurv.curvature); a step needs '
-                '"abs", "clip" or "shift"'
-            )
-
-    def _is_damped(self, group: dict[str, Any]) -> bool:
-        """Whether something > 0 is added to the curvature of a group."""
-        return not is_zero(group["damping"]) or (bool(group.get("l2")) and group["curv_type"] != INPUT)
-
-    def _check_price(self, group: dict[str, Any]) -> None:
-        raise ValueError(
-            'hessian_method="price" is an estimate over draws of a posterior, and needs VIOptimizer; others take '
-            '"propagate", "exact" or "hutchinson"'
-        )
-
-    def _params(self) -> Iterable[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
 
     def _build(self) -> None:
         """Layers, blocks and recorder for the groups as they are now."""
@@ -208,14 +137,6 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
                 "(model, optimizer), or build a new optimizer on the copied model and load this one's state_dict"
             )
         return self._engine
-
-    def _apply_schedules(self) -> None:
-        """What functions of the step say of damping and memory now."""
-        step = self.engine.step
-        for (index, key), schedule in self._schedules.items():
-            if key in _VALUES:
-                self.param_groups[index][key] = value_at(key, schedule, step)
-                self._check_group(self.param_groups[index])
 
     # --------------------------------------------------------------------------------------- step
 
@@ -356,15 +277,12 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     def _restore(self) -> None:
         """Blocks and counters from `state`."""
         engine = self.engine
-        self._last, early = {}, self._early  # the groups say what "auto" has become
+        self._last = {}
         engine.step = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
-        for index, group in enumerate(self.param_groups):
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-            schedules = {key: self._schedules.get((index, key)) for key in (*_INTERVALS, *_VALUES)}
-            group.update({key: schedule for key, schedule in schedules.items() if schedule is not None})
-            self._take_group(index)
-        self._early = early
+        for index in range(len(self.param_groups)):
+            self._check_params(index, engine.blueprint.names)
+        self._group_options.groups = self.param_groups
+        self._group_options.accept_loaded(self.defaults, engine.step)
         self._build()
         engine.load(self.state)
         for companion in self._companions.values():
@@ -382,55 +300,14 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         model = memo.get(id(self.model)) if self.model is not None else None
         if model is None:
             return new
-        for key in self._copied:
-            setattr(new, key, copy.copy(getattr(self, key)))
+        new.defaults = dict(self.defaults)
         new.settings = dict(self.settings)
         new.model, old = model, self.engine
-        new._names = {p: name for name, p in model.named_parameters()}
         loss_fn = old.recording["loss_fn"]
         recording = {**old.recording, "loss_fn": memo.get(id(loss_fn), loss_fn)}
+        new._group_options = self._group_options.copied(new.settings)
         new._companions = {}
         new._make_engine(replace(old.blueprint, model=model), recording, old.damping, self._engine_options)
         new._companions |= {companion: companion(new) for companion in self._companions}
         new._restore()
         return new
-
-
-class _Schedule:
-    """Intervals and options of groups that are functions of the step, as the engine asks for them."""
-
-    def __init__(self, optimizer: CurvatureOptimizer) -> None:
-        self.optimizer = optimizer
-
-    def interval(self, index: int, key: str, step: int) -> int:
-        group, schedule = self.optimizer.param_groups[index], self.optimizer._schedules.get((index, key))
-        if schedule is not None:
-            group[key] = interval_at(key, schedule, step)
-        interval = check_interval(key, group[key])
-        assert isinstance(interval, int)
-        return 1 if step < INTERVAL and (index, key) in self.optimizer._early else interval
-
-    def adaptive(self, index: int, key: str) -> bool:
-        return self.optimizer.param_groups[index][key] == ADAPTIVE
-
-    def constant(self, index: int, key: str) -> int | None:
-        return None if (index, key) in self.optimizer._schedules else self.optimizer.param_groups[index][key]
-
-    def apply(self, step: int) -> None:
-        self.optimizer._apply_schedules()
-
-
-# ---------------------------------------------------------------------------------------------- helpers
-
-
-def _check_keys(group: dict[str, Any], known: dict[str, Any]) -> None:
-    """Raise on keys that look like a misspelt option; torch and users may put keys of their own into groups."""
-    for key in set(group) - set(known) - {"params", "param_names", *_SCHEDULER_KEYS}:
-        if key in (*WHOLE_OPTIONS, "kl_clip"):
-            raise ValueError(f"{key} in a parameter group: it belongs to the optimizer as a whole, not to a group")
-        for name in known:
-            if name.startswith(key[:4]) or SequenceMatcher(None, key, name).ratio() > 0.75:
-                raise ValueError(
-                    f"parameter group has the unknown option {key!r}, did you mean {name!r}? The options of a group "
-                    f"are {', '.join(sorted(known))}; a key of your own needs a name less like them"
-                )

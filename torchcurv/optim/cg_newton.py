@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from torchcurv.curv.checks import check_number
+from torchcurv.curv.checks import flag, number
 from torchcurv.curv.hessian.products import Products, hessian_times
-from torchcurv.curv.options import OPTION_NAMES, Options
-from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
+from torchcurv.curv.options import LIVE, BlockOptions, MainOptions, Option, complete, table_of, with_defaults
+from torchcurv.optim.base import CurvatureOptimizer
 from torchcurv.optim.engine.engine import descend_uncovered
+from torchcurv.optim.options import LossOptions, MainLossOption
+from torchcurv.optim.rules import no_price
 from torchcurv.optim.update import inner
 
 Vector = list[Tensor]
 OPERATOR_KINDS = ("ggn", "hessian")
+_finite = number(lambda x: 0 <= x < math.inf, "a finite number >= 0")
 
 
 def conjugate_gradients(
@@ -53,6 +56,31 @@ def _dot(x: Vector, y: Vector) -> float:
     return float(torch.stack([inner(s, t) for s, t in zip(x, y, strict=True)]).sum())
 
 
+class CGSolveOptions(TypedDict, total=False):
+    """When conjugate gradients stop, per group."""
+
+    cg_tol: Annotated[float, Option(0.1, _finite, LIVE, "stop at a residual of this times norm(g)")]
+    cg_atol: Annotated[float, Option(0.0, _finite, LIVE, "or at this residual")]
+    cg_maxiter: Annotated[
+        int, Option(50, number(lambda x: x >= 1, "an int of at least 1"), LIVE, "or after so many iterations")
+    ]
+    warm_start: Annotated[bool, Option(False, flag, LIVE, "start from the last solution")]
+
+
+class CGOptions(CGSolveOptions):
+    """All that is CGNewton's own."""
+
+    lr: Annotated[float, Option(0.1, _finite, LIVE, "step size")]
+    alpha: Annotated[
+        float,
+        Option(0.02, number(lambda x: 0 <= x <= 1, "a number from 0 to 1"), LIVE, "weight of the identity against C"),
+    ]
+
+
+class CGKeywords(CGSolveOptions, LossOptions):
+    """What CGNewton takes beside the keywords that it names."""
+
+
 class CGNewton(CurvatureOptimizer):
     r"""p <- p + lr d with [(1 - alpha) C + alpha I] d = -g by conjugate gradients, per block or over everything.
 
@@ -73,6 +101,13 @@ class CGNewton(CurvatureOptimizer):
     architectures" (2020); Martens, "Deep learning via Hessian-free optimization" (2010).
     """
 
+    table: ClassVar = with_defaults(
+        table_of(MainLossOption, MainOptions, BlockOptions, LossOptions, CGOptions),
+        approx="block",
+        samples=None,
+        ema_decay=0.0,
+    )
+
     def __init__(
         self,
         model: nn.Module,
@@ -83,50 +118,36 @@ class CGNewton(CurvatureOptimizer):
         approx: str = "block",
         lr: float = 0.1,
         alpha: float = 0.02,
-        cg_tol: float = 0.1,
-        cg_atol: float = 0.0,
-        cg_maxiter: int = 50,
-        warm_start: bool = False,
         samples: int | None = None,
         sharing: str = "expand",
         ema_decay: float = 0.0,
-        reduction: str | None = None,
-        class_dim: int | None = None,
-        output_fn: Callable[[Any], Tensor] | None = None,
-        grad_scaler: Any = None,
-        unsupported: str = "error",
-        seed: int = 0,
+        **options: Unpack[CGKeywords],
     ) -> None:
         operator = curv_type if approx == "operator" else None
         self.settings = {"operator": operator}
         if operator is not None and curv_type not in OPERATOR_KINDS:
             raise ValueError(f'curv_type={curv_type!r} with approx="operator"; allowed are "ggn" and "hessian"')
         by_rows = approx in ("full", "block") and curv_type != "hessian"
-        options = Options(
-            curv_type="ggn" if operator else curv_type,
-            approx=None if operator else approx,
-            samples=samples,
-            sharing=sharing,
-            ema_decay=ema_decay,
-            rows_limit=1 if by_rows else 2**62,
-        )
-        given = locals()
+        given = {
+            "loss_fn": loss_fn,
+            "curv_type": "ggn" if operator else curv_type,
+            "approx": None if operator else approx,
+            "lr": lr,
+            "alpha": alpha,
+            "samples": samples,
+            "sharing": sharing,
+            "ema_decay": ema_decay,
+            "rows_limit": 1 if by_rows else 2**62,
+            **options,
+        }
         super().__init__(
             model,
             params,
-            {name: given[name] for name in ("lr", "alpha", "cg_tol", "cg_atol", "cg_maxiter", "warm_start")},
-            {name: getattr(options, name) for name in OPTION_NAMES},
-            **{name: given[name] for name in WHOLE_OPTIONS},
+            complete(self.table, given, type(self).__name__),
+            rules=(no_price,),
             factors=False,
             waits_for_gradients=operator is None,
         )
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        for key in ("lr", "cg_tol", "cg_atol"):
-            check_number(key, group[key], lambda x: 0 <= x < math.inf, "a finite number >= 0")
-        check_number("alpha", group["alpha"], lambda x: 0 <= x <= 1, "a number from 0 to 1")
-        check_number("cg_maxiter", group["cg_maxiter"], lambda x: x >= 1, "an int of at least 1")
 
     def run_closure(self, closure: Callable[[], Any] | None) -> Any:
         """closure: recomputes loss and gradients as in torch.optim; with approx="operator" it is needed, and returns

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,13 @@ from torchcurv.curv.analysis.directions import (
     with_gradient_blocks,
 )
 from torchcurv.curv.block.block import Curvature
-from torchcurv.curv.checks import check_number
+from torchcurv.curv.checks import number
 from torchcurv.curv.kinds.base import GRADIENT
-from torchcurv.curv.options import OPTION_NAMES, Options
-from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
+from torchcurv.curv.options import LIVE, BlockOptions, MainOptions, Option, complete, table_of, with_defaults
+from torchcurv.optim.base import CurvatureOptimizer
 from torchcurv.optim.engine.engine import descend_uncovered
 from torchcurv.optim.engine.report import warn_of_failures
+from torchcurv.optim.options import LossOptions, MainLossOption
 
 
 def top_k(k: int) -> Criterion:
@@ -60,6 +60,12 @@ def from_noise(least: float = 0.0) -> DirectionalDamping:
     return damping
 
 
+class LearningRate(TypedDict, total=False):
+    """Per group."""
+
+    lr: Annotated[float, Option(1.0, number(lambda x: 0 <= x < math.inf, "a finite number >= 0"), LIVE, "step size")]
+
+
 class DirectionalNewton(CurvatureOptimizer):
     r"""p <- p + lr Σ_k -γ_k / (λ_k + δ_k) e_k over chosen eigenvectors e_k of the GGN of the batch.
 
@@ -85,6 +91,15 @@ class DirectionalNewton(CurvatureOptimizer):
     (2021), with `from_noise` our own.
     """
 
+    table: ClassVar = with_defaults(
+        table_of(MainLossOption, MainOptions, BlockOptions, LossOptions, LearningRate),
+        approx="full",
+        partition="all",
+        samples=None,
+        rows_limit=1,
+        ema_decay=0.0,
+    )
+
     def __init__(
         self,
         model: nn.Module,
@@ -100,12 +115,7 @@ class DirectionalNewton(CurvatureOptimizer):
         cutoff: float | None = None,
         curvature_samples: int | None = None,
         gradient_samples: int | None = None,
-        reduction: str | None = None,
-        class_dim: int | None = None,
-        output_fn: Callable[[Any], Tensor] | None = None,
-        grad_scaler: Any = None,
-        unsupported: str = "error",
-        seed: int = 0,
+        **options: Unpack[LossOptions],
     ) -> None:
         for name, value, example in (("criterion", criterion, "top_k(10)"), ("damping", damping, "constant(1e-2)")):
             if not callable(value):
@@ -122,23 +132,9 @@ class DirectionalNewton(CurvatureOptimizer):
             "curvature_samples": curvature_samples,
             "gradient_samples": gradient_samples,
         }
-        options = Options(
-            curv_type=curv_type, approx="full", partition=partition, samples=samples, rows_limit=1, ema_decay=0.0
-        )
-        given = locals()
-        super().__init__(
-            model,
-            params,
-            {"lr": lr},
-            {name: getattr(options, name) for name in OPTION_NAMES},
-            **{name: given[name] for name in WHOLE_OPTIONS},
-            arrange=with_gradient_blocks,
-            factors=False,
-        )
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_number("lr", group["lr"], lambda x: 0 <= x < math.inf, "a finite number >= 0")
+        named = {"loss_fn": loss_fn, "lr": lr, "curv_type": curv_type, "samples": samples, "partition": partition}
+        chosen = complete(self.table, {**named, **options}, type(self).__name__)
+        super().__init__(model, params, chosen, arrange=with_gradient_blocks, factors=False)
 
     def update_parameters(self) -> None:
         """Newton steps along the chosen directions; plain gradients elsewhere."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.posterior.gaussian import Gaussian, GaussianBlock
-from torchcurv.optim.companion import Companion, Group
 from torchcurv.optim.draw_records import (
     AntitheticDraw,
     CovarianceVersion,
@@ -21,6 +20,7 @@ from torchcurv.optim.draw_records import (
     holds_its_mean,
     mean_of,
 )
+from torchcurv.optim.engine.companion import Companion, Group
 from torchcurv.optim.price import Products, add_products, is_priced, products_of_draw
 
 TRAINING, LOOKING = "training_draws", "other_draws"  # streams of draws, and under which keys the state counts them

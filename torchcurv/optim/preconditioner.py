@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor, nn
 
-from torchcurv.curv.options import OPTION_NAMES
-from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
+from torchcurv.curv.bundles import Bundle, Damping, Hessian, Refresh, given_options
+from torchcurv.curv.options import MainOptions, complete, table_of, with_defaults
+from torchcurv.optim.base import CurvatureOptimizer
+from torchcurv.optim.options import MainLossOption, PreconditionerOptions
+from torchcurv.optim.rules import no_price
 
 
 class Preconditioner(CurvatureOptimizer):
@@ -23,49 +26,23 @@ class Preconditioner(CurvatureOptimizer):
     rate belongs to the optimizer behind. `state_dict` and `load_state_dict` resume the running averages.
     """
 
+    table: ClassVar = with_defaults(table_of(MainLossOption, MainOptions, PreconditionerOptions), max_positions=2**15)
+
     def __init__(
         self,
         model: nn.Module,
         params: Any = None,
         *,
         loss_fn: nn.Module | str | None = "cross_entropy",
-        curv_type: str = "ggn",
-        approx: str | None = "kfac",
-        damping: float | Tensor = 0.1,
-        samples: int | None = 1,
-        sharing: str = "expand",
-        damping_type: str = "factored",
-        ema_decay: float = 0.95,
-        update_every: int | str | Callable[[int], int] = 1,
-        refactor_every: int | str | Callable[[int], int] = 1,
-        refresh_tol: float = 0.1,
-        refresh_cap: int = 100,
-        refresh_warmup: int = 10,
-        rows_limit: int = 2048,
-        hessian_method: str | None = None,
-        residual: str = "keep",
-        max_hessian_dim: int = 2048,
-        indefinite: str = "abs",
-        factor_blocks: int = 1,
-        max_factor_dim: int | None = 8192,
-        max_positions: int | None = 2**15,
-        partition: str | None = None,
-        rank: int = 16,
-        reduction: str | None = None,
-        class_dim: int | None = None,
-        output_fn: Callable[[Any], Tensor] | None = None,
-        grad_scaler: Any = None,
-        unsupported: str = "error",
-        seed: int = 0,
+        curv_type: str | Hessian = "ggn",
+        approx: str | Bundle | None = "kfac",
+        damping: float | Tensor | Callable[[int], float] | Damping = 0.1,
+        refresh: Refresh | None = None,
+        **options: Unpack[PreconditionerOptions],
     ) -> None:
-        given = locals()
-        super().__init__(
-            model,
-            params,
-            {},
-            {name: given[name] for name in OPTION_NAMES},
-            **{name: given[name] for name in WHOLE_OPTIONS},
-        )
+        named = {"loss_fn": loss_fn, "curv_type": curv_type, "approx": approx}
+        given = given_options(named, damping, (refresh,), options)
+        super().__init__(model, params, complete(self.table, given, type(self).__name__), rules=(no_price,))
 
     def run_closure(self, closure: Callable[[], Any] | None) -> None:
         """None: there is no closure to be run."""

@@ -17,8 +17,8 @@ from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.hooks import Hook
 from torchcurv.curv.checks import check_number
 from torchcurv.curv.losses.table import loss_of
-from torchcurv.optim.companion import Companion, Group
 from torchcurv.optim.engine.building import Names
+from torchcurv.optim.engine.companion import Companion, Group
 from torchcurv.optim.engine.damping import is_zero
 
 Settings = Mapping[str, Any]

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor, nn
 
-from torchcurv.curv.checks import check_count, check_number
-from torchcurv.curv.options import OPTION_NAMES
-from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
-from torchcurv.optim.companion import Momentum
+from torchcurv.curv.bundles import AdaptiveDamping, Bundle, Damping, Hessian, QuadraticModel, Refresh, given_options
+from torchcurv.curv.options import MainOptions, complete, table_of, with_defaults
+from torchcurv.optim.base import CurvatureOptimizer
 from torchcurv.optim.control.damping_rules import DAMPING_RULES
+from torchcurv.optim.control.kl_clip import checked_kl_clip
 from torchcurv.optim.control.step_control import StepControl
 from torchcurv.optim.control.step_rules import STEP_RULES, Descent, with_momentum
-from torchcurv.optim.kl_clip import checked_kl_clip
+from torchcurv.optim.engine.companion import Momentum
+from torchcurv.optim.options import MainLossOption, MainStepOptions, SecondOrderOptions
+from torchcurv.optim.rules import lm_descends_by_numbers, nesterov_has_momentum, no_price, quadratic_is_plain
 
-STEP_OPTIONS = (
-    *("lr", "momentum", "nesterov", "momentum_type", "weight_decay", "l2", "maximize"),
-    *("trust_ratio", "normalize_weights", "damping_scale"),
-)
-DAMPING_SCALES = ("absolute", "relative")
-MOMENTUM_TYPES = ("preconditioned", "raw")
 CONTROL = (
     *("step_rule", "model_samples", "damping_rule", "damping_interval", "damping_decay", "damping_bounds"),
-    "curvature_warmup",
+    *("curvature_warmup", "kl_clip"),
 )
 
 
@@ -123,107 +118,45 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     of convolutional networks" (2017).
     """
 
+    table: ClassVar = with_defaults(
+        table_of(MainLossOption, MainOptions, MainStepOptions, SecondOrderOptions),
+        lr=None,
+        damping=None,
+        damping_scale="auto",
+        sharing=None,
+        update_every="auto",
+        refactor_every="auto",
+        max_positions=2**15,
+    )
+
     def __init__(
         self,
         model: nn.Module,
         params: Any = None,
         *,
         loss_fn: nn.Module | str | None = "cross_entropy",
-        curv_type: str = "ggn",
-        approx: str | None = "kfac",
+        curv_type: str | Hessian = "ggn",
+        approx: str | Bundle | None = "kfac",
         lr: float | Tensor | None = None,
         momentum: float = 0.7,
-        damping: float | Tensor | Callable[[int], float] | None = None,
-        damping_scale: str = "auto",
-        nesterov: bool = False,
-        momentum_type: str = "preconditioned",
-        weight_decay: float = 0.0,
-        l2: float = 0.0,
-        maximize: bool = False,
-        trust_ratio: bool = False,
-        normalize_weights: bool = False,
-        kl_clip: float | str | None = "auto",
-        step_rule: str = "fixed",
-        model_samples: int | None = 512,
-        damping_rule: str = "fixed",
-        damping_interval: int = 5,
-        damping_decay: float = 0.7,
-        damping_bounds: tuple[float, float] | None = None,
-        curvature_warmup: int = 0,
-        samples: int | None = 1,
-        sharing: str | None = None,
-        damping_type: str = "factored",
-        ema_decay: float | Callable[[int], float] = 0.95,
-        update_every: int | str | Callable[[int], int] = "auto",
-        refactor_every: int | str | Callable[[int], int] = "auto",
-        refresh_tol: float = 0.1,
-        refresh_cap: int = 100,
-        refresh_warmup: int = 10,
-        rows_limit: int = 2048,
-        hessian_method: str | None = None,
-        residual: str = "keep",
-        max_hessian_dim: int = 2048,
-        indefinite: str = "abs",
-        factor_blocks: int = 1,
-        max_factor_dim: int | None = 8192,
-        max_positions: int | None = 2**15,
-        partition: str | None = None,
-        rank: int = 16,
-        reduction: str | None = None,
-        class_dim: int | None = None,
-        output_fn: Callable[[Any], Tensor] | None = None,
-        grad_scaler: Any = None,
-        unsupported: str = "error",
-        seed: int = 0,
+        damping: float | Tensor | Callable[[int], float] | Damping | AdaptiveDamping | None = None,
+        step: QuadraticModel | None = None,
+        refresh: Refresh | None = None,
+        **options: Unpack[SecondOrderOptions],
     ) -> None:
-        quadratic = step_rule == "quadratic"
-        lr = (1.0 if quadratic else 0.1) if lr is None else lr
-        if damping_scale == "auto":
-            damping_scale = "relative" if quadratic and damping_rule == "lm" else "absolute"
-        relative = damping_scale == "relative"
-        if damping is None:
-            damping = 0.03 if relative else 0.01
-        if damping_bounds is None:
-            damping_bounds = (1e-4 if relative else 1e-8, 1e8)
-        if sharing is None:
-            sharing = "whole" if quadratic else "expand"
-        given = locals()
-        self.settings = {name: given[name] for name in CONTROL}
-        self.settings["kl_clip"] = checked_kl_clip(kl_clip, None if quadratic else 0.01)
-        _check_control(self.settings, grad_scaler)
+        named = {"loss_fn": loss_fn, "curv_type": curv_type, "approx": approx, "lr": lr, "momentum": momentum}
+        given = given_options(named, damping, (step, refresh), options)
+        chosen = resolved(complete(self.table, given, type(self).__name__))
+        self.settings = {name: chosen[name] for name in CONTROL}
+        _check_control(self.settings, chosen["grad_scaler"])
         super().__init__(
             model,
             params,
-            {name: given[name] for name in STEP_OPTIONS},
-            {name: given[name] for name in OPTION_NAMES},
-            **{name: given[name] for name in WHOLE_OPTIONS},
+            chosen,
+            rules=(no_price, nesterov_has_momentum, quadratic_is_plain, lm_descends_by_numbers),
             companions=(Momentum, Descent, StepControl),
-            warmup=curvature_warmup,
+            warmup=chosen["curvature_warmup"],
         )
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_step_options(group)
-        for key in ("trust_ratio", "normalize_weights"):
-            if not isinstance(group[key], bool):
-                raise TypeError(f"{key}={group[key]!r}; pass True or False")
-        if group["damping_scale"] not in DAMPING_SCALES:
-            allowed = ", ".join(map(repr, DAMPING_SCALES))
-            raise ValueError(f"damping_scale={group['damping_scale']!r}; allowed are {allowed}")
-        plain = {"nesterov": False, "maximize": False, "trust_ratio": False, "momentum_type": "preconditioned"}
-        for key, value in plain.items():
-            if group[key] != value and self.settings["step_rule"] == "quadratic":
-                raise ValueError(f'{key}={group[key]!r} with step_rule="quadratic", which makes the step its own way')
-        if self.settings["damping_rule"] == "lm":
-            if group["maximize"]:
-                raise ValueError('maximize=True with damping_rule="lm": it trusts a model of a loss that falls')
-            if isinstance(group["damping"], Tensor):
-                raise TypeError('damping is a tensor; damping_rule="lm" changes a number')
-
-    def _take_group(self, index: int) -> None:
-        super()._take_group(index)
-        if self.settings["damping_rule"] == "lm" and (index, "damping") in self._schedules:
-            raise ValueError('damping is a function of the step; with damping_rule="lm" pass the number to start from')
 
     def run_closure(self, closure: Callable[[], Any] | None) -> Any:
         """closure: recomputes the loss and its gradients, as in torch.optim. With step_rule="quadratic" or
@@ -255,39 +188,28 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         return dict(zip(params, grads, strict=True))
 
 
+def resolved(options: dict[str, Any]) -> dict[str, Any]:
+    """What "auto" and None stand for, where that follows from other options."""
+    quadratic = options["step_rule"] == "quadratic"
+    found = dict(options)
+    if found["lr"] is None:  # it multiplies what the model has chosen
+        found["lr"] = 1.0 if quadratic else 0.1
+    if found["damping_scale"] == "auto":  # a rule that changes the damping can start from one for any problem
+        found["damping_scale"] = "relative" if quadratic and options["damping_rule"] == "lm" else "absolute"
+    relative = found["damping_scale"] == "relative"
+    if found["damping"] is None:
+        found["damping"] = 0.03 if relative else 0.01
+    if found["damping_bounds"] is None:
+        found["damping_bounds"] = (1e-4 if relative else 1e-8, 1e8)
+    if found["sharing"] is None:  # lengths by a model want the curvature of whole gradients, others the cheaper one
+        found["sharing"] = "whole" if quadratic else "expand"
+    found["kl_clip"] = checked_kl_clip(found["kl_clip"], None if quadratic else 0.01)  # the model bounds its own steps
+    return found
+
+
 def _check_control(control: dict[str, Any], grad_scaler: Any) -> None:
     for key, allowed in (("step_rule", STEP_RULES), ("damping_rule", DAMPING_RULES)):
         if control[key] not in allowed:
             raise ValueError(f"{key}={control[key]!r}; allowed are {', '.join(map(repr, allowed))}")
         if control[key] != "fixed" and grad_scaler is not None:
             raise ValueError(f"{key}={control[key]!r} with a grad_scaler: it reads the loss as it is; scale nothing")
-    if control["model_samples"] is not None:
-        check_count("model_samples", control["model_samples"])
-    check_number("damping_decay", control["damping_decay"], lambda x: 0 < x < 1, "a number between 0 and 1")
-    check_count("damping_interval", control["damping_interval"])
-    if control["curvature_warmup"] != 0:
-        check_count("curvature_warmup", control["curvature_warmup"])
-    bounds = control["damping_bounds"]
-    if not (isinstance(bounds, tuple | list) and len(bounds) == 2 and 0 < bounds[0] <= bounds[1] < math.inf):
-        raise ValueError(f"damping_bounds={bounds!r}; pass two numbers with 0 < low <= high")
-
-
-def check_step_options(options: dict[str, Any]) -> None:
-    """Raise on step options that are not allowed, saying what is."""
-    lr = options["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}; pass a number >= 0, or a 0-d tensor")
-    else:
-        check_number("lr", lr, lambda x: 0 <= x < math.inf, "a finite number >= 0, or a 0-d tensor")
-    for key in ("weight_decay", "l2"):
-        check_number(key, options[key], lambda x: 0 <= x < math.inf, "a finite number >= 0")
-    check_number("momentum", options["momentum"], lambda x: 0 <= x < 1, "a number with 0 <= momentum < 1")
-    for key in ("nesterov", "maximize"):
-        if not isinstance(options[key], bool):
-            raise TypeError(f"{key}={options[key]!r}; pass True or False")
-    if options["nesterov"] and not options["momentum"]:
-        raise ValueError("nesterov=True needs momentum > 0")
-    if options["momentum_type"] not in MOMENTUM_TYPES:
-        allowed = ", ".join(map(repr, MOMENTUM_TYPES))
-        raise ValueError(f"momentum_type={options['momentum_type']!r}; allowed are {allowed}")

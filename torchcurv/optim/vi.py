@@ -12,26 +12,26 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from torchcurv.curv.checks import check_count
+from torchcurv.curv.bundles import Bundle, Damping, Hessian, Refresh, given_options
 from torchcurv.curv.losses.table import loss_of
-from torchcurv.curv.options import OPTION_NAMES
+from torchcurv.curv.options import MainOptions, complete, table_of, with_defaults
 from torchcurv.curv.posterior.gaussian import Gaussian, GaussianBlock, kl_of_block, sum_of_terms
 from torchcurv.curv.posterior.weight_posterior import PriorTerm, WeightPosterior
-from torchcurv.optim.base import WHOLE_OPTIONS, CurvatureOptimizer
-from torchcurv.optim.companion import Momentum, buffer_of
+from torchcurv.optim.base import CurvatureOptimizer
+from torchcurv.optim.control.kl_clip import checked_kl_clip
+from torchcurv.optim.control.kl_clip import kl_clip as clipped
 from torchcurv.optim.draw_records import holds_its_mean
+from torchcurv.optim.engine.companion import Momentum, buffer_of
 from torchcurv.optim.engine.damping import Group, PosteriorDamping
-from torchcurv.optim.kl_clip import checked_kl_clip
-from torchcurv.optim.kl_clip import kl_clip as clipped
+from torchcurv.optim.options import KLClipOption, MainLossOption, MainStepOptions, VariationalOptions
 from torchcurv.optim.posterior_draws import LOOKING, PosteriorDraws
 from torchcurv.optim.price import estimate, is_priced
 from torchcurv.optim.prior import (
-    POSTERIOR_OPTIONS,
     OutputMeter,
     check_positive,
     check_posterior_block,
@@ -41,11 +41,8 @@ from torchcurv.optim.prior import (
     prior_damping,
     temperature_at,
 )
-from torchcurv.optim.second_order import check_step_options
+from torchcurv.optim.rules import price_starts_positive, sums_are_counted
 from torchcurv.optim.update import descend_, momentum_
-
-_STEP_OPTIONS = ("lr", "momentum")
-_NO_STEP_OPTIONS = {"weight_decay": 0.0, "l2": 0.0, "nesterov": False, "maximize": False}
 
 
 class VIOptimizer(CurvatureOptimizer, WeightPosterior):
@@ -116,6 +113,15 @@ class VIOptimizer(CurvatureOptimizer, WeightPosterior):
     networks" (2402.17641).
     """
 
+    table: ClassVar = with_defaults(
+        table_of(MainLossOption, MainOptions, MainStepOptions, KLClipOption, VariationalOptions),
+        momentum=0.0,
+        damping=0.0,
+        kl_clip=1.0,
+        damping_type="exact",
+        ema_decay=0.99,
+    )
+
     def __init__(
         self,
         model: nn.Module,
@@ -123,105 +129,40 @@ class VIOptimizer(CurvatureOptimizer, WeightPosterior):
         params: Any = None,
         *,
         loss_fn: nn.Module | str | None = "cross_entropy",
-        curv_type: str = "ggn",
-        approx: str | None = "kfac",
-        prior_precision: float | None = 1.0,
-        temperature: float = 1.0,
-        num_samples: int = 1,
+        curv_type: str | Hessian = "ggn",
+        approx: str | Bundle | None = "kfac",
         lr: float | Tensor = 0.1,
         momentum: float = 0.0,
-        damping: float | Tensor = 0.0,
+        damping: float | Tensor | Damping = 0.0,
         kl_clip: float | None = 1.0,
-        init_precision: float | None = None,
-        noise_variance: float | None = None,
-        antithetic: bool = False,
-        shared_noise: bool = False,
-        kl_warmup: int | Callable[[int], float] | None = None,
-        samples: int | None = 1,
-        sharing: str = "expand",
-        damping_type: str = "exact",
-        ema_decay: float = 0.99,
-        update_every: int | str | Callable[[int], int] = 1,
-        refactor_every: int | str | Callable[[int], int] = 1,
-        refresh_tol: float = 0.1,
-        refresh_cap: int = 100,
-        refresh_warmup: int = 10,
-        rows_limit: int = 2048,
-        hessian_method: str | None = None,
-        residual: str = "keep",
-        max_hessian_dim: int = 2048,
-        indefinite: str = "abs",
-        factor_blocks: int = 1,
-        max_factor_dim: int | None = 8192,
-        max_positions: int | None = None,
-        partition: str | None = None,
-        rank: int = 16,
-        reduction: str | None = None,
-        class_dim: int | None = None,
-        output_fn: Callable[[Any], Tensor] | None = None,
-        grad_scaler: Any = None,
-        unsupported: str = "error",
-        seed: int = 0,
+        refresh: Refresh | None = None,
+        **options: Unpack[VariationalOptions],
     ) -> None:
-        given = locals()
+        named = {"loss_fn": loss_fn, "curv_type": curv_type, "approx": approx, "lr": lr, "momentum": momentum}
+        given = given_options({**named, "kl_clip": kl_clip}, damping, (refresh,), options)
+        chosen = complete(self.table, given, type(self).__name__)
         check_positive("dataset_size", dataset_size, "the number of loss terms in the data, a number > 0")
-        check_count("num_samples", num_samples)
-        for name, value in (("antithetic", antithetic), ("shared_noise", shared_noise)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name}={value!r}; pass True or False")
+        loss = None if loss_fn is None else loss_of(loss_fn, chosen["reduction"], chosen["class_dim"])
         self.settings = {
             "dataset_size": float(dataset_size),
-            "num_samples": num_samples,
-            "antithetic": antithetic,
-            "shared_noise": shared_noise,
-            "noise_variance": checked_noise(noise_variance, loss_fn),
-            "kl_warmup": checked_warmup(kl_warmup),
+            "num_samples": chosen["num_samples"],
+            "antithetic": chosen["antithetic"],
+            "shared_noise": chosen["shared_noise"],
+            "noise_variance": checked_noise(chosen["noise_variance"], loss_fn),
+            "kl_warmup": checked_warmup(chosen["kl_warmup"]),
             "kl_clip": checked_kl_clip(kl_clip),
-            "summed": loss_fn is not None and loss_of(loss_fn, reduction, class_dim).reduction == "sum",
+            "summed": loss is not None and loss.reduction == "sum",
             "outputs": {},  # elements of a sample of the output, as last seen
         }
         super().__init__(
             model,
             params,
-            {name: given[name] for name in (*_STEP_OPTIONS, *POSTERIOR_OPTIONS)},
-            {name: given[name] for name in OPTION_NAMES},
-            **{name: given[name] for name in WHOLE_OPTIONS},
+            chosen,
+            rules=(price_starts_positive, sums_are_counted),
             damping=PosteriorDamping(partial(prior_damping, self.settings), needs_draw_factor),
-            rules=(check_posterior_block,),
+            block_rules=(check_posterior_block,),
             companions=(PosteriorDraws, OutputMeter, Momentum),
         )
-
-    # ------------------------------------------------------------------------------------- groups
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        for key in POSTERIOR_OPTIONS:
-            if group[key] is not None or key == "temperature":
-                check_positive(key, group[key], "a number > 0" + ("" if key == "temperature" else ", or None"))
-        super()._check_group(group)
-        check_step_options({**_NO_STEP_OPTIONS, "momentum_type": "preconditioned", **group})
-        if self.settings["summed"] and group["approx"] is not None and group["update_every"] != 1:
-            raise ValueError(
-                f"update_every={group['update_every']!r} with a loss that is a sum: its terms are counted where its "
-                "curvature is measured. Pass update_every=1, or reduce the loss by its mean"
-            )
-
-    def _is_damped(self, group: dict[str, Any]) -> bool:
-        return group["prior_precision"] is not None or super()._is_damped(group)
-
-    def _check_price(self, group: dict[str, Any]) -> None:
-        delta, start = group["prior_precision"], group["init_precision"]
-        if delta is None:
-            raise ValueError('hessian_method="price" needs draws: pass a prior_precision, a number > 0')
-        if start is None or start <= delta:
-            raise ValueError(
-                f'init_precision={start!r}; hessian_method="price" starts from a curvature > 0: pass a number greater '
-                f"than prior_precision={delta!r}, such as dataset_size times the curvature of the mean loss to expect"
-            )
-        if self.settings["summed"]:
-            raise ValueError(
-                'hessian_method="price" makes no pass in which the terms of a sum could be counted: reduce the loss by '
-                "its mean"
-            )
 
     # --------------------------------------------------------------------------------- the posterior
 

@@ -16,7 +16,7 @@ from torchcurv.curv.block.block import Curvature, partition
 from torchcurv.curv.capture.context import LossEvent
 from torchcurv.curv.capture.recorder import Record
 from torchcurv.curv.capture.signal_pass import CurvaturePass
-from torchcurv.curv.checks import one_of
+from torchcurv.curv.checks import entry_of
 from torchcurv.curv.graph import edge_of
 from torchcurv.curv.kinds.table import KINDS
 from torchcurv.curv.layers.find import find_layers
@@ -133,7 +133,7 @@ def directions(
 
     Returns: block name -> torchcurv.curv.analysis.directions.Directions.
     """
-    if not one_of("curv_type", curv_type, KINDS).sends_signals:
+    if not entry_of("curv_type", curv_type, KINDS).sends_signals:
         known = ", ".join(repr(name) for name, kind in KINDS.items() if kind.sends_signals)
         raise ValueError(f"curv_type={curv_type!r}; directions are known of {known}")
     check_choices(cutoff, curvature_samples, gradient_samples)

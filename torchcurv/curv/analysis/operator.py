@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchcurv.curv.analysis.spectra import OverParameters, Vector, seeded
-from torchcurv.curv.checks import one_of
+from torchcurv.curv.checks import entry_of
 from torchcurv.curv.graph import edge_of
 from torchcurv.curv.hessian.products import OutputLoss
 from torchcurv.curv.kinds.table import KINDS, kind_of
@@ -55,7 +55,7 @@ class CurvatureOperator(OverParameters):
         output_fn: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        one_of("curv_type", curv_type, KINDS).check_matrix_free(curv_type)
+        entry_of("curv_type", curv_type, KINDS).check_matrix_free(curv_type)
         if isinstance(data, Iterator):
             raise ValueError(
                 f'data is a {type(data).__name__}, which can be gone over once, and approx="operator" goes over it for '
@@ -116,7 +116,7 @@ class CurvatureOperator(OverParameters):
 
     def trace(self, products: int = 60, method: str = "hutch++", generator: torch.Generator | None = None) -> Estimate:
         """tr(C) from as many products, with its standard error; method: "hutch++" or "hutchinson"."""
-        return one_of("method", method, estimate.TRACES)(self._symmetric, products, seeded(generator))
+        return entry_of("method", method, estimate.TRACES)(self._symmetric, products, seeded(generator))
 
     def diag(self, products: int = 60, generator: torch.Generator | None = None) -> Estimate:
         """The diagonal of C [P] by XDiag from as many products, with its standard error [P].
@@ -131,7 +131,7 @@ class CurvatureOperator(OverParameters):
     ) -> Estimate:
         """The norm of C: "frobenius", from 60 products by default, or "spectral", from at most 220."""
         options = {} if products is None else {"products": products}
-        return one_of("kind", kind, estimate.NORMS)(self._symmetric, generator=seeded(generator), **options)
+        return entry_of("kind", kind, estimate.NORMS)(self._symmetric, generator=seeded(generator), **options)
 
     def logdet(
         self, damping: float, probes: int = 8, steps: int = 64, generator: torch.Generator | None = None

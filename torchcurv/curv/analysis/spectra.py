@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.block.block import Curvature
-from torchcurv.curv.checks import check_number, one_of
+from torchcurv.curv.checks import check_number, entry_of
 from torchcurv.curv.linalg import stochastic as estimate
 from torchcurv.curv.linalg.krylov import Eigenpairs, Symmetric
 from torchcurv.curv.linalg.stochastic import SpectralDensity
@@ -110,7 +110,7 @@ class Spectra(OverParameters):
 
     def norm(self, kind: str = "frobenius") -> Tensor:
         """The norm of C: "frobenius" or "spectral"."""
-        return one_of("kind", kind, NORMS)(torch.cat(list(self.eigvalsh_by_block().values())))
+        return entry_of("kind", kind, NORMS)(torch.cat(list(self.eigvalsh_by_block().values())))
 
     def condition_numbers(self, damping: float | Tensor) -> dict[str, Tensor]:
         """(max + damping) / (min + damping) over the eigenvalues of each block; negative where it is indefinite."""

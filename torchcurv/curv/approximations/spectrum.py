@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchcurv.curv.options import allow
+
 SPECTRA = ("abs", "clip", "shift", "keep")
+allow("indefinite", SPECTRA)
 
 
 def mapped(values: Tensor, spectrum: str | None) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torchcurv.curv.approximations.base import Approximation
 from torchcurv.curv.approximations.dense import Dense
@@ -13,9 +12,7 @@ from torchcurv.curv.approximations.kronecker import Kronecker, Sides
 from torchcurv.curv.approximations.low_rank import LargestPairs
 from torchcurv.curv.kinds.base import INPUT, SECOND
 from torchcurv.curv.layers.layer import Layer
-
-if TYPE_CHECKING:
-    from torchcurv.curv.options import Options
+from torchcurv.curv.options import Options, allow
 
 APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
     "full": lambda options, layers: Dense(spectrum=spectrum_of(options)),
@@ -26,6 +23,9 @@ APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
     "diag": lambda options, layers: Diagonal(spectrum_of(options)),
     "lowrank": lambda options, layers: LargestPairs(options.rank, spectrum_of(options)),
 }
+
+
+allow("approx", APPROXIMATIONS)
 
 
 def spectrum_of(options: Options) -> str | None:

@@ -31,7 +31,7 @@ from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.linalg.block_diagonal import whole
 from torchcurv.curv.linalg.krylov import Symmetric, eigh
 from torchcurv.curv.numerics import at_least_float32, on_cpu, random_signs, sum_of
-from torchcurv.curv.options import STRUCTURE, Options
+from torchcurv.curv.options import STRUCTURE_NAMES, Options
 from torchcurv.curv.statistics.block import Stats
 
 
@@ -83,7 +83,7 @@ class Curvature:
     def key(self) -> tuple[Any, ...]:
         """What makes two blocks the same: the structure and the parameters."""
         pieces = ((p, rows and rows.start, rows and rows.stop) for p, rows in self.pieces)
-        return self.kind, *(getattr(self.options, name) for name in STRUCTURE), self.input_rows, *pieces
+        return self.kind, *(getattr(self.options, name) for name in STRUCTURE_NAMES), self.input_rows, *pieces
 
     @property
     def sides(self) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchcurv.curv.hessian.operation import Blank, Kept, Key, Op, key_of, unflattened
+from torchcurv.curv.options import allow
 
 RESIDUALS: dict[str, Callable[[Tensor], Tensor]] = {
     "keep": lambda r: r,  # the Hessian
@@ -18,6 +19,7 @@ RESIDUALS: dict[str, Callable[[Tensor], Tensor]] = {
     "abs": torch.abs,
     "clip": lambda r: r.clamp(min=0),
 }
+allow("residual", RESIDUALS)
 
 
 def through(node: Any, v: Tensor) -> Tensor:

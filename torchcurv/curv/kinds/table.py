@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torchcurv.curv.kinds.base import GRADIENT, INPUT, SECOND, CurvatureKind, KindOptions
 from torchcurv.curv.kinds.first_order import GGN, EmpiricalFisher, Fisher, GradientShares
-from torchcurv.curv.kinds.hessian import Hessian
+from torchcurv.curv.kinds.hessian import METHODS, Hessian
 from torchcurv.curv.kinds.inputs import InputCovariance
+from torchcurv.curv.options import allow
 
 KINDS: dict[str, type[CurvatureKind]] = {
     "ggn": GGN,
@@ -15,6 +16,10 @@ KINDS: dict[str, type[CurvatureKind]] = {
     INPUT: InputCovariance,
 }
 _INTERNAL: dict[str, type[CurvatureKind]] = {GRADIENT: GradientShares}  # no user can ask for them
+
+
+allow("curv_type", KINDS)
+allow("hessian_method", METHODS)
 
 
 def register_kind(name: str, kind: type[CurvatureKind]) -> None:

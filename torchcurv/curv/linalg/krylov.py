@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchcurv.curv.checks import check_count, one_of
+from torchcurv.curv.checks import check_count, entry_of
 from torchcurv.curv.numerics import random_signs
 
 Generator = torch.Generator | None
@@ -164,7 +164,7 @@ def eigh(
 
     The residuals returned are measured, by k more products. Memory: 3 k + 40 columns of size P.
     """
-    outwards = one_of("which", which, ORDERS)
+    outwards = entry_of("which", which, ORDERS)
     if check_count("k", k) > C.size:
         raise ValueError(f"k={k} eigenpairs of a matrix of size {C.size}; ask for at most {C.size}")
     if not tol >= 0:

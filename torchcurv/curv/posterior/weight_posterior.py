@@ -46,6 +46,12 @@ class WeightPosterior(ABC):
         return {name: mean[p].clone() for name, p in self.named_parameters().items()}
 
     @torch.no_grad()
+    def variances(self) -> dict[str, Tensor]:
+        """The diagonal of Σ by name, of the parameters that are random."""
+        found = self.gaussian.variances()
+        return {name: found[p] for name, p in self.named_parameters().items() if p in found}
+
+    @torch.no_grad()
     def log_prob(self, params: dict[str, Tensor] | None = None) -> Tensor:
         """log density of parameters by name (leading dimensions are a batch), or of the weights as they are."""
         own = self.named_parameters()

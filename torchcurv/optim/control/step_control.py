@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchcurv.optim.companion import Companion, Group
 from torchcurv.optim.control.damping_rules import DAMPING_RULES
 from torchcurv.optim.control.quadratic_model import Evaluation, Vector
 from torchcurv.optim.control.step_rules import STEP_RULES, Descent
+from torchcurv.optim.engine.companion import Companion, Group
 from torchcurv.optim.update import norm_of
 
 

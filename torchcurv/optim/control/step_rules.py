@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchcurv.optim.companion import Companion, Group, buffer_of
+from torchcurv.optim.control.kl_clip import kl_clip
 from torchcurv.optim.control.quadratic_model import Evaluation, Vector, minimiser
+from torchcurv.optim.engine.companion import Companion, Group, buffer_of
 from torchcurv.optim.engine.damping import is_of_the_loss
-from torchcurv.optim.kl_clip import kl_clip
 from torchcurv.optim.update import descend_, dot, momentum_, norm_of, normalise_, scale_within, trust_ratio
 
 # The least share of a relative damping that counts in a model of a loss which curves less than its running average. It
