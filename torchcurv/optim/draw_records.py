@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.factors import Factor
 from torchcurv.curv.graph import version_of
 from torchcurv.curv.posterior.gaussian import GaussianBlock
 
@@ -32,7 +31,7 @@ class CovarianceVersion:
 
 def _tensors_of(part: GaussianBlock) -> list[Tensor]:
     factors = (part.block.factor, part.block.draw_factor)
-    return [t for factor in factors if isinstance(factor, Factor) for t in factor.state().values()]
+    return [t for factor in factors if factor is not None for t in factor.state().values()]
 
 
 class AntitheticDraw(NamedTuple):

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.analysis.spectra import Spectra, Vector
-from torchcurv.curv.approximations.factors import Eigen, LowRank
-from torchcurv.curv.approximations.rows import RowSpace
+from torchcurv.curv.approximations.factors import Factor
 from torchcurv.curv.block.block import Curvature, gathered
 
 
@@ -83,6 +82,6 @@ class CurvatureSet(Spectra):
         return f"CurvatureSet({len(self.blocks)} blocks over {size} parameters)"
 
 
-def factor_of(block: Curvature) -> Eigen | LowRank | RowSpace:
-    assert isinstance(block.factor, Eigen | LowRank | RowSpace)
+def factor_of(block: Curvature) -> Factor:
+    assert block.factor is not None
     return block.factor

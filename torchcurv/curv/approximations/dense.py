@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.base import WHOLE, Basis, Tensors, damping_tensor
+from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Tensors, damping_tensor
 from torchcurv.curv.approximations.factors import Eigen, Factor, Inverse
 from torchcurv.curv.approximations.spectrum import mapped
 from torchcurv.curv.layers.layer import Layer
@@ -20,7 +20,7 @@ from torchcurv.curv.statistics.block import Stats
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Approximation):
     """Whole matrices: one per layer ("block"), one over all layers ("full"), one per output unit ("unit").
 
     wide: the units have so many inputs that of each matrix the diagonal alone is kept.
@@ -29,8 +29,17 @@ class Dense:
     per_unit: bool = False
     wide: bool = False
     spectrum: str | None = None
-    linear: ClassVar[tuple[str, ...]] = ("matrix",)
     parts: ClassVar[tuple[str, ...]] = WHOLE
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        return ("matrix",)
+
+    def describe(self, size: int, shape: tuple[int, int, int]) -> str:
+        g, o, d = shape
+        if not self.per_unit:
+            return f"{size}²"
+        return f"{g * o} x {d}" if self.wide else f"{g * o} x {d}²"
 
     def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = WHOLE) -> Tensors:
         if self.wide:

@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.base import WHOLE, Basis, Tensors, damping_tensor
+from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Tensors, damping_tensor
 from torchcurv.curv.approximations.factors import Eigen, Factor
 from torchcurv.curv.approximations.spectrum import mapped
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.linalg.symmetric import Damping
 from torchcurv.curv.statistics.block import Stats
+from torchcurv.curv.statistics.layer import Use
 
 
 @dataclass(frozen=True)
-class Diagonal:
+class Diagonal(Approximation):
     """diag(C) = sum_{v,n} (sum_r s a)^2."""
 
     spectrum: str | None = None
-    linear: ClassVar[tuple[str, ...]] = ("diag",)
     parts: ClassVar[tuple[str, ...]] = WHOLE
+
+    propagated: ClassVar[str | None] = "diag"
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        return ("diag",)
+
+    def of_diagonal(self, use: Use) -> Tensors:
+        return {"diag": use.weighted_squares()}
+
+    def follow(self, tensors: Tensors, factor: Factor, damping_type: str) -> Factor:
+        values = tensors["diag"]
+        assert isinstance(factor, Eigen)
+        values = values if self.spectrum is None or factor.absolute else mapped(values, self.spectrum)
+        return replace(factor, values=values)
+
+    def restored(self, factor: Factor) -> Factor:
+        assert isinstance(factor, Eigen)
+        return replace(factor, absolute=self.spectrum == "abs")
 
     def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = WHOLE) -> Tensors:
         return {"diag": stats.squares()}

@@ -18,13 +18,14 @@ products with them are plain matrix products.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.linalg.block_diagonal import root, times, times_left
+from torchcurv.curv.linalg.block_diagonal import root, times, times_left, whole
 from torchcurv.curv.linalg.symmetric import (
     ALIGNED_FROM,
     ALIGNMENT,
@@ -42,16 +43,102 @@ def _sandwich(left: Tensor | None, x: Tensor, right: Tensor | None) -> Tensor:
     return x if right is None else times(x, right)
 
 
-class _Saved:
-    """Factors are frozen records of tensors: what goes into a state_dict and comes back."""
+class Factor:
+    """A symmetric matrix C that can be solved with, and whatever else its form allows.
+
+    Factors are frozen records of tensors: `state` is what goes into a state_dict, and comes back. What a form does not
+    allow is refused by its name. x is [..., g, o, i] of the block's coordinates.
+    """
+
+    holds_damping: ClassVar[bool] = False  # whether another damping asks for another factor
+    layer_by_layer: ClassVar[bool] = False  # whether vectors are lists with one tensor per layer
+    damping: Tensor | None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be solved with."""
+        return True
+
+    @property
+    def basis(self) -> tuple[Tensor, Tensor] | None:
+        """(left, right) eigenvectors of a Kronecker product, where it is known by them."""
+        return None
+
+    @property
+    def has_two_sides(self) -> bool:
+        """Whether C is a Kronecker product of two sides."""
+        return False
+
+    def is_eigenform_over(self, shape: tuple[int, int, int]) -> bool:
+        """Whether its eigenvectors are those of a layer of this shape (g, o, i)."""
+        return False
+
+    def on(self, layout: Any, name: str, tensors: list[Tensor], *args: Any) -> list[Tensor]:
+        """A method of it applied to tensors shaped like the pieces of a block, leading dimensions being a batch."""
+        x = layout.flatten(layout.join(tensors))
+        return layout.split(layout.unflatten(getattr(self, name)(x, *args)))
+
+    def solve(self, x: Any, damping: Any = None) -> Any:
+        """(C + damping I)^-1 x."""
+        raise self._refused("solve")
+
+    def matvec(self, x: Any) -> Any:
+        """C x."""
+        raise self._refused("matvec")
+
+    def damped_matvec(self, x: Any, damping: Any = None) -> Any:
+        """(C + damping I) x."""
+        raise self._refused("damped_matvec")
+
+    def sample(self, noise: Any, damping: Any = None) -> Any:
+        """(C + damping I)^-1/2 noise, or another root."""
+        raise self._refused("sample")
+
+    def logdet(self, damping: Any = None) -> Tensor:
+        """log det(C + damping I)."""
+        raise self._refused("logdet")
+
+    def diag(self) -> Any:
+        """The diagonal of C."""
+        raise self._refused("diag")
+
+    def inverse_diag(self, damping: Any = None) -> Any:
+        """The diagonal of (C + damping I)^-1."""
+        raise self._refused("inverse_diag")
+
+    def trace(self) -> Tensor:
+        raise self._refused("trace")
+
+    def eigvalsh(self) -> Tensor:
+        """All eigenvalues, ascending."""
+        raise self._refused("eigvalsh")
+
+    def effective_dimension(self, damping: Any, sides: Callable[[], tuple[Tensor | None, Tensor]]) -> Tensor:
+        """tr C (C + damping I)^-1. sides: those of C, asked for where it is not known by its eigenvalues."""
+        values = self.eigvalsh().abs()
+        return (values / (values + damping)).sum()
+
+    def scaled(self, factor: Any) -> Any:
+        """That of a multiple of C."""
+        raise self._refused("scaled")
 
     def state(self) -> dict[str, Tensor]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return {key: value for key, value in values.items() if isinstance(value, Tensor)}
 
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Any:
+        """The same with other tensors in the place of those of its state."""
+        return replace(self, **tensors)  # type: ignore[type-var]
+
+    def _refused(self, what: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"a curvature in the form {type(self).__name__} does not answer {what!r}: choose another approx, or "
+            'damping_type="exact"'
+        )
+
 
 @dataclass(frozen=True)
-class Eigen(_Saved):
+class Eigen(Factor):
     """C = Q diag(values) Q^T with Q = left ⊗ right; `damping` is a 0-d tensor added to the values by default.
 
     absolute: their magnitudes are meant, which are taken when they are read: a pass over memory less.
@@ -62,6 +149,28 @@ class Eigen(_Saved):
     right: Tensor | None = None
     damping: Tensor | None = None
     absolute: bool = False
+
+    @property
+    def basis(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.left is None or self.right is None else (self.left, self.right)
+
+    @property
+    def has_two_sides(self) -> bool:
+        return self.left is not None and self.right is not None
+
+    def is_eigenform_over(self, shape: tuple[int, int, int]) -> bool:
+        return self.diagonal or self.values.shape == shape
+
+    def on(self, layout: Any, name: str, tensors: list[Tensor], *args: Any) -> list[Tensor]:
+        if not self.diagonal:
+            return super().on(layout, name, tensors, *args)
+        layer = layout.layers[0]  # nothing couples: parameter by parameter
+        parts = [replace(self, values=part) for part in layer.split(self.values.reshape(layer.shape))]
+        return [getattr(part, name)(t, *args) for part, t in zip(parts, tensors, strict=True)]
+
+    def effective_dimension(self, damping: Any, sides: Callable[[], tuple[Tensor | None, Tensor]]) -> Tensor:
+        values = self.values.abs()
+        return (values / (values + damping)).sum()
 
     @property
     def diagonal(self) -> bool:
@@ -134,7 +243,7 @@ class Eigen(_Saved):
 
 
 @dataclass(frozen=True)
-class Inverse(_Saved):
+class Inverse(Factor):
     """(damped C)^-1 = left ⊗ right, both explicit; the damping is inside.
 
     Sampling and the determinant take a Cholesky factor of the inverse when asked. shape: (o, i), which sides in
@@ -146,6 +255,8 @@ class Inverse(_Saved):
     shape: tuple[int, int] | None = None
     damping: Tensor | None = None
 
+    holds_damping: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "right", _aligned(self.right))
 
@@ -153,7 +264,7 @@ class Inverse(_Saved):
         d = self.right.shape[-1] if self.right.dim() == 3 else x.shape[-1]
         return x.reshape(*x.shape[:-3], self.right.shape[0], -1, d)
 
-    def solve(self, x: Tensor, damping: None = None) -> Tensor:
+    def solve(self, x: Tensor, damping: Damping | None = None) -> Tensor:
         return _sandwich(self.left, self._grouped(x), self.right).reshape(x.shape)
 
     @property
@@ -176,6 +287,23 @@ class Inverse(_Saved):
                 y = y.baddbmm_(x, block) if y.dim() == 3 else y + x @ block
             solved.append(_sandwich(self.left, y, None))
         return solved
+
+    @property
+    def has_two_sides(self) -> bool:
+        return self.left is not None
+
+    def on(self, layout: Any, name: str, tensors: list[Tensor], *args: Any) -> list[Tensor]:
+        if name != "solve" or not self.by_columns:
+            return super().on(layout, name, tensors, *args)
+        layer = layout.layers[0]
+        return layer.uncolumns(self.solve_columns(layer.columns(tensors)))
+
+    def effective_dimension(self, damping: Any, sides: Callable[[], tuple[Tensor | None, Tensor]]) -> Tensor:
+        left, right = sides()
+        of_right = (whole(right) * self.right).flatten(1).sum(1)
+        if left is None or self.left is None:
+            return of_right.sum()
+        return of_right @ (whole(left) * self.left).flatten(1).sum(1)
 
     @cached_property
     def roots(self) -> tuple[Tensor | None, Tensor]:
@@ -223,7 +351,7 @@ class Inverse(_Saved):
 
 
 @dataclass(frozen=True)
-class LowRank(_Saved):
+class LowRank(Factor):
     """C = rest I + Σ_k (values_k - rest) e_k e_k^T with orthonormal e_k, the rows of `vectors` [k, P].
 
     A row of zeros stands for a direction that is not known, of value `rest`, which is 0 by default.
@@ -233,6 +361,15 @@ class LowRank(_Saved):
     vectors: Tensor
     damping: Tensor | None = None
     rest: Tensor | None = None
+
+    edited: ClassVar[bool] = False  # it reads no inputs
+
+    def effective_dimension(self, damping: Any, sides: Callable[[], tuple[Tensor | None, Tensor]]) -> Tensor:
+        values = self.values.abs()  # what is known
+        return (values / (values + damping)).sum()
+
+    def scaled(self, factor: Any) -> LowRank:
+        return replace(self, values=self.values * factor)
 
     def _function(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
         """f(C) x for x [..., g, o, i]."""
@@ -294,7 +431,7 @@ class LowRank(_Saved):
 
 
 @dataclass(frozen=True)
-class InputRows(_Saved):
+class InputRows(Factor):
     """C = I ⊗ R^T R through its rows R [g, b, d] and inverse = (R R^T + λ I)^-1; damping: λ, a 0-d tensor.
 
     The fast path for fewer rows than inputs; it solves, and that is all (input_side.py).
@@ -304,12 +441,11 @@ class InputRows(_Saved):
     inverse: Tensor
     damping: Tensor
 
-    def solve(self, x: Tensor, damping: None = None) -> Tensor:
+    holds_damping: ClassVar[bool] = True
+
+    def solve(self, x: Tensor, damping: Damping | None = None) -> Tensor:
         """(x - x R^T (R R^T + λ I)^-1 R) / λ for x [..., g, o, d]."""
         return (x - ((x @ self.rows.mT) @ self.inverse) @ self.rows) / self.damping
-
-
-Factor = Eigen | Inverse | InputRows | LowRank
 
 
 def _aligned(matrix: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.base import WHOLE, Basis, Tensors
+from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Tensors
 from torchcurv.curv.approximations.factors import Eigen, Factor, InputRows, Inverse
 from torchcurv.curv.approximations.kronecker import Kronecker, Sides
 from torchcurv.curv.layers.layer import Layer
@@ -34,7 +34,7 @@ ROWS = "rows"
 
 
 @dataclass(frozen=True)
-class InputSide:
+class InputSide(Approximation):
     """C = I ⊗ A per group, with zeros for the bias.
 
     sides: how A is kept. sharing: "expand" takes every position as a row, "reduce" averages a over positions first.
@@ -45,8 +45,11 @@ class InputSide:
     sides: Sides
     sharing: str = "expand"
     by_rows: bool = False
-    linear: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[tuple[str, ...]] = WHOLE
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        return ()
 
     @classmethod
     def of(cls, layer: Layer, sides: Sides, sharing: str, by_rows: bool) -> InputSide:
@@ -62,6 +65,18 @@ class InputSide:
         """The sizes of (I, A) as a summary prints them."""
         return "I", f"rows of {d}" if self.by_rows else Kronecker(sides=self.sides).side_names(o, d)[1]
 
+    @property
+    def of_one_step(self) -> bool:
+        return self.by_rows
+
+    def describe(self, size: int, shape: tuple[int, int, int]) -> str:
+        g, o, d = shape
+        left, right = self.side_names(o, d)
+        return f"{f'{g} x ' if g > 1 else ''}({left} ⊗ {right})"
+
+    def added(self, name: str, old: Tensor, new: Tensor) -> Tensor:
+        return added(name, old, new)
+
     def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = WHOLE) -> Tensors:
         tensors: Tensors = {}
         for use in stats.only_layer("input"):
@@ -73,9 +88,6 @@ class InputSide:
             for name, x in {key: value, "count": count}.items():
                 tensors[name] = added(name, tensors[name], x) if name in tensors else x
         return tensors
-
-    def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
-        raise NotImplementedError
 
     def product(self, tensors: Tensors, x: Tensor) -> Tensor:
         """x A for x [g, o, d]."""

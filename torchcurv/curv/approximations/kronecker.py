@@ -12,14 +12,14 @@ names of those that are measured on their own when they are `wanted`; ("",) wher
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.base import Basis, Tensors, damping_tensor
+from torchcurv.curv.approximations.base import Approximation, Basis, Tensors, damping_tensor
 from torchcurv.curv.approximations.factors import Eigen, Factor, Inverse
 from torchcurv.curv.approximations.spectrum import mapped
 from torchcurv.curv.layers.layer import Layer
@@ -31,11 +31,13 @@ from torchcurv.curv.linalg.block_diagonal import (
     side_shape,
     times,
     times_left,
+    to_blocks,
     whole,
 )
 from torchcurv.curv.linalg.symmetric import Damping
 from torchcurv.curv.numerics import sum_of
 from torchcurv.curv.statistics.block import Stats
+from torchcurv.curv.statistics.inputs import Inputs
 from torchcurv.curv.statistics.layer import Use
 
 
@@ -62,7 +64,7 @@ class Sides:
 
 
 @dataclass(frozen=True)
-class Kronecker:
+class Kronecker(Approximation):
     """C ≈ B ⊗ A per group: A = mean a a^T, B = sum s s^T (Martens & Grosse 2015; Eschenhagen et al. 2023).
 
     sharing: "expand" takes every position as a sample, "reduce" averages a and sums s over positions first. "whole"
@@ -95,6 +97,34 @@ class Kronecker:
         left, right = (f"{s[1]}²" if len(s) == 3 else f"{s[1]}" if s[2] == 1 else f"{s[1]} x {s[2]}²" for s in shapes)
         return left, right
 
+    subsampled: ClassVar[bool] = True
+    propagated: ClassVar[str | None] = "matrix"
+
+    @property
+    def needs_all_signals(self) -> bool:
+        return self.sharing == "whole"
+
+    def describe(self, size: int, shape: tuple[int, int, int]) -> str:
+        g, o, d = shape
+        left, right = self.side_names(o, d)
+        return f"{f'{g} x ' if g > 1 else ''}({left} ⊗ {right})"
+
+    def of_mean_matrix(self, inputs: Inputs, matrix: Callable[[str], Tensor], n: int) -> Tensors:
+        left, right = (1, 1) if self.sides is None else self.sides.blocks
+        A, count = inputs.cov(self.sharing, right)
+        return {"A": A, "count": count, "B": to_blocks(matrix(self.sharing) * n, left)}
+
+    def follow(self, tensors: Tensors, factor: Factor, damping_type: str) -> Factor:
+        """The second moments in the basis of the factor are its eigenvalues."""
+        if "moments" not in tensors or factor.basis is None:
+            return factor
+        return Eigen(tensors["moments"], *factor.basis, factor.damping)
+
+    def rebased(self, tensors: Tensors, factor: Factor) -> Tensors:
+        if "moments" not in tensors or factor.basis is None:
+            return tensors
+        return {**tensors, "moments": factor.state()["values"]}
+
     def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = ("A", "B")) -> Tensors:
         tensors: Tensors = {}
         left, right = (1, 1) if self.sides is None else self.sides.blocks
@@ -126,9 +156,6 @@ class Kronecker:
         A, count = tensors["A"], tensors["count"]
         mean = A / _by_group(count.clamp_min(torch.finfo(count.dtype).tiny), A)
         return {**tensors, "A": mean, "count": (count > 0).to(count.dtype)}
-
-    def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
-        raise NotImplementedError
 
     def product(self, tensors: Tensors, x: Tensor) -> Tensor:
         """B x A for x [g, o, d]."""

@@ -8,13 +8,13 @@ Gauss-Newton's low-rank structure", 2106.02624).
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.base import WHOLE, Basis, Tensors, damping_tensor
+from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Tensors, damping_tensor
 from torchcurv.curv.approximations.factors import Factor, LowRank
 from torchcurv.curv.approximations.rows import RowSpace
 from torchcurv.curv.approximations.spectrum import mapped
@@ -24,7 +24,7 @@ from torchcurv.curv.statistics.block import Stats
 
 
 @dataclass(frozen=True)
-class LargestPairs:
+class LargestPairs(Approximation):
     """C ≈ Σ_k λ_k e_k e_k^T over the `rank` eigenpairs of largest magnitude.
 
     They come from Gram matrices (Dangel et al. 2022, ViViT), so they do not add up like other statistics: what was
@@ -33,14 +33,25 @@ class LargestPairs:
 
     rank: int
     spectrum: str | None = None
-    linear: ClassVar[tuple[str, ...]] = ("values",)
     parts: ClassVar[tuple[str, ...]] = WHOLE
 
-    def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = WHOLE) -> Tensors:
-        raise NotImplementedError
+    keeps_rows: ClassVar[bool] = True
 
-    def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
-        raise NotImplementedError
+    @property
+    def linear(self) -> tuple[str, ...]:
+        return ("values",)
+
+    def fitted(self, size: int) -> LargestPairs:
+        return self if self.rank <= size else replace(self, rank=size)
+
+    def describe(self, size: int, shape: tuple[int, int, int]) -> str:
+        return f"{self.rank} of {size}"
+
+    def follow(self, tensors: Tensors, factor: Factor, damping_type: str) -> Factor:
+        return self.factor(tensors, 0.0 if factor.damping is None else factor.damping, damping_type)[0]
+
+    def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = WHOLE) -> Tensors:
+        raise self._refused("keeps rows, and measures nothing of them before a step")
 
     def merged(self, parts: Sequence[tuple[Tensor | float, Sequence[Stats | LowRank]]]) -> tuple[LowRank, Tensor]:
         """(the largest pairs of Σ weight Σ C over the parts, whether all was finite)."""

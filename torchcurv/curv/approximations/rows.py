@@ -10,12 +10,14 @@ Such a block has no running average and is not saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from torchcurv.curv.approximations.factors import Factor
 from torchcurv.curv.linalg.symmetric import Damping, eigh, inverse_spd
 from torchcurv.curv.statistics.block import Stats
 from torchcurv.curv.statistics.inputs import Inputs
@@ -25,7 +27,7 @@ ROW_ELEMENTS = 1 << 25  # elements of the rows of one layer that are formed at o
 
 
 @dataclass(frozen=True)
-class RowSpace:
+class RowSpace(Factor):
     """A block through its rows; `inverse` is (λ I + V V^T)^-1 once `damped` with λ = `damping`.
 
     finite: whether V V^T was; where it was not, C counts as zero.
@@ -35,6 +37,23 @@ class RowSpace:
     inverse: Tensor | None = None
     damping: Tensor | None = None
     finite: Tensor | None = None
+
+    holds_damping: ClassVar[bool] = True
+    layer_by_layer: ClassVar[bool] = True
+
+    @property
+    def ready(self) -> bool:
+        return self.inverse is not None
+
+    def on(self, layout: Any, name: str, tensors: list[Tensor], *args: Any) -> list[Tensor]:
+        return layout.split(each_of_batch(getattr(self, name), layout.join(tensors), *args))
+
+    def scaled(self, factor: Any) -> RowSpace:
+        return RowSpace(tuple(stats.scaled(factor) for stats in self.stats))
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing: rows belong to one step."""
+        return {}
 
     def rows_times(self, x: list[Tensor]) -> Tensor:
         """V x for joined tensors x, one [g, o, d] per layer -> [rows]."""
@@ -157,7 +176,7 @@ class RowSpace:
     def matvec(self, x: list[Tensor]) -> list[Tensor]:
         return self.rows_transposed_times(self.rows_times(x))
 
-    def damped_matvec(self, x: list[Tensor], damping: Damping) -> list[Tensor]:
+    def damped_matvec(self, x: list[Tensor], damping: Any = None) -> list[Tensor]:
         return [y + damping * own for y, own in zip(self.matvec(x), x, strict=True)]
 
     # What follows is for looking: it takes an eigendecomposition of the Gram matrix, V V^T = U diag(l) U^T.
@@ -166,7 +185,7 @@ class RowSpace:
     def _size(self) -> int:
         return sum(torch.Size(layer.shape).numel() for layer in self.stats[0].layers)
 
-    def sample(self, noise: list[Tensor], damping: Damping) -> list[Tensor]:
+    def sample(self, noise: list[Tensor], damping: Any = None) -> list[Tensor]:
         """(C + λ I)^-1/2 noise = noise / sqrt(λ) + V^T U diag((1/sqrt(l + λ) - 1/sqrt(λ)) / l) U^T V noise."""
         values, vectors = eigh(self.gram())
         kept = values > values.amax() * len(values) * torch.finfo(values.dtype).eps
@@ -183,10 +202,10 @@ class RowSpace:
     def trace(self) -> Tensor:
         return self.gram().diagonal().sum()
 
-    def logdet(self, damping: Damping) -> Tensor:
+    def logdet(self, damping: Any = None) -> Tensor:
         return (self.eigvalsh() + damping).log().sum()
 
-    def inverse_diag(self, damping: Damping) -> list[Tensor]:
+    def inverse_diag(self, damping: Any = None) -> list[Tensor]:
         """Diagonal of (C + λ I)^-1, that is 1/λ - diag(V^T (λ I + V V^T)^-1 V) / λ, one [g, o, d] per layer."""
         inverse = self.damped(damping)[0].inverse
         assert inverse is not None
@@ -208,6 +227,14 @@ class RowSpace:
             x.reshape(layer.shape) if isinstance(x, Tensor) else like.new_zeros(layer.shape)
             for x, layer in zip(squares, layers, strict=True)
         ]
+
+
+def each_of_batch(f: Callable[..., list[Tensor]], x: list[Tensor], *args: Any) -> list[Tensor]:
+    """f over the leading dimension of [k, g, o, i], or once for [g, o, i]."""
+    if x[0].dim() == 3:
+        return f(x, *args)
+    answers = [f([part[k] for part in x], *args) for k in range(x[0].shape[0])]
+    return [torch.stack(parts) for parts in zip(*answers, strict=True)]
 
 
 def row_count(parts: Sequence[object]) -> int:

@@ -28,6 +28,20 @@ APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
 allow("approx", APPROXIMATIONS)
 
 
+def register_approximation(name: str, entry: Callable[[Options, list[Layer]], Approximation]) -> None:
+    """Let `approx=name` mean an approximation of your own.
+
+    entry: from the options of a block and its layers to a subclass of torchcurv.curv.approximations.base.Approximation.
+    """
+    if not callable(entry):
+        raise TypeError(f"register_approximation: got {entry!r}; pass a function from (options, layers)")
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"register_approximation: name={name!r}; pass a name such as 'diag_kfac'")
+    if name in APPROXIMATIONS:
+        raise ValueError(f"register_approximation: the name {name!r} is taken: choose another one")
+    APPROXIMATIONS[name] = entry
+
+
 def spectrum_of(options: Options) -> str | None:
     if options.curv_type != SECOND:
         return None

@@ -7,7 +7,7 @@ A block is one layer, or for "full" all the layers that ask for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,20 +15,13 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.approximations.base import Tensors, part_of
-from torchcurv.curv.approximations.dense import Dense
-from torchcurv.curv.approximations.diagonal import Diagonal
-from torchcurv.curv.approximations.factors import Eigen, Factor, InputRows, Inverse, LowRank, factor_from_state
-from torchcurv.curv.approximations.input_covariance import InputSide, added
-from torchcurv.curv.approximations.kronecker import Kronecker
-from torchcurv.curv.approximations.low_rank import LargestPairs
+from torchcurv.curv.approximations.factors import Factor, LowRank, factor_from_state
 from torchcurv.curv.approximations.rows import RowSpace, row_count
-from torchcurv.curv.approximations.spectrum import mapped
-from torchcurv.curv.approximations.table import APPROXIMATIONS, spectrum_of
+from torchcurv.curv.approximations.table import APPROXIMATIONS
 from torchcurv.curv.block.refresh import Pace
 from torchcurv.curv.hessian.products import Products
 from torchcurv.curv.kinds.base import INPUT, SECOND
 from torchcurv.curv.layers.layer import Layer
-from torchcurv.curv.linalg.block_diagonal import whole
 from torchcurv.curv.linalg.krylov import Symmetric, eigh
 from torchcurv.curv.numerics import at_least_float32, on_cpu, random_signs, sum_of
 from torchcurv.curv.options import STRUCTURE_NAMES, Options
@@ -41,10 +34,8 @@ class Curvature:
     def __init__(self, name: str, layers: list[Layer], options: Options) -> None:
         assert options.approx is not None
         self.name, self.layers, self.options = name, layers, options
-        self.approx = APPROXIMATIONS[options.approx](options, layers)
         self.size = sum(torch.Size(layer.shape).numel() for layer in layers)
-        if isinstance(self.approx, LargestPairs) and self.approx.rank > self.size:
-            self.approx = replace(self.approx, rank=self.size)
+        self.approx: Any = APPROXIMATIONS[options.approx](options, layers).fitted(self.size)
         dense = options.approx in ("full", "block")
         self.uses_rows = dense and self.size > options.rows_limit
         self.kind = options.curv_type  # which signals it is sent
@@ -54,7 +45,7 @@ class Curvature:
                 f'{options.rows_limit}, or choose approx="unit" or "diag"'
             )
         # Its rows hold what one step measured: no average, nothing to save.
-        self.input_rows = isinstance(self.approx, InputSide) and self.approx.by_rows
+        self.input_rows = self.approx.of_one_step
         self.pieces = [piece for layer in layers for piece in layer.pieces]
         self.params = list(dict.fromkeys(piece.param for piece in self.pieces))
         self.next_update = self.next_refactor = 0  # the steps at which a measurement and a factorisation are due
@@ -64,11 +55,11 @@ class Curvature:
         self.changes: Tensors = {}  # by part, how far the last measurement moved it
         self.pending: Tensors = {}
         self.pending_sum: Tensor | None = None  # of all its values: finite if they are
-        self.pending_rows: list[Stats | LowRank] = []
+        self.pending_rows: list[Any] = []  # rows (Stats), or eigenpairs of earlier ones
         self.task: int | None = None  # the backward call that the last measurement belongs to
         self.tensors: Tensors = {}
         self.weights: Tensors = {}
-        self.factor: Factor | RowSpace | None = None
+        self.factor: Factor | None = None
         self.factor_damping = math.nan  # of the factor; unknown where it came as a tensor
         self.draws_apart = False  # whether draws have a factor of their own, of another damping than that of the step
         self.draw_factor: Factor | None = None
@@ -84,12 +75,6 @@ class Curvature:
         """What makes two blocks the same: the structure and the parameters."""
         pieces = ((p, rows and rows.start, rows and rows.stop) for p, rows in self.pieces)
         return self.kind, *(getattr(self.options, name) for name in STRUCTURE_NAMES), self.input_rows, *pieces
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """Numbers of blocks of the two sides of a Kronecker product."""
-        assert isinstance(self.approx, Kronecker) and self.approx.sides is not None
-        return self.approx.sides.blocks
 
     @property
     def state_key(self) -> str:
@@ -125,14 +110,14 @@ class Curvature:
     @torch.no_grad()
     def measure(self, stats: Stats) -> None:
         """Add one chunk of signals to what was measured since the last step."""
-        if self.uses_rows or isinstance(self.approx, LargestPairs):
+        if self.uses_rows or self.approx.keeps_rows:
             self._keep_rows(stats)
             return
         self.add(self.approx.measure(stats, self.basis, self.wanted))
 
     def _keep_rows(self, stats: Stats) -> None:
         """Rows until the step; of too many for their Gram matrix, the largest eigenpairs."""
-        if not isinstance(self.approx, LargestPairs):
+        if self.uses_rows:
             self.pending_rows.append(stats)
             return
         for part in stats.parts(self.options.rows_limit):
@@ -146,7 +131,7 @@ class Curvature:
         total = sum_of(list(measured.values()))  # here, where they are still in the cache
         self.pending_sum = total if self.pending_sum is None else self.pending_sum + total
         for key, value in measured.items():
-            self.pending[key] = added(key, self.pending[key], value) if key in self.pending else value
+            self.pending[key] = self.approx.added(key, self.pending[key], value) if key in self.pending else value
 
     @torch.no_grad()
     def differentiate(self, products: Products, generator: torch.Generator | None = None) -> None:
@@ -159,8 +144,8 @@ class Curvature:
             product = self._coordinates(products(self.of_parameters(z, products.params)))
             self.add({"diag": (z * product).mean(0).reshape(self.layers[0].shape)})
             return
-        if isinstance(self.approx, LargestPairs):
-            self.pending_rows.append(self._largest(self.approx, products, generator))
+        if self.approx.keeps_rows:
+            self.pending_rows.append(self._largest(products, generator))
             return
         for start, rows in products.rows(self.size, lambda units: self.of_parameters(units, products.params)):
             self.add(self.approx.of_rows(start, self._coordinates(rows), [layer.shape for layer in self.layers]))
@@ -173,17 +158,19 @@ class Curvature:
             piece.of(whole[piece.param]).copy_(part)
         return list(whole.values())
 
-    def _largest(self, pairs: LargestPairs, products: Products, generator: torch.Generator | None) -> LowRank:
+    def _largest(self, products: Products, generator: torch.Generator | None) -> LowRank:
         """The eigenpairs of largest magnitude of the Hessian of one loss, by Lanczos."""
         first = products.first[0]
         like = torch.zeros((), dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
         if not torch.isfinite(sum_of(list(products.first))):
-            return LowRank(like.new_full((pairs.rank,), math.nan), like.new_zeros(pairs.rank, self.size))
+            return LowRank(like.new_full((self.approx.rank,), math.nan), like.new_zeros(self.approx.rank, self.size))
 
         def times(x: Tensor) -> Tensor:
             return self._coordinates(products(self.of_parameters(x.mT, products.params))).mT
 
-        found = eigh(Symmetric(times, self.size, like.dtype, like.device), pairs.rank, "magnitude", generator=generator)
+        found = eigh(
+            Symmetric(times, self.size, like.dtype, like.device), self.approx.rank, "magnitude", generator=generator
+        )
         return LowRank(found.values, found.vectors.mT)
 
     def _coordinates(self, tensors: list[Tensor]) -> Tensor:
@@ -199,10 +186,7 @@ class Curvature:
 
     @property
     def basis(self) -> tuple[Tensor, Tensor] | None:
-        factor = self.factor
-        if isinstance(factor, Eigen) and factor.left is not None and factor.right is not None:
-            return factor.left, factor.right
-        return None
+        return None if self.factor is None else self.factor.basis
 
     # -------------------------------------------------------------------------- running average
 
@@ -218,11 +202,11 @@ class Curvature:
         self._check_rows()
         self.measurements += 1
         if self.uses_rows:
-            self.factor = RowSpace(tuple(part for part in self.pending_rows if isinstance(part, Stats)))
+            self.factor = RowSpace(tuple(self.pending_rows))
             self.forget_pending()
             return
-        if isinstance(self.approx, LargestPairs):
-            self._merge(self.approx, ema_decay ** self._since("values", step), watched)
+        if self.approx.keeps_rows:
+            self._merge(ema_decay ** self._since("values", step), watched)
             if step is not None:
                 self.measured_at[""] = step
             if follow:
@@ -240,8 +224,7 @@ class Curvature:
         ok = torch.isfinite(self.pending_sum)
         self.forget_pending()
         self._count(0, ~ok)
-        if isinstance(self.approx, Kronecker):
-            new = self.approx.of_equal_weight(new)
+        new = self.approx.of_equal_weight(new)
         for key, value in new.items():
             if key not in self.weights:
                 self.weights[key], self.tensors[key] = value.new_zeros(()), torch.zeros_like(value)
@@ -297,19 +280,19 @@ class Curvature:
     @property
     def inputs_alone(self) -> bool:
         """Whether what came in is all that is measured: no signal needs to be sent."""
-        whole = isinstance(self.approx, Kronecker) and self.approx.sharing == "whole"
-        return self.kind == INPUT or (self.kind != SECOND and tuple(self.wanted) == ("A",) and not whole)
+        alone = tuple(self.wanted) == ("A",) and not self.approx.needs_all_signals
+        return self.kind == INPUT or (self.kind != SECOND and alone)
 
     def _check_rows(self) -> None:
         """Rows are read when they are used, after the backward pass that brought them."""
         for stats in self.pending_rows:
-            if isinstance(stats, Stats) and any(use.inputs.edited for uses in stats.uses for use in uses):
+            if stats.edited:
                 raise RuntimeError(
                     f"the inputs of block {self.name!r} were edited in place between backward() and step(): its "
                     "curvature is found from them in step(). Give every batch a tensor of its own"
                 )
 
-    def _merge(self, pairs: LargestPairs, faded: float, watched: bool) -> None:
+    def _merge(self, faded: float, watched: bool) -> None:
         """The running average of a block that keeps its largest eigenpairs: those of the weighted sum.
 
         faded: what is left of the old weight.
@@ -319,9 +302,9 @@ class Curvature:
         p = self.params[0]
         zero = p.new_zeros((), dtype=torch.promote_types(p.dtype, torch.float32))
         before = self.weights.get("values", zero)
-        old = self.tensors or pairs.empty(self.layers, zero)
+        old = self.tensors or self.approx.empty(self.layers, zero)
         weight = before * faded + 1
-        merged, ok = pairs.merged([(1 / weight, new), (1 - 1 / weight, [LowRank(**old)])])
+        merged, ok = self.approx.merged([(1 / weight, new), (1 - 1 / weight, [LowRank(**old)])])
         self._count(0, ~ok)
         if watched:
             known = old["values"].any()
@@ -331,14 +314,8 @@ class Curvature:
 
     def _follow(self) -> None:
         """Statistics that are eigenvalues in the basis of the factor, or all of it, reach it at once."""
-        if isinstance(self.factor, LowRank):
-            damping = 0.0 if self.factor.damping is None else self.factor.damping
-            self.factor = self.approx.factor(self.tensors, damping, self.options.damping_type)[0]
-        for key in ("diag", "moments"):
-            if key in self.tensors and isinstance(self.factor, Eigen):
-                values, spectrum = self.tensors[key], spectrum_of(self.options)
-                values = values if spectrum is None or self.factor.absolute else mapped(values, spectrum)
-                self.factor = replace(self.factor, values=values)
+        if self.factor is not None:
+            self.factor = self.approx.follow(self.tensors, self.factor, self.options.damping_type)
 
     def _count(self, which: int, bad: Tensor) -> None:
         if on_cpu(bad) and not bad:
@@ -352,12 +329,7 @@ class Curvature:
         for key in self.approx.linear:
             if key in self.pending:
                 self.pending[key].mul_(factor)
-        self.pending_rows = [
-            replace(part, scale=part.scale * factor)
-            if isinstance(part, Stats)
-            else replace(part, values=part.values * factor)
-            for part in self.pending_rows
-        ]
+        self.pending_rows = [part.scaled(factor) for part in self.pending_rows]
 
     def count_skipped(self) -> None:
         """What was measured was not finite, and is left out."""
@@ -365,8 +337,8 @@ class Curvature:
 
     def scale(self, factor: Tensor | float) -> None:
         """Multiply the statistics that scale with the loss."""
-        if self.uses_rows and isinstance(self.factor, RowSpace):
-            self.factor = RowSpace(tuple(replace(s, scale=s.scale * factor) for s in self.factor.stats))
+        if self.uses_rows and self.factor is not None:
+            self.factor = self.factor.scaled(factor)
         for key in self.approx.linear:
             if key in self.tensors:
                 self.tensors[key] = self.tensors[key] * factor
@@ -379,7 +351,7 @@ class Curvature:
 
     @property
     def has_factor(self) -> bool:
-        return self.factor is not None and not (isinstance(self.factor, RowSpace) and self.factor.inverse is None)
+        return self.factor is not None and self.factor.ready
 
     @torch.no_grad()
     def refactor(
@@ -399,8 +371,7 @@ class Curvature:
         else:
             new, ok = self._factorise(damping, again)
             self.factor = new if old is None else _choose(ok, new, old)
-            if "moments" in self.tensors and isinstance(self.factor, Eigen):
-                self.tensors["moments"] = self.factor.values
+            self.tensors = self.approx.rebased(self.tensors, self.factor)
             if self.draws_apart:
                 apart, fine = self._factorise(draw_damping, again)
                 self.draw_factor = apart if self.draw_factor is None else _choose(fine, apart, self.draw_factor)
@@ -418,32 +389,22 @@ class Curvature:
         basis = None if self.basis is None else (self.basis[0].double(), self.basis[1].double())
         new, ok = self.approx.factor(doubled, 10 * damping, self.options.damping_type, basis)
         dtype = next(iter(self.tensors.values())).dtype
-        return replace(new, **{key: value.to(dtype) for key, value in new.state().items()}), ok  # type: ignore[arg-type]
+        return new.with_tensors({key: value.to(dtype) for key, value in new.state().items()}), ok
 
     def mean_eigenvalue(self) -> Tensor:
         """Its magnitude, a 0-d tensor; of what has been measured."""
-        trace = self.factor.trace() if isinstance(self.factor, RowSpace) else self.approx.trace(self.tensors)
+        trace = self.factor.trace() if self.uses_rows and self.factor else self.approx.trace(self.tensors)
         return trace.abs().clamp_min(torch.finfo(trace.dtype).tiny * 1e6) / self.size
 
     def effective_dimension(self, damping: float | Tensor) -> Tensor:
         """tr C (C + damping I)^-1, a 0-d tensor: in how many directions the curvature outweighs the damping."""
-        factor = self.factor
-        if factor is None:
+        if self.factor is None:
             raise RuntimeError(f"the curvature of block {self.name!r} has not been measured yet")
-        if not isinstance(factor, Inverse):  # LowRank counts what is known
-            assert not isinstance(factor, InputRows)  # whose C is not that of the loss
-            values = factor.eigvalsh().abs() if isinstance(factor, RowSpace) else factor.values.abs()
-            return (values / (values + damping)).sum()
-        assert isinstance(self.approx, Kronecker | Dense | InputSide)
-        left, right = self.approx.sides_of(self.tensors)
-        of_right = (whole(right) * factor.right).flatten(1).sum(1)
-        if left is None or factor.left is None:
-            return of_right.sum()
-        return of_right @ (whole(left) * factor.left).flatten(1).sum(1)
+        return self.factor.effective_dimension(damping, lambda: self.approx.sides_of(self.tensors))
 
     def bakes_damping(self) -> bool:
         """Whether the factor holds its damping, so that another damping asks for another factor."""
-        return not isinstance(self.factor, Eigen | LowRank)
+        return self.factor is None or self.factor.holds_damping
 
     # ---------------------------------------------------------------------------------- reading
 
@@ -467,7 +428,7 @@ class Curvature:
         solved = self.solve(tensors, damping)
         if self.options.curv_type != INPUT:
             return solved
-        assert isinstance(self.factor, Eigen | Inverse | InputRows)
+        assert self.factor is not None
         held = self.factor.damping if damping is None else damping
         assert held is not None
         return [x * held for x in solved]
@@ -478,7 +439,7 @@ class Curvature:
 
     def multiply(self, tensors: list[Tensor]) -> list[Tensor]:
         """`matvec` from the running average itself, without a factor."""
-        if isinstance(self.factor, RowSpace):
+        if self.uses_rows:
             return self.matvec(tensors)
         x = self.flatten(self.join([at_least_float32(t) for t in tensors]))
         return self.split(self.unflatten(self.approx.product(self.tensors, x)))
@@ -490,17 +451,16 @@ class Curvature:
         dtype = torch.promote_types(params[0].dtype, torch.float32)
         shapes = [layer.shape for layer in self.layers]
         noise = [torch.randn(s, dtype=dtype, device=params[0].device, generator=generator) for s in shapes]
-        if isinstance(self.factor, RowSpace):
+        if self.factor.layer_by_layer:
             return self.split(self.factor.sample(noise, damping))
-        assert not isinstance(self.factor, InputRows)
         return self.split(self.unflatten(self.factor.sample(self.flatten(noise), damping)))
 
     def diag(self) -> list[Tensor]:
         """The diagonal of C, one [g, o, i] per layer."""
-        if isinstance(self.factor, RowSpace):
-            return self.factor.diag()
-        assert isinstance(self.factor, Eigen | LowRank)
+        assert self.factor is not None
         diagonal = self.factor.diag()
+        if self.factor.layer_by_layer:
+            return diagonal
         if len(self.layers) > 1:
             return self.unflatten(diagonal)
         return [diagonal.reshape(self.layers[0].shape)]
@@ -508,18 +468,7 @@ class Curvature:
     def _apply(self, name: str, tensors: list[Tensor], *args: Any) -> list[Tensor]:
         if self.factor is None:
             raise RuntimeError(f"the curvature of block {self.name!r} has not been measured yet")
-        tensors = [at_least_float32(t) for t in tensors]
-        if isinstance(self.factor, Eigen) and self.factor.diagonal:  # nothing couples: parameter by parameter
-            values = self.factor.values.reshape(self.layers[0].shape)
-            parts = [replace(self.factor, values=part) for part in self.layers[0].split(values)]
-            return [getattr(part, name)(t, *args) for part, t in zip(parts, tensors, strict=True)]
-        if name == "solve" and isinstance(self.factor, Inverse) and self.factor.by_columns:
-            layer = self.layers[0]
-            return layer.uncolumns(self.factor.solve_columns(layer.columns(tensors)))
-        x = self.join(tensors)
-        if isinstance(self.factor, RowSpace):
-            return self.split(each_of_batch(getattr(self.factor, name), x, *args))
-        return self.split(self.unflatten(getattr(self.factor, name)(self.flatten(x), *args)))
+        return self.factor.on(self, name, [at_least_float32(t) for t in tensors], *args)
 
     def flatten(self, joined: list[Tensor]) -> Tensor:
         """One tensor [..., g, o, i] for the factor: several layers are laid one after the other."""
@@ -573,7 +522,6 @@ class Curvature:
             weights = {key: weights.get(key, like.new_zeros(())) for key in tensors}
         if factor is None:
             factor = self.approx.factor(tensors, 1.0, self.options.damping_type)[0]
-        assert not isinstance(factor, RowSpace)
         saved["known"] = {**{key: int(key in self.tensors) for key in tensors}, "factor": int(self.factor is not None)}
         saved["tensors"], saved["weights"], saved["factor"] = dict(tensors), dict(weights), factor.state()
         if self.draws_apart:
@@ -606,37 +554,15 @@ class Curvature:
         self.draws_apart, self.draw_damping = "draw_factor" in known, float(saved.get("draw_damping", math.nan))
 
     def _factor_from(self, state: dict[str, Tensor]) -> Factor:
-        factor = factor_from_state(state, self.layers[0].shape[1:])
-        if isinstance(factor, Eigen) and isinstance(self.approx, Diagonal):
-            return replace(factor, absolute=self.approx.spectrum == "abs")
-        return factor
+        return self.approx.restored(factor_from_state(state, self.layers[0].shape[1:]))
 
     def sizes(self) -> str:
         """Sizes of the matrices kept, as the summary prints them."""
-        g, o, d = self.layers[0].shape
-        count = f"{g} x " if g > 1 else ""
-        approx = self.options.approx
-        if self.uses_rows:
-            return f"rows of {self.size}"
-        if isinstance(self.approx, LargestPairs):
-            return f"{self.approx.rank} of {self.size}"
-        if approx in ("full", "block"):
-            return f"{self.size}²"
-        if isinstance(self.approx, Dense):
-            return f"{g * o} x {d}" if self.approx.wide else f"{g * o} x {d}²"
-        if not isinstance(self.approx, Kronecker | InputSide):
-            return f"{self.size}"
-        left, right = self.approx.side_names(o, d)
-        return f"{count}({left} ⊗ {right})"
+        return f"rows of {self.size}" if self.uses_rows else self.approx.describe(self.size, self.layers[0].shape)
 
     def memory(self) -> int:
         """Bytes held by the running average and the factor."""
-        held = [
-            *self.tensors.values(),
-            *(self.factor.state().values() if isinstance(self.factor, Eigen) else ()),
-        ]
-        if self.factor is not None and not isinstance(self.factor, Eigen | RowSpace):
-            held += self.factor.state().values()
+        held = [*self.tensors.values(), *(() if self.factor is None else self.factor.state().values())]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
         return sum(storages.values())
 
@@ -690,12 +616,4 @@ def _choose(ok: Tensor, new: Factor, old: Factor) -> Factor:
     if type(new) is not type(old) or {k: x.shape for k, x in kept.items()} != {k: x.shape for k, x in fresh.items()}:
         return new
     chosen = {key: torch.where(ok, value, kept[key]) for key, value in fresh.items()}
-    return replace(new, **chosen)  # type: ignore[arg-type]
-
-
-def each_of_batch(f: Callable[..., list[Tensor]], x: list[Tensor], *args: Any) -> list[Tensor]:
-    """f over the leading dimension of [k, g, o, i], or once for [g, o, i]."""
-    if x[0].dim() == 3:
-        return f(x, *args)
-    answers = [f([part[k] for part in x], *args) for k in range(x[0].shape[0])]
-    return [torch.stack(parts) for parts in zip(*answers, strict=True)]
+    return new.with_tensors(chosen)

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.kronecker import Kronecker
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.calls import Call
 from torchcurv.curv.layers.layer import Layer
-from torchcurv.curv.linalg.block_diagonal import to_blocks
 from torchcurv.curv.losses.terms import Terms
 from torchcurv.curv.numerics import at_least_float32
 from torchcurv.curv.statistics.block import Stats
@@ -72,7 +70,7 @@ class StatisticsAssembler:
     def _sample_stride(self, block: Curvature, reached: Callable[[Call], bool]) -> int:
         """Every how many-th sample makes the statistics of a block, given which calls the loss reaches."""
         limit = block.options.max_positions
-        if limit is None or not isinstance(block.approx, Kronecker):
+        if limit is None or not block.approx.subsampled:
             return 1
         calls = (call for k in self.layers_of(block) for call in self.calls.get(k, []))
         positions = sum(call.positions(self.layers[call.layer]) for call in calls if reached(call))
@@ -160,26 +158,26 @@ class StatisticsAssembler:
         reached = [call for call in self.calls.get(k, []) if id(call) in at_calls]
         if not reached:
             return
-        self._check_propagated(reached, block.options.approx)
-        if block.options.approx == "diag":
+        self._check_propagated(reached, block)
+        if block.approx.propagated == "diag":
             uses = self.uses(k, lambda call: [at_calls.get(id(call))])
             for use in uses:
-                block.add({"diag": use.weighted_squares()})
+                block.add(block.approx.of_diagonal(use))
             return
-        (left, right), approx = block.sides, block.approx
-        assert isinstance(approx, Kronecker)
-        A, count = self.inputs(reached).cov(approx.sharing, right)
-        B = torch.stack([_output_side(call, at_calls[id(call)], approx.sharing) for call in reached]).sum(0)
-        block.add({"A": A, "count": count, "B": to_blocks(B * self.n, left)})
 
-    def _check_propagated(self, calls: list[Call], approx: str | None) -> None:
+        def matrix(sharing: str) -> Tensor:
+            return torch.stack([_output_side(call, at_calls[id(call)], sharing) for call in reached]).sum(0)
+
+        block.add(block.approx.of_mean_matrix(self.inputs(reached), matrix, self.n))
+
+    def _check_propagated(self, calls: list[Call], block: Curvature) -> None:
         name = self.layers[calls[0].layer].name
         if any(call.batch_first is not None or call.batch != self.n for call in calls):
             raise NotImplementedError(
                 f"the Hessian of layer {name!r} cannot be propagated: it is used inside a module, or with more rows "
                 'than there are samples. Give its parameters curv_type="ggn", or approx=None'
             )
-        if approx == "kfac" and any(call.site.transposed or call.site.view.tokens for call in calls):
+        if block.approx.propagated == "matrix" and any(call.site.transposed or call.site.view.tokens for call in calls):
             raise NotImplementedError(
                 f'approx="kfac" of the Hessian is not known for layer {name!r}, an embedding: choose "diag"'
             )

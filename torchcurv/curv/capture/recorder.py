@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from torchcurv.curv.approximations.kronecker import Kronecker
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.calls import Call, Capture
 from torchcurv.curv.capture.context import LossEvent, PassContext
@@ -245,7 +244,7 @@ class Record:
 
     def _subsampled(self, block: Curvature) -> bool:
         """Whether some of the samples may stand for all."""
-        return kind_of(block.kind, block.options).subsamples and isinstance(block.approx, Kronecker)
+        return kind_of(block.kind, block.options).subsamples and block.approx.subsampled
 
 
 def _accumulates(params: Iterable[Tensor]) -> bool:

@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.factors import Eigen, InputRows, Inverse, LowRank
-from torchcurv.curv.approximations.rows import RowSpace
-from torchcurv.curv.block.block import Curvature, each_of_batch, gathered
+from torchcurv.curv.approximations.factors import Eigen
+from torchcurv.curv.approximations.rows import each_of_batch
+from torchcurv.curv.block.block import Curvature, gathered
 from torchcurv.curv.numerics import at_least_float32
 
 Number = float | Tensor
@@ -46,10 +47,9 @@ class GaussianBlock:
         return self.block.size
 
     @property
-    def factor(self) -> Eigen | Inverse | LowRank | RowSpace:
+    def factor(self) -> Any:
         factor = self.block.draw_factor if self.block.draws_apart else self.block.factor
         if factor is not None:
-            assert not isinstance(factor, InputRows)  # which belong to one step, and only solve
             return factor
         like = at_least_float32(self.block.params[0].detach()).new_zeros(self.block.factor_shape)
         return Eigen(like + self.start)
@@ -78,7 +78,7 @@ class GaussianBlock:
         more), is drawn anew. Each is a draw from the Gaussian by itself, and two of them are uncorrelated.
         """
         factor = self.factor
-        if not isinstance(factor, Eigen | Inverse) or factor.left is None or factor.right is None:
+        if not factor.has_two_sides:
             return self.sample
         (noise,) = self._noise(generator, None)
         core = factor.core_of_sample(noise, self.damping)
@@ -101,7 +101,7 @@ class GaussianBlock:
     def covariance_times(self, x: list[Tensor]) -> list[Tensor]:
         """Σ x."""
         joined = self.block.join([at_least_float32(part) for part in x])
-        if isinstance(self.factor, RowSpace):  # one inverse for all of them
+        if self.factor.layer_by_layer:  # one inverse for all of them
             rows, _ = self.factor.damped(self.damping)
             solved = self.block.split(each_of_batch(rows.solve, joined))
         else:
@@ -131,7 +131,7 @@ class GaussianBlock:
     def _apply(self, f: Callable[..., Tensor], joined: list[Tensor]) -> list[Tensor]:
         """f(factor, x) for x [..., g, o, i] of each layer."""
         block, factor = self.block, self.factor
-        if isinstance(factor, RowSpace):
+        if factor.layer_by_layer:
             return block.split(each_of_batch(lambda x: f(factor, x), joined))  # type: ignore[arg-type, return-value]
         return block.split(block.unflatten(f(factor, block.flatten(joined))))
 

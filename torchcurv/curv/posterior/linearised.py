@@ -15,7 +15,6 @@ from torch.func import functional_call, jacrev, vmap
 
 from torchcurv.curv.approximations.factors import Eigen
 from torchcurv.curv.approximations.rows import RowSpace, root_scale
-from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.posterior.gaussian import GaussianBlock
 from torchcurv.curv.statistics.layer import Use, rotated
 
@@ -68,16 +67,11 @@ def covariance_of_rows(part: GaussianBlock, rows: RowSpace) -> Tensor:
     block, (layer,) = part.block, part.block.layers
     factor, uses = part.factor, [own for stats in rows.stats for own in stats.uses]
     simple = all(len(own) == 1 and not own[0].transposed and own[0].inputs.tokens is None for own in uses)
-    if simple and isinstance(factor, Eigen) and _is_over(factor, layer):
+    if simple and factor.is_eigenform_over(layer.shape):
         return _factored(part, factor, rows, uses)
     J = torch.cat([stats.layer_rows(0).reshape(*stats.shape, *layer.shape) for stats in rows.stats]).transpose(0, 1)
     solved = block.join(part.covariance_times(block.split([J.flatten(0, 1)])))[0]
     return J.flatten(2) @ solved.reshape(*J.shape[:2], -1).mT
-
-
-def _is_over(factor: Eigen, layer: Layer) -> bool:
-    """Whether the sides of the factor are those of the layer; of "block" and "unit" they are not."""
-    return factor.diagonal or factor.values.shape == layer.shape
 
 
 def _factored(part: GaussianBlock, factor: Eigen, rows: RowSpace, uses: list[list[Use]]) -> Tensor:

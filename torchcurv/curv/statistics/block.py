@@ -37,6 +37,14 @@ class Stats:
     share: float
     layers: list[Layer]
 
+    @property
+    def edited(self) -> bool:
+        """Whether inputs were edited in place since."""
+        return any(use.inputs.edited for uses in self.uses for use in uses)
+
+    def scaled(self, factor: Tensor | float) -> Stats:
+        return replace(self, scale=self.scale * factor)
+
     def only_layer(self, question: str) -> list[Use]:
         """The uses of the one layer of the block."""
         if len(self.layers) != 1:
