@@ -16,7 +16,8 @@ from torchcurv.curv.approximations.dense import Dense
 from torchcurv.curv.approximations.diagonal import Diagonal
 from torchcurv.curv.approximations.factors import Eigen, Inverse
 from torchcurv.curv.approximations.kronecker import Kronecker, project_moments
-from torchcurv.curv.block.block import Curvature, read_flags
+from torchcurv.curv.block.average import read_flags
+from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.layers.find import find_layers
 from torchcurv.curv.linalg import symmetric as linalg
 from torchcurv.curv.linalg.symmetric import inverse_spd

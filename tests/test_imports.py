@@ -17,7 +17,7 @@ house = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(house)
 
 FLOORS = (
-    {"ground": ("curv.numerics", "curv.checks", "curv.graph", "curv.options", "curv.bundles")},
+    {"ground": ("curv.numerics", "curv.checks", "curv.graph", "curv.options", "curv.option_rules", "curv.bundles")},
     {"linalg": ("curv.linalg",)},
     {"layers": ("curv.layers",), "losses": ("curv.losses",)},
     {"statistics": ("curv.statistics",), "hessian": ("curv.hessian",)},
@@ -31,7 +31,7 @@ NEIGHBOURS: set[tuple[str, str]] = set()  # (room, the room beside it that it ma
 FACES = ("", "curv")  # which import what they offer, and are imported by nobody inside
 PRIVATE_TORCH_FILE = "curv.graph"
 NAMED_TUPLE = ("_replace", "_asdict", "_fields", "_make")
-IN_ORDER = False
+IN_ORDER = True
 
 
 # --- rooms -----------------------------------------------------------------------------------------------------

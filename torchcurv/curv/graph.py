@@ -11,6 +11,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import TreeSpec as TreeSpec
 from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 
@@ -129,6 +131,11 @@ def saved_tensors_are_packed() -> bool:
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """A module's own parameters by name, None where one was left out."""
     return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers of a module by name, to be read and replaced."""
+    return module._buffers
 
 
 def has_backward_hooks(tensor: Tensor) -> bool:

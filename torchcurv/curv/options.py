@@ -21,10 +21,12 @@ from typing import Annotated, Any, TypedDict, get_type_hints
 from torch import Tensor
 
 from torchcurv.curv.checks import Check, Interval, check_interval, check_number, check_one_of, count, number, one_of
+from torchcurv.curv.option_rules import BLOCK_RULES, methods_of
 
 # What an option decides: the structure of blocks, which is read when they are built; what the next step does, which is
 # read at every use; or the optimizer as a whole.
 STRUCTURE, LIVE, OPTIMIZER = "structure", "live", "optimizer"
+SECOND, INPUT = "hessian", "input"  # kinds that send no signals, which other floors ask for by name
 
 
 @dataclass(frozen=True)
@@ -362,47 +364,3 @@ class Options:
     def covers(self) -> str:
         """partition, with what None stands for."""
         return self.partition or ("all" if self.approx in ("full", "lowrank") else "layer")
-
-
-def methods_of(approx: str | None) -> tuple[str, ...]:
-    """The ways to the Hessian that an approximation has, the default first."""
-    known = {"diag": ("propagate", "exact", "hutchinson", "price"), "kfac": ("propagate",)}
-    return known.get(approx or "", ("exact",))
-
-
-# ------------------------------------------------------------------------ what options have to do with one another
-
-
-def _hessian_has_a_way(options: Options) -> None:
-    if options.curv_type != "hessian":
-        return
-    if options.approx == "ekfac":
-        raise ValueError(
-            'approx="ekfac" of the Hessian is not known: choose "full", "block", "unit", "kfac", "diag" or "lowrank", '
-            'or curv_type="ggn"'
-        )
-    allowed = methods_of(options.approx)
-    if options.approx is not None and options.hessian_method not in (None, *allowed):
-        raise ValueError(
-            f"hessian_method={options.hessian_method!r} with approx={options.approx!r}; allowed are "
-            f"{', '.join(map(repr, allowed))}"
-        )
-
-
-def _partition_fits(options: Options) -> None:
-    if options.partition not in (None, "layer") and options.approx not in ("full", "lowrank", None):
-        raise ValueError(
-            f'partition={options.partition!r} with approx={options.approx!r}; it is for "full" and "lowrank"; every '
-            "other approximation is made layer by layer"
-        )
-
-
-def _input_is_kfac(options: Options) -> None:
-    if options.curv_type == "input" and options.approx not in ("kfac", None):
-        raise ValueError(
-            f'curv_type="input" with approx={options.approx!r}: it is the A of K-FAC, known as no other '
-            'approximation: write approx="kfac"'
-        )
-
-
-BLOCK_RULES: list[Callable[[Options], None]] = [_hessian_has_a_way, _partition_fits, _input_is_kfac]

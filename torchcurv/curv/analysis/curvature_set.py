@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.analysis.spectra import Spectra, Vector
-from torchcurv.curv.approximations.factors import Factor
-from torchcurv.curv.block.block import Curvature, gathered
+from torchcurv.curv.approximations.factor import Factor
+from torchcurv.curv.block.block import Curvature
+from torchcurv.curv.block.layout import gathered
 
 
 class CurvatureSet(Spectra):

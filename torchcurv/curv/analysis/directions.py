@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.rows import RowSpace
+from torchcurv.curv.approximations.rows import RowSpace, rows_of
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.checks import check_number
 from torchcurv.curv.kinds.base import GRADIENT
@@ -96,9 +96,9 @@ def directions_of(
         cutoff: eigenvalues up to this times the largest count as zero; None: what rounding makes of zero.
         curvature_samples, gradient_samples: only so many samples, the first of each pass, make C and λ, or γ.
     """
-    assert isinstance(block.factor, RowSpace) and isinstance(shares.factor, RowSpace)
-    rows = block.factor if curvature_samples is None else block.factor.first(curvature_samples)
-    own = shares.factor if gradient_samples is None else shares.factor.first(gradient_samples)
+    measured, shared_rows = rows_of(block.factor), rows_of(shares.factor)
+    rows = measured if curvature_samples is None else measured.first(curvature_samples)
+    own = shared_rows if gradient_samples is None else shared_rows.first(gradient_samples)
     gram = rows.gram()
     if not torch.isfinite(gram.sum()):
         raise FloatingPointError(f"the curvature of block {block.name!r} is not finite")

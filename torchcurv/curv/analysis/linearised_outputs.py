@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.analysis.measure import curvature
-from torchcurv.curv.approximations.rows import RowSpace
+from torchcurv.curv.approximations.rows import rows_of
 from torchcurv.curv.numerics import at_least_float32
 from torchcurv.curv.posterior.draws import arguments, holding
 from torchcurv.curv.posterior.gaussian import GaussianBlock
@@ -66,8 +66,7 @@ class LinearisedOutputs:
             )  # fmt: skip
         total = []
         for part in blocks:
-            factor = rows.blocks[part.block.layers[0].name].factor
-            assert isinstance(factor, RowSpace)
+            factor = rows_of(rows.blocks[part.block.layers[0].name].factor)
             total.append(covariance_of_rows(part, factor))
         return torch.stack(total).sum(0) / 2
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.factors import Factor
+from torchcurv.curv.approximations.factor import Factor
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.linalg.symmetric import Damping
 from torchcurv.curv.statistics.block import Stats
@@ -21,7 +21,28 @@ Basis = tuple[Tensor, Tensor]
 WHOLE = ("",)
 
 
-class Approximation(ABC):
+class HessianForms:
+    """How an approximation is made of a Hessian, which is no function of (a, s); refused where it does not say."""
+
+    def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
+        """The statistics of some rows [k, P] of a symmetric matrix, from row `start` on."""
+        raise self._refused(
+            'is not known of the Hessian: choose "full", "block", "unit" or "diag", or another curv_type'
+        )
+
+    def of_diagonal(self, use: Use) -> Tensors:
+        """The statistics of a Hessian that is known by its diagonal at the outputs of the layer, `use.s`."""
+        raise self._refused('has no Hessian that is propagated: choose "diag" or "kfac", or hessian_method="exact"')
+
+    def of_mean_matrix(self, inputs: Inputs, matrix: Callable[[str], Tensor], n: int) -> Tensors:
+        """The same for a mean over n samples of its matrices there; matrix: [g, o, o] by how positions are shared."""
+        raise self._refused('has no Hessian that is propagated: choose "diag" or "kfac", or hessian_method="exact"')
+
+    def _refused(self, why: str) -> NotImplementedError:
+        return NotImplementedError(f"the approximation {type(self).__name__} {why}")
+
+
+class Approximation(HessianForms, ABC):
     """What is kept of a block, and how it is factored; without a state of its own.
 
     An entry says five things: `measure`, `empty`, `factor`, `product` and `trace`. The rest has an answer that is right
@@ -72,17 +93,9 @@ class Approximation(ABC):
         """Whether no part can be measured without signals."""
         return False
 
-    def fitted(self, size: int) -> Approximation:
-        """The same for a block with so many parameters."""
-        return self
-
     def describe(self, size: int, shape: tuple[int, int, int]) -> str:
         """The sizes of what is kept, as a summary prints them; shape: (g, o, i) of the first layer."""
         return f"{size}"
-
-    def added(self, name: str, old: Tensor, new: Tensor) -> Tensor:
-        """Two measurements of one statistic together."""
-        return old + new
 
     def of_equal_weight(self, tensors: Tensors) -> Tensors:
         """What was measured for one step, with as much weight in an average as that of any other."""
@@ -103,23 +116,6 @@ class Approximation(ABC):
     def sides_of(self, tensors: Tensors) -> tuple[Tensor | None, Tensor]:
         """C as a Kronecker product (left or None, right)."""
         raise self._refused("is no Kronecker product")
-
-    def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
-        """The statistics of some rows [k, P] of a symmetric matrix, from row `start` on."""
-        raise self._refused(
-            'is not known of the Hessian: choose "full", "block", "unit" or "diag", or another curv_type'
-        )
-
-    def of_diagonal(self, use: Use) -> Tensors:
-        """The statistics of a Hessian that is known by its diagonal at the outputs of the layer, `use.s`."""
-        raise self._refused('has no Hessian that is propagated: choose "diag" or "kfac", or hessian_method="exact"')
-
-    def of_mean_matrix(self, inputs: Inputs, matrix: Callable[[str], Tensor], n: int) -> Tensors:
-        """The same for a mean over n samples of its matrices there; matrix: [g, o, o] by how positions are shared."""
-        raise self._refused('has no Hessian that is propagated: choose "diag" or "kfac", or hessian_method="exact"')
-
-    def _refused(self, why: str) -> NotImplementedError:
-        return NotImplementedError(f"the approximation {type(self).__name__} {why}")
 
 
 def part_of(key: str, parts: tuple[str, ...]) -> str:

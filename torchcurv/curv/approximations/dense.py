@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Tensors, damping_tensor
-from torchcurv.curv.approximations.factors import Eigen, Factor, Inverse
+from torchcurv.curv.approximations.factor import Factor
+from torchcurv.curv.approximations.factors import Eigen, Inverse
 from torchcurv.curv.approximations.spectrum import mapped
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.linalg.block_diagonal import eigenbasis, inverse, side_shape, times

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Tensors, damping_tensor
-from torchcurv.curv.approximations.factors import Eigen, Factor
+from torchcurv.curv.approximations.factor import Factor, with_tensors
+from torchcurv.curv.approximations.factors import Eigen
 from torchcurv.curv.approximations.spectrum import mapped
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.linalg.symmetric import Damping
@@ -36,13 +37,11 @@ class Diagonal(Approximation):
 
     def follow(self, tensors: Tensors, factor: Factor, damping_type: str) -> Factor:
         values = tensors["diag"]
-        assert isinstance(factor, Eigen)
-        values = values if self.spectrum is None or factor.absolute else mapped(values, self.spectrum)
-        return replace(factor, values=values)
+        as_they_are = self.spectrum in (None, "abs")  # magnitudes are taken when they are read
+        return with_tensors(factor, {"values": values if as_they_are else mapped(values, self.spectrum)})
 
     def restored(self, factor: Factor) -> Factor:
-        assert isinstance(factor, Eigen)
-        return replace(factor, absolute=self.spectrum == "abs")
+        return Eigen(**factor.state(), absolute=self.spectrum == "abs")
 
     def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = WHOLE) -> Tensors:
         return {"diag": stats.squares()}

@@ -18,13 +18,14 @@ products with them are plain matrix products.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from torchcurv.curv.approximations.factor import Factor
 from torchcurv.curv.linalg.block_diagonal import root, times, times_left, whole
 from torchcurv.curv.linalg.symmetric import (
     ALIGNED_FROM,
@@ -41,100 +42,6 @@ def _sandwich(left: Tensor | None, x: Tensor, right: Tensor | None) -> Tensor:
     if left is not None:
         x = times_left(left, x)
     return x if right is None else times(x, right)
-
-
-class Factor:
-    """A symmetric matrix C that can be solved with, and whatever else its form allows.
-
-    Factors are frozen records of tensors: `state` is what goes into a state_dict, and comes back. What a form does not
-    allow is refused by its name. x is [..., g, o, i] of the block's coordinates.
-    """
-
-    holds_damping: ClassVar[bool] = False  # whether another damping asks for another factor
-    layer_by_layer: ClassVar[bool] = False  # whether vectors are lists with one tensor per layer
-    damping: Tensor | None
-
-    @property
-    def ready(self) -> bool:
-        """Whether it can be solved with."""
-        return True
-
-    @property
-    def basis(self) -> tuple[Tensor, Tensor] | None:
-        """(left, right) eigenvectors of a Kronecker product, where it is known by them."""
-        return None
-
-    @property
-    def has_two_sides(self) -> bool:
-        """Whether C is a Kronecker product of two sides."""
-        return False
-
-    def is_eigenform_over(self, shape: tuple[int, int, int]) -> bool:
-        """Whether its eigenvectors are those of a layer of this shape (g, o, i)."""
-        return False
-
-    def on(self, layout: Any, name: str, tensors: list[Tensor], *args: Any) -> list[Tensor]:
-        """A method of it applied to tensors shaped like the pieces of a block, leading dimensions being a batch."""
-        x = layout.flatten(layout.join(tensors))
-        return layout.split(layout.unflatten(getattr(self, name)(x, *args)))
-
-    def solve(self, x: Any, damping: Any = None) -> Any:
-        """(C + damping I)^-1 x."""
-        raise self._refused("solve")
-
-    def matvec(self, x: Any) -> Any:
-        """C x."""
-        raise self._refused("matvec")
-
-    def damped_matvec(self, x: Any, damping: Any = None) -> Any:
-        """(C + damping I) x."""
-        raise self._refused("damped_matvec")
-
-    def sample(self, noise: Any, damping: Any = None) -> Any:
-        """(C + damping I)^-1/2 noise, or another root."""
-        raise self._refused("sample")
-
-    def logdet(self, damping: Any = None) -> Tensor:
-        """log det(C + damping I)."""
-        raise self._refused("logdet")
-
-    def diag(self) -> Any:
-        """The diagonal of C."""
-        raise self._refused("diag")
-
-    def inverse_diag(self, damping: Any = None) -> Any:
-        """The diagonal of (C + damping I)^-1."""
-        raise self._refused("inverse_diag")
-
-    def trace(self) -> Tensor:
-        raise self._refused("trace")
-
-    def eigvalsh(self) -> Tensor:
-        """All eigenvalues, ascending."""
-        raise self._refused("eigvalsh")
-
-    def effective_dimension(self, damping: Any, sides: Callable[[], tuple[Tensor | None, Tensor]]) -> Tensor:
-        """tr C (C + damping I)^-1. sides: those of C, asked for where it is not known by its eigenvalues."""
-        values = self.eigvalsh().abs()
-        return (values / (values + damping)).sum()
-
-    def scaled(self, factor: Any) -> Any:
-        """That of a multiple of C."""
-        raise self._refused("scaled")
-
-    def state(self) -> dict[str, Tensor]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        return {key: value for key, value in values.items() if isinstance(value, Tensor)}
-
-    def with_tensors(self, tensors: dict[str, Tensor]) -> Any:
-        """The same with other tensors in the place of those of its state."""
-        return replace(self, **tensors)  # type: ignore[type-var]
-
-    def _refused(self, what: str) -> NotImplementedError:
-        return NotImplementedError(
-            f"a curvature in the form {type(self).__name__} does not answer {what!r}: choose another approx, or "
-            'damping_type="exact"'
-        )
 
 
 @dataclass(frozen=True)
@@ -154,15 +61,8 @@ class Eigen(Factor):
     def basis(self) -> tuple[Tensor, Tensor] | None:
         return None if self.left is None or self.right is None else (self.left, self.right)
 
-    @property
-    def has_two_sides(self) -> bool:
-        return self.left is not None and self.right is not None
-
-    def is_eigenform_over(self, shape: tuple[int, int, int]) -> bool:
-        return self.diagonal or self.values.shape == shape
-
     def on(self, layout: Any, name: str, tensors: list[Tensor], *args: Any) -> list[Tensor]:
-        if not self.diagonal:
+        if not self._is_diagonal:
             return super().on(layout, name, tensors, *args)
         layer = layout.layers[0]  # nothing couples: parameter by parameter
         parts = [replace(self, values=part) for part in layer.split(self.values.reshape(layer.shape))]
@@ -173,12 +73,12 @@ class Eigen(Factor):
         return (values / (values + damping)).sum()
 
     @property
-    def diagonal(self) -> bool:
+    def _is_diagonal(self) -> bool:
         """Whether C is diagonal as it stands: then values may have any shape, such as a parameter's own."""
         return self.left is None and self.right is None
 
     def _apply(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-        if self.diagonal:
+        if self._is_diagonal:
             return f(x)
         shape = x.shape
         x = x.reshape(*shape[:-3], *self.values.shape)
@@ -202,7 +102,7 @@ class Eigen(Factor):
     def solve(self, x: Tensor, damping: Damping | None = None) -> Tensor:
         """(C + damping I)^-1 x."""
         damped = self._damped(damping)
-        if self.diagonal and damped is not self.values and x.shape == damped.shape:
+        if self._is_diagonal and damped is not self.values and x.shape == damped.shape:
             return torch.div(x, damped, out=damped)  # into the sum just formed
         return self._apply(x, lambda y: y / damped)
 
@@ -287,10 +187,6 @@ class Inverse(Factor):
                 y = y.baddbmm_(x, block) if y.dim() == 3 else y + x @ block
             solved.append(_sandwich(self.left, y, None))
         return solved
-
-    @property
-    def has_two_sides(self) -> bool:
-        return self.left is not None
 
     def on(self, layout: Any, name: str, tensors: list[Tensor], *args: Any) -> list[Tensor]:
         if name != "solve" or not self.by_columns:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Tensors
-from torchcurv.curv.approximations.factors import Eigen, Factor, InputRows, Inverse
+from torchcurv.curv.approximations.factor import Factor
+from torchcurv.curv.approximations.factors import Eigen, InputRows, Inverse
 from torchcurv.curv.approximations.kronecker import Kronecker, Sides
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.linalg.block_diagonal import eigenbasis, inverse, side_shape, times, whole
@@ -73,9 +74,6 @@ class InputSide(Approximation):
         g, o, d = shape
         left, right = self.side_names(o, d)
         return f"{f'{g} x ' if g > 1 else ''}({left} ⊗ {right})"
-
-    def added(self, name: str, old: Tensor, new: Tensor) -> Tensor:
-        return added(name, old, new)
 
     def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = WHOLE) -> Tensors:
         tensors: Tensors = {}

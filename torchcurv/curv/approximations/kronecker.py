@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.approximations.base import Approximation, Basis, Tensors, damping_tensor
-from torchcurv.curv.approximations.factors import Eigen, Factor, Inverse
+from torchcurv.curv.approximations.factor import Factor
+from torchcurv.curv.approximations.factors import Eigen, Inverse
 from torchcurv.curv.approximations.spectrum import mapped
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.linalg.block_diagonal import (

@@ -8,14 +8,15 @@ Gauss-Newton's low-rank structure", 2106.02624).
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Tensors, damping_tensor
-from torchcurv.curv.approximations.factors import Factor, LowRank
+from torchcurv.curv.approximations.factor import Factor
+from torchcurv.curv.approximations.factors import LowRank
 from torchcurv.curv.approximations.rows import RowSpace
 from torchcurv.curv.approximations.spectrum import mapped
 from torchcurv.curv.layers.layer import Layer
@@ -40,9 +41,6 @@ class LargestPairs(Approximation):
     @property
     def linear(self) -> tuple[str, ...]:
         return ("values",)
-
-    def fitted(self, size: int) -> LargestPairs:
-        return self if self.rank <= size else replace(self, rank=size)
 
     def describe(self, size: int, shape: tuple[int, int, int]) -> str:
         return f"{self.rank} of {size}"

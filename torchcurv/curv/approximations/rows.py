@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.factors import Factor
+from torchcurv.curv.approximations.factor import Factor
 from torchcurv.curv.linalg.symmetric import Damping, eigh, inverse_spd
 from torchcurv.curv.statistics.block import Stats
 from torchcurv.curv.statistics.inputs import Inputs
@@ -27,33 +27,10 @@ ROW_ELEMENTS = 1 << 25  # elements of the rows of one layer that are formed at o
 
 
 @dataclass(frozen=True)
-class RowSpace(Factor):
-    """A block through its rows; `inverse` is (λ I + V V^T)^-1 once `damped` with λ = `damping`.
-
-    finite: whether V V^T was; where it was not, C counts as zero.
-    """
+class Rows:
+    """The rows V, one per sample and signal of each pass, and what is made of them."""
 
     stats: tuple[Stats, ...]
-    inverse: Tensor | None = None
-    damping: Tensor | None = None
-    finite: Tensor | None = None
-
-    holds_damping: ClassVar[bool] = True
-    layer_by_layer: ClassVar[bool] = True
-
-    @property
-    def ready(self) -> bool:
-        return self.inverse is not None
-
-    def on(self, layout: Any, name: str, tensors: list[Tensor], *args: Any) -> list[Tensor]:
-        return layout.split(each_of_batch(getattr(self, name), layout.join(tensors), *args))
-
-    def scaled(self, factor: Any) -> RowSpace:
-        return RowSpace(tuple(stats.scaled(factor) for stats in self.stats))
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing: rows belong to one step."""
-        return {}
 
     def rows_times(self, x: list[Tensor]) -> Tensor:
         """V x for joined tensors x, one [g, o, d] per layer -> [rows]."""
@@ -93,7 +70,7 @@ class RowSpace(Factor):
         pieces = x.split([shape.numel() for shape in shapes])
         return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
-    def gram(self, other: RowSpace | None = None) -> Tensor:
+    def gram(self, other: Rows | None = None) -> Tensor:
         """V W^T for the rows W of this or another space over the same layers, layer by layer: (s·s')(a·a') where there
         is one use at one position, else from the layer's rows."""
         spaces = (self, self if other is None else other)
@@ -143,7 +120,7 @@ class RowSpace(Factor):
         pairs = zip(self.stats, like, strict=True)
         return torch.cat([root_scale(stats, s).expand(stats.shape.numel()) for stats, s in pairs])
 
-    def first(self, count: int) -> RowSpace:
+    def first(self, count: int) -> Any:
         """The rows of so many samples of every pass, scaled to stand for all of them."""
         inputs: dict[int, Inputs] = {}
         some = []
@@ -155,7 +132,36 @@ class RowSpace(Factor):
                 for own in stats.uses
             ]
             some.append(replace(stats, uses=uses, scale=stats.scale * (n / part.stop)))
-        return RowSpace(tuple(some))
+        return type(self)(tuple(some))
+
+
+@dataclass(frozen=True)
+class RowSpace(Rows, Factor):
+    """A block through its rows; `inverse` is (λ I + V V^T)^-1 once `damped` with λ = `damping`.
+
+    finite: whether V V^T was; where it was not, C counts as zero.
+    """
+
+    inverse: Tensor | None = None
+    damping: Tensor | None = None
+    finite: Tensor | None = None
+
+    holds_damping: ClassVar[bool] = True
+    layer_by_layer: ClassVar[bool] = True
+
+    @property
+    def ready(self) -> bool:
+        return self.inverse is not None
+
+    def on(self, layout: Any, name: str, tensors: list[Tensor], *args: Any) -> list[Tensor]:
+        return layout.split(each_of_batch(getattr(self, name), layout.join(tensors), *args))
+
+    def scaled(self, factor: Any) -> RowSpace:
+        return RowSpace(tuple(stats.scaled(factor) for stats in self.stats))
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing: rows belong to one step."""
+        return {}
 
     def damped(self, damping: Damping, double: bool = False) -> tuple[RowSpace, Tensor]:
         """(the rows with their inverse, whether it could be computed); double: in float64."""
@@ -235,6 +241,12 @@ def each_of_batch(f: Callable[..., list[Tensor]], x: list[Tensor], *args: Any) -
         return f(x, *args)
     answers = [f([part[k] for part in x], *args) for k in range(x[0].shape[0])]
     return [torch.stack(parts) for parts in zip(*answers, strict=True)]
+
+
+def rows_of(factor: Any) -> RowSpace:
+    """The factor of a block that is kept as rows."""
+    assert isinstance(factor, RowSpace)
+    return factor
 
 
 def row_count(parts: Sequence[object]) -> int:

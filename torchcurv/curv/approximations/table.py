@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from torchcurv.curv.approximations.base import Approximation
 from torchcurv.curv.approximations.dense import Dense
 from torchcurv.curv.approximations.diagonal import Diagonal
 from torchcurv.curv.approximations.input_covariance import InputSide
 from torchcurv.curv.approximations.kronecker import Kronecker, Sides
 from torchcurv.curv.approximations.low_rank import LargestPairs
-from torchcurv.curv.kinds.base import INPUT, SECOND
 from torchcurv.curv.layers.layer import Layer
-from torchcurv.curv.options import Options, allow
+from torchcurv.curv.options import INPUT, SECOND, Options, allow
 
 APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
     "full": lambda options, layers: Dense(spectrum=spectrum_of(options)),
@@ -21,7 +22,7 @@ APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
     "kfac": lambda options, layers: _kfac(options, layers[0]),
     "ekfac": lambda options, layers: _kronecker(options, layers[0], corrected=True),
     "diag": lambda options, layers: Diagonal(spectrum_of(options)),
-    "lowrank": lambda options, layers: LargestPairs(options.rank, spectrum_of(options)),
+    "lowrank": lambda options, layers: LargestPairs(min(options.rank, _size(layers)), spectrum_of(options)),
 }
 
 
@@ -40,6 +41,10 @@ def register_approximation(name: str, entry: Callable[[Options, list[Layer]], Ap
     if name in APPROXIMATIONS:
         raise ValueError(f"register_approximation: the name {name!r} is taken: choose another one")
     APPROXIMATIONS[name] = entry
+
+
+def _size(layers: list[Layer]) -> int:
+    return sum(torch.Size(layer.shape).numel() for layer in layers)
 
 
 def spectrum_of(options: Options) -> str | None:

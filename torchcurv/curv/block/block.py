@@ -1,353 +1,39 @@
 """Curvature: one block of the loss's curvature. Plain tensors in, plain tensors out.
 
-It holds what was measured since the last step (`pending`), the running average (`tensors`), and the factor.
-A block is one layer, or for "full" all the layers that ask for it.
+A block is one layer, or for "full" all the layers that ask for it. Its life has three parts, each in its own file: it
+measures (measurement.py), averages what it measured (average.py), and factors the average, which is then used (here).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.base import Tensors, part_of
-from torchcurv.curv.approximations.factors import Factor, LowRank, factor_from_state
-from torchcurv.curv.approximations.rows import RowSpace, row_count
-from torchcurv.curv.approximations.table import APPROXIMATIONS
+from torchcurv.curv.approximations.factor import Factor, with_tensors
+from torchcurv.curv.approximations.factors import factor_from_state
+from torchcurv.curv.approximations.rows import rows_of
+from torchcurv.curv.block.average import RunningAverage
 from torchcurv.curv.block.refresh import Pace
-from torchcurv.curv.hessian.products import Products
-from torchcurv.curv.kinds.base import INPUT, SECOND
+from torchcurv.curv.kinds.base import INPUT
 from torchcurv.curv.layers.layer import Layer
-from torchcurv.curv.linalg.krylov import Symmetric, eigh
-from torchcurv.curv.numerics import at_least_float32, on_cpu, random_signs, sum_of
-from torchcurv.curv.options import STRUCTURE_NAMES, Options
-from torchcurv.curv.statistics.block import Stats
+from torchcurv.curv.numerics import at_least_float32, on_cpu
+from torchcurv.curv.options import Options
 
 
-class Curvature:
+class Curvature(RunningAverage):
     """One block: its layers, options, measurements, running average and factor."""
 
     def __init__(self, name: str, layers: list[Layer], options: Options) -> None:
-        assert options.approx is not None
-        self.name, self.layers, self.options = name, layers, options
-        self.size = sum(torch.Size(layer.shape).numel() for layer in layers)
-        self.approx: Any = APPROXIMATIONS[options.approx](options, layers).fitted(self.size)
-        dense = options.approx in ("full", "block")
-        self.uses_rows = dense and self.size > options.rows_limit
-        self.kind = options.curv_type  # which signals it is sent
-        if self.uses_rows and options.curv_type == SECOND:
-            raise ValueError(
-                f"block {name!r} has {self.size} parameters, and its Hessian is kept as a matrix: raise rows_limit="
-                f'{options.rows_limit}, or choose approx="unit" or "diag"'
-            )
-        # Its rows hold what one step measured: no average, nothing to save.
-        self.input_rows = self.approx.of_one_step
-        self.pieces = [piece for layer in layers for piece in layer.pieces]
-        self.params = list(dict.fromkeys(piece.param for piece in self.pieces))
-        self.next_update = self.next_refactor = 0  # the steps at which a measurement and a factorisation are due
-        self.paces = {part: Pace() for part in self.approx.parts}  # where the intervals are adaptive
-        self.drifts = dict.fromkeys(self.approx.parts, math.inf)  # moves since the last factorisation, added up
-        self.wanted: Collection[str] = self.approx.parts  # what the next passes measure
-        self.changes: Tensors = {}  # by part, how far the last measurement moved it
-        self.pending: Tensors = {}
-        self.pending_sum: Tensor | None = None  # of all its values: finite if they are
-        self.pending_rows: list[Any] = []  # rows (Stats), or eigenpairs of earlier ones
-        self.task: int | None = None  # the backward call that the last measurement belongs to
-        self.tensors: Tensors = {}
-        self.weights: Tensors = {}
-        self.factor: Factor | None = None
+        super().__init__(name, layers, options)
         self.factor_damping = math.nan  # of the factor; unknown where it came as a tensor
         self.draws_apart = False  # whether draws have a factor of their own, of another damping than that of the step
         self.draw_factor: Factor | None = None
         self.draw_damping = math.nan
-        self.flags: Tensor | None = None  # how many measurements were not finite, how many factorisations failed
-        self.reported = (0, 0)  # what was last read of them
-        self.measurements = self.factorisations = 0  # so far
-        self.measured_at: dict[str, int] = {}  # by part, the step of the last measurement
         self.retry = False  # the last factorisation failed: the next is in float64 with more damping
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What makes two blocks the same: the structure and the parameters."""
-        pieces = ((p, rows and rows.start, rows and rows.stop) for p, rows in self.pieces)
-        return self.kind, *(getattr(self.options, name) for name in STRUCTURE_NAMES), self.input_rows, *pieces
-
-    @property
-    def state_key(self) -> str:
-        """Under which the state of the first parameter keeps the block: several may share the rows of one."""
-        rows = self.pieces[0].rows
-        return "curvature" if rows is None else f"curvature:{rows.start}"
-
-    # -------------------------------------------------------------------------------- measuring
-
-    @property
-    def by_passes(self) -> bool:
-        """Whether curvature passes measure it; Price's estimate of the Hessian is made from draws."""
-        return self.kind != SECOND or self.options.method != "price"
-
-    @property
-    def captured(self) -> bool:
-        return bool(self.pending or self.pending_rows)
-
-    def forget_pending(self) -> None:
-        self.pending, self.pending_sum, self.pending_rows = {}, None, []
-
-    def forget_running(self) -> None:
-        """Forget the running averages but not the factor, whose basis the next measurement may ask for."""
-        self.tensors, self.weights = {}, {}
-
-    def begin(self, task: int) -> None:
-        """A pass of backward call `task` starts: forget what was measured for gradients that are gone since
-        (zero_grad, a step that a GradScaler skipped)."""
-        if task != -1 and self.task != task and all(p.grad is None for p in self.params):
-            self.forget_pending()
-        self.task = task
-
-    @torch.no_grad()
-    def measure(self, stats: Stats) -> None:
-        """Add one chunk of signals to what was measured since the last step."""
-        if self.uses_rows or self.approx.keeps_rows:
-            self._keep_rows(stats)
-            return
-        self.add(self.approx.measure(stats, self.basis, self.wanted))
-
-    def _keep_rows(self, stats: Stats) -> None:
-        """Rows until the step; of too many for their Gram matrix, the largest eigenpairs."""
-        if self.uses_rows:
-            self.pending_rows.append(stats)
-            return
-        for part in stats.parts(self.options.rows_limit):
-            self.pending_rows.append(part)
-            if row_count(self.pending_rows) > self.options.rows_limit:
-                pairs, ok = self.approx.merged([(1.0, self.pending_rows)])
-                self.pending_rows = [replace(pairs, values=torch.where(ok, pairs.values, math.nan))]
-
-    def add(self, measured: Tensors) -> None:
-        """Add statistics to what was measured since the last step."""
-        total = sum_of(list(measured.values()))  # here, where they are still in the cache
-        self.pending_sum = total if self.pending_sum is None else self.pending_sum + total
-        for key, value in measured.items():
-            self.pending[key] = self.approx.added(key, self.pending[key], value) if key in self.pending else value
-
-    @torch.no_grad()
-    def differentiate(self, products: Products, generator: torch.Generator | None = None) -> None:
-        """Add the Hessian of one loss: what the approximation keeps of its rows, or of products with random signs."""
-        if self.options.method == "price":
-            raise ValueError('hessian_method="price" is an estimate over draws of a posterior: use VIOptimizer')
-        if self.options.method == "hutchinson":
-            draws = self.options.samples or 1
-            z = random_signs(products.first[0].new_empty(draws, self.size), generator)
-            product = self._coordinates(products(self.of_parameters(z, products.params)))
-            self.add({"diag": (z * product).mean(0).reshape(self.layers[0].shape)})
-            return
-        if self.approx.keeps_rows:
-            self.pending_rows.append(self._largest(products, generator))
-            return
-        for start, rows in products.rows(self.size, lambda units: self.of_parameters(units, products.params)):
-            self.add(self.approx.of_rows(start, self._coordinates(rows), [layer.shape for layer in self.layers]))
-
-    def of_parameters(self, x: Tensor, params: list[Tensor]) -> list[Tensor]:
-        """Vectors over the coordinates of the factor [k, size] -> [k, *shape] for each parameter."""
-        parts = self.split(self.unflatten(x.reshape(-1, *self.factor_shape)))
-        whole = {p: x.new_zeros(len(x), *p.shape) for p in params}
-        for piece, part in zip(self.pieces, parts, strict=True):
-            piece.of(whole[piece.param]).copy_(part)
-        return list(whole.values())
-
-    def _largest(self, products: Products, generator: torch.Generator | None) -> LowRank:
-        """The eigenpairs of largest magnitude of the Hessian of one loss, by Lanczos."""
-        first = products.first[0]
-        like = torch.zeros((), dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
-        if not torch.isfinite(sum_of(list(products.first))):
-            return LowRank(like.new_full((self.approx.rank,), math.nan), like.new_zeros(self.approx.rank, self.size))
-
-        def times(x: Tensor) -> Tensor:
-            return self._coordinates(products(self.of_parameters(x.mT, products.params))).mT
-
-        found = eigh(
-            Symmetric(times, self.size, like.dtype, like.device), self.approx.rank, "magnitude", generator=generator
-        )
-        return LowRank(found.values, found.vectors.mT)
-
-    def _coordinates(self, tensors: list[Tensor]) -> Tensor:
-        """The inverse of `of_parameters`, of what belongs to the block."""
-        by_param = dict(zip(self.params, tensors, strict=True))
-        joined = self.join([piece.of(by_param[piece.param]) for piece in self.pieces])
-        return self.flatten(joined).flatten(1)
-
-    @property
-    def factor_shape(self) -> tuple[int, int, int]:
-        """(g, o, i) of one tensor over the block's coordinates."""
-        return self.layers[0].shape if len(self.layers) == 1 else (1, 1, self.size)
-
-    @property
-    def basis(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.factor is None else self.factor.basis
-
-    # -------------------------------------------------------------------------- running average
-
-    @torch.no_grad()
-    def update(self, ema_decay: float, follow: bool = True, step: int | None = None, watched: bool = False) -> None:
-        """Merge what is pending into the running average: w <- ρ^k w + 1, X <- X + (X_new - X) / w.
-
-        follow: whether the factor takes over what it can; a factorisation that comes next does that anyway.
-        step: of the optimizer, k = 1 without; k are the steps since the last measurement, so that the memory in steps
-        does not depend on how often one measures. watched: let `changes` say how far the averages move.
-        A measurement with a value that is not finite is left out and counted.
-        """
-        self._check_rows()
-        self.measurements += 1
-        if self.uses_rows:
-            self.factor = RowSpace(tuple(self.pending_rows))
-            self.forget_pending()
-            return
-        if self.approx.keeps_rows:
-            self._merge(ema_decay ** self._since("values", step), watched)
-            if step is not None:
-                self.measured_at[""] = step
-            if follow:
-                self._follow()
-            return
-        if self.input_rows:
-            if ema_decay:
-                raise ValueError(
-                    f"block {self.name!r} was built with ema_decay=0, so that it keeps no running average, and has "
-                    f"ema_decay={ema_decay} now: build the optimizer with ema_decay > 0"
-                )
-            self.forget_running()
-        new = self.pending
-        assert self.pending_sum is not None
-        ok = torch.isfinite(self.pending_sum)
-        self.forget_pending()
-        self._count(0, ~ok)
-        new = self.approx.of_equal_weight(new)
-        for key, value in new.items():
-            if key not in self.weights:
-                self.weights[key], self.tensors[key] = value.new_zeros(()), torch.zeros_like(value)
-            old, weight = self.tensors[key], self.weights[key]
-            faded = weight * ema_decay ** self._since(key, step)
-            grown = faded + 1
-            if watched and value.dim():
-                moved = 1 / grown * torch.dist(value, old) / old.norm()
-                self._note_change(key, torch.where(old.any(), moved, math.inf))
-            if not on_cpu(ok):
-                self.weights[key] = torch.where(ok, grown, faded)
-                self.tensors[key] = torch.where(ok, old.lerp(value, 1 / grown), old)
-            else:
-                self.weights[key] = grown if ok else faded
-                if ok:
-                    old.lerp_(value, 1 / grown)
-        if step is not None:
-            self.measured_at |= {part_of(key, self.approx.parts): step for key in new}
-        if follow:
-            self._follow()
-
-    def _since(self, key: str, step: int | None) -> int:
-        """Steps since the last measurement of a statistic."""
-        last = self.measured_at.get(part_of(key, self.approx.parts))
-        return 1 if step is None or last is None else max(1, step - last)
-
-    def _note_change(self, key: str, change: Tensor) -> None:
-        """The largest relative move of the statistics of a part; infinite for the first measurement."""
-        part = part_of(key, self.approx.parts)
-        self.changes[part] = torch.maximum(self.changes[part], change) if part in self.changes else change
-
-    def decide(self, step: int | None, changes: dict[str, float]) -> None:
-        """Take note of how far each part moved and, at a step of an adaptive interval, when it is measured next."""
-        options = self.options
-        for part, change in changes.items():
-            self.drifts[part] += change
-            if step is not None:
-                self.paces[part].decide(step, change, options.refresh_tol, options.refresh_cap, options.refresh_warmup)
-        self.changes = {}
-        if step is not None:
-            self.next_update = min(pace.next for pace in self.paces.values())
-
-    def want(self, step: int | None) -> None:
-        """Measure what is due at a step of an adaptive interval; None: everything."""
-        due = [part for part, pace in self.paces.items() if step is None or step >= pace.next]
-        self.wanted = due or self.approx.parts
-
-    @property
-    def moved(self) -> bool:
-        """Whether a statistic has moved by the tolerance since the last factorisation."""
-        return any(not drift < self.options.refresh_tol for drift in self.drifts.values())
-
-    @property
-    def inputs_alone(self) -> bool:
-        """Whether what came in is all that is measured: no signal needs to be sent."""
-        alone = tuple(self.wanted) == ("A",) and not self.approx.needs_all_signals
-        return self.kind == INPUT or (self.kind != SECOND and alone)
-
-    def _check_rows(self) -> None:
-        """Rows are read when they are used, after the backward pass that brought them."""
-        for stats in self.pending_rows:
-            if stats.edited:
-                raise RuntimeError(
-                    f"the inputs of block {self.name!r} were edited in place between backward() and step(): its "
-                    "curvature is found from them in step(). Give every batch a tensor of its own"
-                )
-
-    def _merge(self, faded: float, watched: bool) -> None:
-        """The running average of a block that keeps its largest eigenpairs: those of the weighted sum.
-
-        faded: what is left of the old weight.
-        """
-        new = self.pending_rows
-        self.forget_pending()
-        p = self.params[0]
-        zero = p.new_zeros((), dtype=torch.promote_types(p.dtype, torch.float32))
-        before = self.weights.get("values", zero)
-        old = self.tensors or self.approx.empty(self.layers, zero)
-        weight = before * faded + 1
-        merged, ok = self.approx.merged([(1 / weight, new), (1 - 1 / weight, [LowRank(**old)])])
-        self._count(0, ~ok)
-        if watched:
-            known = old["values"].any()
-            self._note_change("values", torch.where(known, merged.distance(LowRank(**old)), math.inf))
-        self.tensors = {key: torch.where(ok, getattr(merged, key), value) for key, value in old.items()}
-        self.weights = dict.fromkeys(old, torch.where(ok, weight, before * faded))
-
-    def _follow(self) -> None:
-        """Statistics that are eigenvalues in the basis of the factor, or all of it, reach it at once."""
-        if self.factor is not None:
-            self.factor = self.approx.follow(self.tensors, self.factor, self.options.damping_type)
-
-    def _count(self, which: int, bad: Tensor) -> None:
-        if on_cpu(bad) and not bad:
-            return
-        if self.flags is None:
-            self.flags = torch.zeros(2, dtype=torch.int32, device=bad.device)
-        self.flags[which] += bad
-
-    def scale_pending(self, factor: Tensor | float) -> None:
-        """Multiply what was measured since the last step and scales with the loss."""
-        for key in self.approx.linear:
-            if key in self.pending:
-                self.pending[key].mul_(factor)
-        self.pending_rows = [part.scaled(factor) for part in self.pending_rows]
-
-    def count_skipped(self) -> None:
-        """What was measured was not finite, and is left out."""
-        self._count(0, torch.ones((), dtype=torch.bool, device=self.params[0].device))
-
-    def scale(self, factor: Tensor | float) -> None:
-        """Multiply the statistics that scale with the loss."""
-        if self.uses_rows and self.factor is not None:
-            self.factor = self.factor.scaled(factor)
-        for key in self.approx.linear:
-            if key in self.tensors:
-                self.tensors[key] = self.tensors[key] * factor
-
-    # -------------------------------------------------------------------------------- factoring
-
-    @property
-    def measured(self) -> bool:
-        return bool(self.tensors) or (self.uses_rows and self.factor is not None)
 
     @property
     def has_factor(self) -> bool:
@@ -364,10 +50,11 @@ class Curvature:
         """
         old, again, self.retry = self.factor, self.retry, False
         self.factorisations += 1
-        if isinstance(old, RowSpace):
-            self.factor, ok = old.damped(10 * damping if again else damping, again)
-            assert self.factor.finite is not None
-            self._count(0, ~self.factor.finite)
+        if self.uses_rows and old is not None:
+            rows, ok = rows_of(old).damped(10 * damping if again else damping, again)
+            assert rows.finite is not None
+            self._count(0, ~rows.finite)
+            self.factor = rows
         else:
             new, ok = self._factorise(damping, again)
             self.factor = new if old is None else _choose(ok, new, old)
@@ -389,12 +76,7 @@ class Curvature:
         basis = None if self.basis is None else (self.basis[0].double(), self.basis[1].double())
         new, ok = self.approx.factor(doubled, 10 * damping, self.options.damping_type, basis)
         dtype = next(iter(self.tensors.values())).dtype
-        return new.with_tensors({key: value.to(dtype) for key, value in new.state().items()}), ok
-
-    def mean_eigenvalue(self) -> Tensor:
-        """Its magnitude, a 0-d tensor; of what has been measured."""
-        trace = self.factor.trace() if self.uses_rows and self.factor else self.approx.trace(self.tensors)
-        return trace.abs().clamp_min(torch.finfo(trace.dtype).tiny * 1e6) / self.size
+        return with_tensors(new, {key: value.to(dtype) for key, value in new.state().items()}), ok
 
     def effective_dimension(self, damping: float | Tensor) -> Tensor:
         """tr C (C + damping I)^-1, a 0-d tensor: in how many directions the curvature outweighs the damping."""
@@ -405,19 +87,6 @@ class Curvature:
     def bakes_damping(self) -> bool:
         """Whether the factor holds its damping, so that another damping asks for another factor."""
         return self.factor is None or self.factor.holds_damping
-
-    # ---------------------------------------------------------------------------------- reading
-
-    def join(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Tensors shaped like `pieces` -> one [..., g, o, i] per layer."""
-        joined = []
-        for layer in self.layers:
-            own, tensors = tensors[: len(layer.pieces)], tensors[len(layer.pieces) :]
-            joined.append(layer.join(own))
-        return joined
-
-    def split(self, joined: list[Tensor]) -> list[Tensor]:
-        return [part for layer, x in zip(self.layers, joined, strict=True) for part in layer.split(x)]
 
     def solve(self, tensors: list[Tensor], damping: float | Tensor | None = None) -> list[Tensor]:
         """(C + damping I)^-1 applied to tensors shaped like `pieces` (leading dimensions are a batch)."""
@@ -469,21 +138,6 @@ class Curvature:
         if self.factor is None:
             raise RuntimeError(f"the curvature of block {self.name!r} has not been measured yet")
         return self.factor.on(self, name, [at_least_float32(t) for t in tensors], *args)
-
-    def flatten(self, joined: list[Tensor]) -> Tensor:
-        """One tensor [..., g, o, i] for the factor: several layers are laid one after the other."""
-        if len(joined) == 1:
-            return joined[0]
-        return torch.cat([x.flatten(-3) for x in joined], -1).unsqueeze(-2).unsqueeze(-2)
-
-    def unflatten(self, x: Tensor) -> list[Tensor]:
-        if len(self.layers) == 1:
-            return [x]
-        sizes = [torch.Size(layer.shape).numel() for layer in self.layers]
-        parts = x.squeeze(-2).squeeze(-2).split(sizes, -1)
-        return [part.unflatten(-1, layer.shape) for part, layer in zip(parts, self.layers, strict=True)]
-
-    # ------------------------------------------------------------------------------------ state
 
     def release_rows(self) -> None:
         """Rows belong to one step; what they hold must not outlive it."""
@@ -556,10 +210,6 @@ class Curvature:
     def _factor_from(self, state: dict[str, Tensor]) -> Factor:
         return self.approx.restored(factor_from_state(state, self.layers[0].shape[1:]))
 
-    def sizes(self) -> str:
-        """Sizes of the matrices kept, as the summary prints them."""
-        return f"rows of {self.size}" if self.uses_rows else self.approx.describe(self.size, self.layers[0].shape)
-
     def memory(self) -> int:
         """Bytes held by the running average and the factor."""
         held = [*self.tensors.values(), *(() if self.factor is None else self.factor.state().values())]
@@ -586,28 +236,6 @@ def partition(chosen: Iterable[tuple[Layer, Options, int]]) -> Iterator[tuple[st
         yield name, layers, options
 
 
-def gathered(by_block: Iterable[tuple[Curvature, list[Tensor]]]) -> dict[Tensor, Tensor]:
-    """By parameter, from tensors shaped like the pieces of blocks (leading dimensions are a batch)."""
-    out: dict[Tensor, Tensor] = {}
-    for block, parts in by_block:
-        for piece, x in zip(block.pieces, parts, strict=True):
-            if piece.rows is None:
-                out[piece.param] = x
-                continue
-            lead = x.shape[: x.dim() - piece.param.dim()]
-            if piece.param not in out:
-                out[piece.param] = x.new_zeros(*lead, *piece.param.shape)
-            piece.of(out[piece.param]).copy_(x)
-    return out
-
-
-def read_flags(blocks: list[Curvature]) -> list[tuple[int, int]]:
-    """(measurements that were not finite, factorisations that failed) of each block; one host sync."""
-    flags = [block.flags for block in blocks if block.flags is not None]
-    counts = iter(torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else ())
-    return [(0, 0) if block.flags is None else tuple(next(counts)) for block in blocks]
-
-
 def _choose(ok: Tensor, new: Factor, old: Factor) -> Factor:
     """new if ok else old, without a host sync on an accelerator."""
     if on_cpu(ok):
@@ -616,4 +244,4 @@ def _choose(ok: Tensor, new: Factor, old: Factor) -> Factor:
     if type(new) is not type(old) or {k: x.shape for k, x in kept.items()} != {k: x.shape for k, x in fresh.items()}:
         return new
     chosen = {key: torch.where(ok, value, kept[key]) for key, value in fresh.items()}
-    return new.with_tensors(chosen)
+    return with_tensors(new, chosen)

@@ -22,9 +22,11 @@ from torchcurv.curv.hessian.operation import Key
 from torchcurv.curv.hessian.products import OutputLoss, Products
 from torchcurv.curv.hessian.tape import Tape
 from torchcurv.curv.losses.terms import Terms
+from torchcurv.curv.options import INPUT as INPUT
+from torchcurv.curv.options import SECOND as SECOND
 
 # Names in the table that callers outside of it ask for.
-SECOND, INPUT, GRADIENT = "hessian", "input", "gradient"
+GRADIENT = "gradient"
 
 
 class KindOptions(Protocol):

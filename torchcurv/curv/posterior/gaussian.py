@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchcurv.curv.approximations.factor import has_two_sides
 from torchcurv.curv.approximations.factors import Eigen
 from torchcurv.curv.approximations.rows import each_of_batch
-from torchcurv.curv.block.block import Curvature, gathered
+from torchcurv.curv.block.block import Curvature
+from torchcurv.curv.block.layout import gathered
 from torchcurv.curv.numerics import at_least_float32
 
 Number = float | Tensor
@@ -78,7 +80,7 @@ class GaussianBlock:
         more), is drawn anew. Each is a draw from the Gaussian by itself, and two of them are uncorrelated.
         """
         factor = self.factor
-        if not factor.has_two_sides:
+        if not has_two_sides(factor):
             return self.sample
         (noise,) = self._noise(generator, None)
         core = factor.core_of_sample(noise, self.damping)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 from torch.func import functional_call, jacrev, vmap
 
+from torchcurv.curv.approximations.factor import is_eigenform_over
 from torchcurv.curv.approximations.factors import Eigen
 from torchcurv.curv.approximations.rows import RowSpace, root_scale
 from torchcurv.curv.posterior.gaussian import GaussianBlock
@@ -67,7 +68,7 @@ def covariance_of_rows(part: GaussianBlock, rows: RowSpace) -> Tensor:
     block, (layer,) = part.block, part.block.layers
     factor, uses = part.factor, [own for stats in rows.stats for own in stats.uses]
     simple = all(len(own) == 1 and not own[0].transposed and own[0].inputs.tokens is None for own in uses)
-    if simple and factor.is_eigenform_over(layer.shape):
+    if simple and is_eigenform_over(factor, layer.shape):
         return _factored(part, factor, rows, uses)
     J = torch.cat([stats.layer_rows(0).reshape(*stats.shape, *layer.shape) for stats in rows.stats]).transpose(0, 1)
     solved = block.join(part.covariance_times(block.split([J.flatten(0, 1)])))[0]

@@ -58,7 +58,7 @@ class Inputs:
         return at_least_float32(read).reshape(self.n, -1, *read.shape[-2:])
 
     @cached_property
-    def _all(self) -> Tensor | Tokens:
+    def _all(self) -> Any:
         read = [self._read(module, x) for module, x in self.calls]
         if len(read) == 1:
             return read[0]
@@ -72,17 +72,17 @@ class Inputs:
 
     @property
     def a(self) -> Tensor:
-        return self._all.dense() if isinstance(self._all, Tokens) else self._all
+        return self._all if self.tokens is None else self.tokens.dense()
 
     def part(self, samples: slice) -> Tensor:
         """a of some of the samples."""
-        return self._all.of(samples).dense() if isinstance(self._all, Tokens) else self._all[samples]
+        return self._all[samples] if self.tokens is None else self.tokens.of(samples).dense()
 
     def of(self, samples: slice) -> Inputs:
         """The inputs of some of the samples, read already."""
         n = len(range(self.n)[samples])
         some = Inputs(self.layer, self.site, [], n, None if self.weights is None else self.weights[samples])
-        some.__dict__["_all"] = self._all.of(samples) if isinstance(self._all, Tokens) else self._all[samples]
+        some.__dict__["_all"] = self._all[samples] if self.tokens is None else self.tokens.of(samples)
         return some
 
     @property
@@ -122,7 +122,7 @@ class Inputs:
             module, x = self.calls[0]
             if len(x[0]) == self.n:
                 return read(module, at_least_float32(x[0]))
-        return self._all.mean() if isinstance(self._all, Tokens) else self._all.mean(1, keepdim=True)
+        return self._all.mean(1, keepdim=True) if self.tokens is None else self.tokens.mean()
 
     def _weights(self, positions: int) -> Tensor | None:
         if self.weights is None:
@@ -211,7 +211,7 @@ class Inputs:
         module, x = self.calls[0]
         read: Callable[..., Any] = self.view.inputs
         if self.view.tokens:
-            return self.gradient(s), self._all.weight.square().sum()  # type: ignore[union-attr]
+            return self.gradient(s), self._all.weight.square().sum()
         if "_all" in self.__dict__ or self.view.whole or len(self.calls) > 1 or len(x) > 1:
             return self.gradient(s), self.a.square().sum()
         each = len(x[0]) // self.n

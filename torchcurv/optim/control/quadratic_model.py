@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map
 
 from torchcurv.curv.capture.recurrent import unfused
-from torchcurv.curv.graph import version_of
+from torchcurv.curv.graph import buffers_of, tree_leaves, tree_map, version_of
 from torchcurv.curv.hessian.products import hessian_times
 from torchcurv.curv.layers.normalization import BATCH_NORMS, uses_batch_statistics
 from torchcurv.curv.numerics import at_least_float32
@@ -227,7 +226,7 @@ class Evaluation:
         """With the draws of the first time, and copies of the buffers, which a graph may still need as they are;
         afterwards generators and buffers are as before.
         """
-        holders = [(module._buffers, name) for module in self.model.modules() for name in module._buffers]
+        holders = [(held, name) for module in self.model.modules() for held in [buffers_of(module)] for name in held]
         buffers = [(held, name, b) for held, name in holders if (b := held[name]) is not None]
         copies = {id(b): b.clone() for _, _, b in buffers}
         for held, name, buffer in buffers:

@@ -180,6 +180,9 @@ class CurvatureEngine:
     def _update_average(self, block: Curvature, index: int) -> None:
         adaptive = self.schedule.adaptive(index, "update_every")
         watched = adaptive or self.schedule.adaptive(index, "refactor_every")
+        group = self.groups[index]
+        block.refresh_tol, block.refresh_cap = group["refresh_tol"], group["refresh_cap"]
+        block.refresh_warmup = group["refresh_warmup"]
         decay = self.groups[index]["ema_decay"] if block.by_passes else 0.0
         block.update(decay, not self._is_due(block, index), self.step, watched)
         if not adaptive:

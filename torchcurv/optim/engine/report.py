@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from torchcurv.curv.block.block import Curvature, read_flags
+from torchcurv.curv.block.average import read_flags
+from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.kinds.base import GRADIENT, INPUT
 from torchcurv.optim.engine.damping import Group
 from torchcurv.optim.update import norm_of
