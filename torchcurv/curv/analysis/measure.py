@@ -13,6 +13,7 @@ from torchcurv.curv.analysis.curvature_set import CurvatureSet
 from torchcurv.curv.analysis.directions import Criterion, Directions, check_choices, directions_of, with_gradient_blocks
 from torchcurv.curv.analysis.operator import CurvatureOperator, forward, preserved_buffers
 from torchcurv.curv.block.block import Curvature, partition
+from torchcurv.curv.bundles import flattened
 from torchcurv.curv.capture.context import LossEvent
 from torchcurv.curv.capture.recorder import Record
 from torchcurv.curv.capture.signal_pass import CurvaturePass
@@ -84,6 +85,13 @@ def curvature(
     Returns: a CurvatureSet; for approx="operator" a CurvatureOperator.
     Raises: ValueError for parameters that no layer covers, for empty data, and for options that are not allowed.
     """
+    flat = flattened({"curv_type": curv_type, "approx": approx, **options})
+    curv_type, approx = flat.pop("curv_type"), flat.pop("approx")
+    if "samples" in flat:
+        if samples is not None:
+            raise ValueError(f"samples is given twice, once by samples={samples!r}: leave one of them out")
+        samples = flat.pop("samples")
+    options = flat
     if approx == "operator":
         extra = [*options, *(["samples"] if samples is not None else [])]
         if extra:

@@ -7,7 +7,7 @@ beside the groups, which hold what they say at the step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import SequenceMatcher
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
@@ -59,7 +59,7 @@ class GroupOptions:
         for key in group.keys() - self.table.keys() - set(_TORCH_KEYS):
             if key in self.whole:
                 raise ValueError(f"{key} in a parameter group: it belongs to the optimizer as a whole, not to a group")
-            alike = [name for name in self.table if name[:4] == key[:4] or _ratio(key, name) > 0.75]
+            alike = get_close_matches(key, self.table, 1)
             meant = f", did you mean {alike[0]!r}?" if alike else "."
             raise ValueError(
                 f"parameter group has the unknown option {key!r}{meant} The options of a group are "
@@ -156,10 +156,6 @@ class GroupOptions:
     def constant(self, index: int, key: str) -> Any:
         """The interval, unless a function of the step gives it."""
         return None if (index, key) in self.schedules else self.groups[index][key]
-
-
-def _ratio(one: str, other: str) -> float:
-    return SequenceMatcher(None, one, other).ratio()
 
 
 def _differ(one: Any, other: Any) -> bool:
