@@ -1319,7 +1319,7 @@ def test_relative_damping_of_ekfac_is_that_of_its_eigenvalues():
 
 
 def test_a_damping_scale_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="damping_scale='mean'; allowed are 'absolute', 'relative'"):
+    with pytest.raises(ValueError, match="damping_scale='mean' is unknown; allowed are 'absolute', 'relative'"):
         SecondOrderOptimizer(make_model(), damping_scale="mean")
     model = make_model()
     groups = [

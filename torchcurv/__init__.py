@@ -4,6 +4,9 @@ from torchcurv import nn, optim
 from torchcurv.curv.analysis.curvature_set import CurvatureSet
 from torchcurv.curv.analysis.measure import curvature, directions
 from torchcurv.curv.analysis.operator import CurvatureOperator
+from torchcurv.curv.approximations.base import Approximation
+from torchcurv.curv.approximations.table import register_approximation
+from torchcurv.curv.bundles import EKFAC, KFAC, AdaptiveDamping, Damping, Hessian, LowRank, QuadraticModel, Refresh
 from torchcurv.curv.kinds.base import CurvatureKind, SignalKind, Signals
 from torchcurv.curv.kinds.table import register_kind
 from torchcurv.curv.layers.table import register_view
@@ -15,12 +18,21 @@ from torchcurv.optim.second_order import SecondOrderOptimizer
 from torchcurv.optim.vi import VIOptimizer
 
 __all__ = [
+    "EKFAC",
+    "KFAC",
+    "AdaptiveDamping",
+    "Approximation",
     "CurvatureKind",
     "CurvatureOperator",
     "CurvatureSet",
+    "Damping",
+    "Hessian",
     "LaplacePosterior",
     "LossFormula",
+    "LowRank",
     "Preconditioner",
+    "QuadraticModel",
+    "Refresh",
     "SecondOrderOptimizer",
     "SignalKind",
     "Signals",
@@ -30,6 +42,7 @@ __all__ = [
     "laplace",
     "nn",
     "optim",
+    "register_approximation",
     "register_kind",
     "register_loss",
     "register_view",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchcurv.curv.analysis.linearised_outputs import LinearisedOutputs
 from torchcurv.curv.analysis.measure import curvature
 from torchcurv.curv.block.block import Curvature
+from torchcurv.curv.bundles import flattened
 from torchcurv.curv.checks import check_count
 from torchcurv.curv.losses.likelihood import Likelihood, LikelihoodMeter, double
 from torchcurv.curv.losses.loss import Loss
@@ -100,6 +101,8 @@ def laplace(
     local linearization" (2008.08400) and "Scalable marginal likelihood estimation" (2104.04975); Daxberger et al.,
     "Laplace redux" (2106.14806).
     """
+    flat = flattened({"curv_type": curv_type, "approx": approx, **options})
+    curv_type, approx, options = flat.pop("curv_type"), flat.pop("approx"), flat
     _check_options(curv_type, approx, options)
     check_positive("temperature", temperature)
     loss = loss_of(loss_fn, reduction, class_dim)

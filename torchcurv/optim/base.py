@@ -57,6 +57,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         options: Mapping[str, Any],
         *,
         rules: Sequence[GroupRule] = (),
+        numbers: Mapping[str, str] = MappingProxyType({}),
         damping: DampingPolicy | None = None,
         block_rules: Sequence[BlockRule] = (),
         arrange: Callable[[list[Curvature]], list[Curvature]] = list,
@@ -64,7 +65,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         **engine_options: Any,
     ) -> None:
         """options: all of `table`, as `complete` returns them. rules: what the options of a group have to do with one
-        another. The others are those of Blueprint and CurvatureEngine.
+        another. numbers: options that may be no functions of the step, and why. The others are those of Blueprint and
+        CurvatureEngine.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; pass the nn.Module to train as the first argument")
@@ -74,7 +76,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         own = {name: one for name, one in self.table.items() if one.scope != OPTIMIZER}
         defaults = {name: options[name] for name in own}
         self.model, self._last = model, {}
-        self._group_options = GroupOptions(own, tuple(whole), self.settings, (damped, indefinite_is_mapped, *rules))
+        every = (damped, indefinite_is_mapped, *rules)
+        self._group_options = GroupOptions(own, tuple(whole), self.settings, every, numbers)
         self._companions: dict[type[Companion], Companion] = {}
         recording = {name: whole[name] for name in RECORDING}
         blueprint = Blueprint(model, whole["unsupported"], arrange, tuple(block_rules))

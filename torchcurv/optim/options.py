@@ -220,7 +220,7 @@ class VariationalOptions(BlockOptions, PosteriorOptions, DrawOptions, LossOption
 
 def reference(*topics: Any) -> str:
     """A table in Markdown of the options of some typed dicts; of all by default."""
-    every = (MainOptions, BlockOptions, MainStepOptions, StepOptions, ControlOptions)
+    every = (MainOptions, BlockOptions, MainStepOptions, StepOptions, KLClipOption, ControlOptions)
     rows = ["| option | default | scope | meaning |", "|---|---|---|---|"]
     for name, option in table_of(*(topics or (*every, PosteriorOptions, DrawOptions, LossOptions))).items():
         rows.append(f"| `{name}` | `{option.default!r}` | {option.scope} | {option.doc} |")

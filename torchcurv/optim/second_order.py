@@ -149,10 +149,12 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         chosen = resolved(complete(self.table, given, type(self).__name__))
         self.settings = {name: chosen[name] for name in CONTROL}
         _check_control(self.settings, chosen["grad_scaler"])
+        by_lm = chosen["damping_rule"] == "lm"
         super().__init__(
             model,
             params,
             chosen,
+            numbers={"damping": 'with damping_rule="lm" pass the number to start from'} if by_lm else {},
             rules=(no_price, nesterov_has_momentum, quadratic_is_plain, lm_descends_by_numbers),
             companions=(Momentum, Descent, StepControl),
             warmup=chosen["curvature_warmup"],

@@ -31,6 +31,7 @@ class GroupOptions:
 
     table: by name. whole: names of options of the optimizer as a whole, which no group may have.
     settings: those of this optimizer, for the rules: what options of a group have to do with one another.
+    numbers: options that may be no functions of the step, and why.
     """
 
     def __init__(
@@ -39,16 +40,18 @@ class GroupOptions:
         whole: Sequence[str],
         settings: Mapping[str, Any],
         rules: Sequence[GroupRule],
+        numbers: Mapping[str, str],
     ) -> None:
-        self.table, self.whole, self.settings, self.rules = table, whole, settings, rules
+        self.table, self.whole, self.settings, self.rules, self.numbers = table, whole, settings, rules, numbers
         self.groups: Sequence[Group] = ()
         self.schedules: dict[tuple[int, str], Callable[[int], Any]] = {}
         self.early: set[tuple[int, str]] = set()  # (group, interval) that are 1 in the beginning
         self._accepted: dict[int, dict[str, Any]] = {}  # what was last checked, by group
+        self._sizes: dict[int, int] = {}  # how many keys each had then
 
     def copied(self, settings: Mapping[str, Any]) -> GroupOptions:
         """The same for a copy of the optimizer."""
-        new = GroupOptions(self.table, self.whole, settings, self.rules)
+        new = GroupOptions(self.table, self.whole, settings, self.rules, self.numbers)
         new.schedules, new.early = dict(self.schedules), set(self.early)
         return new
 
@@ -78,6 +81,7 @@ class GroupOptions:
             self.schedules.pop((index, key), None)
             if callable(value):
                 self.schedules[index, key] = value
+        self._sizes[index] = len(group)
         self._accepted[index] = {key: group[key] for key in self.table}
 
     def accept_loaded(self, defaults: Mapping[str, Any], step: int) -> None:
@@ -105,6 +109,8 @@ class GroupOptions:
         found = {**options, **{key: every for key in INTERVALS if options.get(key) == AUTO}}
         for key in (*INTERVALS, *VALUES):
             if callable(options.get(key)):
+                if key in self.numbers:
+                    raise ValueError(f"{key} is a function of the step; {self.numbers[key]}")
                 found[key] = (interval_at if key in INTERVALS else value_at)(key, options[key], step)
         return found
 
@@ -129,6 +135,9 @@ class GroupOptions:
 
     def _check_changes(self, index: int, group: Group) -> None:
         accepted = self._accepted[index]
+        if len(group) != self._sizes[index]:
+            self.check_keys(group)
+            self._sizes[index] = len(group)
         changed = [key for key, value in accepted.items() if group[key] is not value and _differ(group[key], value)]
         for key in changed:
             if self.table[key].scope == STRUCTURE:
