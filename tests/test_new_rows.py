@@ -29,6 +29,7 @@ def lines_of(*things):
 
 
 # --- a layer type: a linear map with weights of its own at every position
+# --8<-- [start:layer]
 
 
 class LocallyConnected(nn.Module):
@@ -54,7 +55,11 @@ def register_locally_connected():
     )
 
 
+# --8<-- [end:layer]
+
+
 # --- an approximation: diag(b) ⊗ A
+# --8<-- [start:approximation]
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,11 @@ class DiagonalKFAC(torchcurv.Approximation):
         return Eigen(values, None, vectors, lam), torch.isfinite(values.sum() + lam)
 
 
+# --8<-- [end:approximation]
+
+
 # --- an update rule: Adam's second moment in the eigenbasis of the curvature
+# --8<-- [start:update-rule]
 
 
 class EigenAdam(CurvatureOptimizer):
@@ -120,6 +129,9 @@ class EigenAdam(CurvatureOptimizer):
             step = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
             for piece, x in zip(block.pieces, block.split([left @ step @ right.mT]), strict=True):
                 piece.of(piece.param).sub_(x, alpha=group["lr"])
+
+
+# --8<-- [end:update-rule]
 
 
 # ------------------------------------------------------------------------------------------- what they must do

@@ -165,6 +165,7 @@ def test_a_type_checker_sees_names_and_types(tmp_path):
 # --- a new option: one declaration
 
 
+# --8<-- [start:option]
 class Extra(TypedDict, total=False):
     """A topic with one option."""
 
@@ -184,6 +185,9 @@ class Capped(CurvatureOptimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 p.sub_(p.grad * (group["step_cap"] / p.grad.norm()).clamp_max(1))
+
+
+# --8<-- [end:option]
 
 
 def test_a_new_option_is_one_declaration():
