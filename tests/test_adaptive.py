@@ -13,7 +13,7 @@ from measured import close
 from torch import nn
 
 from torchcurv import Preconditioner, SecondOrderOptimizer
-from torchcurv.curv.block.refresh import Pace
+from torchcurv.curv.block.refresh import AdaptiveInterval
 from torchcurv.curv.capture.signal_pass import CurvaturePass
 from torchcurv.curv.statistics import block as stats
 from torchcurv.curv.statistics.inputs import Inputs
@@ -43,7 +43,7 @@ def train(optimizer, model, steps, seed=lambda t: 0):
 
 @given(st.lists(st.floats(0, 0.3), min_size=1, max_size=30), st.integers(1, 40), st.integers(0, 5))
 def test_the_rule(changes, cap, warmup):
-    pace, step, intervals, before = Pace(), 0, [1, 1], math.inf
+    pace, step, intervals, before = AdaptiveInterval(), 0, [1, 1], math.inf
     for change in changes:
         pace.decide(step, change, 0.1, cap, warmup)
         last = intervals[-1]
@@ -91,7 +91,7 @@ def test_what_is_not_due_is_not_computed(monkeypatch, curv_type):
     )
     train(optimizer, model, 1)  # the first pass is checked by one of its own
     counting(Inputs, "cov", "A")
-    counting(stats.Use, "output_cov", "B")
+    counting(stats.LayerData, "output_cov", "B")
     counting(CurvaturePass, "backward", "sent")
     labels = lambda t: torch.arange(6) * (t + 1) % 5  # noqa: E731
     due = {"A": [], "B": []}

@@ -14,7 +14,7 @@ from torch import nn
 from torchcurv import SecondOrderOptimizer, curvature
 from torchcurv.curv.approximations.dense import Dense
 from torchcurv.curv.approximations.diagonal import Diagonal
-from torchcurv.curv.approximations.factors import Eigen, Inverse
+from torchcurv.curv.approximations.factors import Eigen, KroneckerInverse
 from torchcurv.curv.approximations.kronecker import Kronecker, project_moments
 from torchcurv.curv.block.average import read_flags
 from torchcurv.curv.block.block import Curvature
@@ -317,7 +317,7 @@ def test_a_large_matrix_is_inverted_by_blocks_from_its_lower_triangle(d):
 def test_columns_are_solved_as_the_whole(d, lead):
     g, o = 2, 3
     right, left = (m @ m.mT for m in (cases.randn(g, d, d, seed=1), cases.randn(g, o, o, seed=2)))
-    factor, x = Inverse(right, left), cases.randn(*lead, g, o, d, seed=3)
+    factor, x = KroneckerInverse(right, left), cases.randn(*lead, g, o, d, seed=3)
     whole = factor.solve(x)
     assert torch.allclose(whole, left @ x @ right)
     for widths in ([d], [d - 1, 1], [1, d - 2, 1]):

@@ -11,9 +11,9 @@ from torch import nn
 
 from torchcurv import SecondOrderOptimizer, curvature, directions
 from torchcurv.curv.approximations import rows as rows_module
-from torchcurv.curv.approximations.factors import LowRank
+from torchcurv.curv.approximations.factors import LowRankEigen
 from torchcurv.curv.approximations.low_rank import largest_pairs
-from torchcurv.curv.approximations.rows import RowSpace
+from torchcurv.curv.approximations.rows import JacobianRows
 from torchcurv.curv.statistics.block import Stats
 from torchcurv.optim import DirectionalNewton
 from torchcurv.optim.directional import above, constant, from_noise, top_k
@@ -350,7 +350,9 @@ def test_a_step_with_the_pairs_of_the_hessian(indefinite):
     _, low = best_of_rank(dense, 7)
     values, vectors = torch.linalg.eigh(low)
     assert values.min() < -1e-3
-    mapped = {"abs": values.abs(), "clip": values.clamp(min=0), "shift": values - values.min()}[indefinite]
+    map_negative_eigenvalues = {"abs": values.abs(), "clip": values.clamp(min=0), "shift": values - values.min()}[
+        indefinite
+    ]
     optimizer = SecondOrderOptimizer(
         model, loss_fn=loss_fn, curv_type="hessian", approx="lowrank", rank=7, indefinite=indefinite, lr=1.0,
         momentum=0.0, damping=0.2, kl_clip=None,
@@ -359,7 +361,7 @@ def test_a_step_with_the_pairs_of_the_hessian(indefinite):
     loss_fn(model(x), y).backward()
     gradient = flat(p.grad for p in model.parameters())
     optimizer.step()
-    expected = vectors @ ((vectors.mT @ gradient) / (mapped + 0.2))
+    expected = vectors @ ((vectors.mT @ gradient) / (map_negative_eigenvalues + 0.2))
     close(before - flat(model.parameters()), expected, 5e-3)  # Lanczos stops at residuals of 1e-3
 
 
@@ -380,7 +382,7 @@ def test_pairs_of_an_indefinite_sum(size, first, second, rank):
         count = min(count, size)
         vectors = torch.linalg.qr(cases.randn(size, count, seed=seed))[0].mT
         values = cases.randn(count, seed=10 + seed)
-        parts.append((weight, LowRank(values, vectors)))
+        parts.append((weight, LowRankEigen(values, vectors)))
         total += weight * vectors.mT @ values.diag() @ vectors
     found, ok = largest_pairs(parts, rank)
     values, vectors = torch.linalg.eigh(total)
@@ -440,8 +442,8 @@ def test_a_batch_that_overflows_is_left_out_when_rows_are_compressed():
 
 
 def test_the_gram_matrix_stays_near_the_limit_of_its_rows(monkeypatch):
-    sizes, own = [], RowSpace.gram
-    monkeypatch.setattr(RowSpace, "gram", lambda self, *other: (sizes.append(len(g := own(self, *other))), g)[1])
+    sizes, own = [], JacobianRows.gram
+    monkeypatch.setattr(JacobianRows, "gram", lambda self, *other: (sizes.append(len(g := own(self, *other))), g)[1])
     model = cases.seeded(lambda: nn.Linear(4, 30))
     data = [(cases.randn(16, 4), torch.arange(16))]
     curvature(model, nn.CrossEntropyLoss(), data, approx="lowrank", rank=5, rows_limit=32)

@@ -16,7 +16,7 @@ from torch.nn.utils import vector_to_parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchcurv import Preconditioner, SecondOrderOptimizer
-from torchcurv.curv.approximations.rows import RowSpace
+from torchcurv.curv.approximations.rows import JacobianRows
 from torchcurv.curv.numerics import assume_accelerator
 
 APPROXIMATIONS = cases.APPROXIMATIONS
@@ -363,7 +363,7 @@ def test_a_bad_row_does_not_reach_the_parameters_and_is_counted():
 def test_an_indefinite_gram_matrix_is_tried_again_in_float64_with_more_damping(monkeypatch):
     model = make_model()
     optimizer = SecondOrderOptimizer(model, approx="full", rows_limit=1, damping=0.5, **PLAIN)
-    gram = RowSpace.gram
+    gram = JacobianRows.gram
 
     def indefinite(self):
         matrix = gram(self)
@@ -371,7 +371,7 @@ def test_an_indefinite_gram_matrix_is_tried_again_in_float64_with_more_damping(m
         return matrix
 
     with monkeypatch.context() as patch:
-        patch.setattr(RowSpace, "gram", indefinite)
+        patch.setattr(JacobianRows, "gram", indefinite)
         train(model, optimizer, [0])
     assert optimizer.metrics()["failed_factorisations"] == 1 and flat(model.parameters()).isfinite().all()
     x, y = BATCHES[1]

@@ -26,7 +26,7 @@ from torchcurv.curv.option_rules import BLOCK_RULES, methods_of
 # What an option decides: the structure of blocks, which is read when they are built; what the next step does, which is
 # read at every use; or the optimizer as a whole.
 STRUCTURE, LIVE, OPTIMIZER = "structure", "live", "optimizer"
-SECOND, INPUT = "hessian", "input"  # kinds that send no signals, which other floors ask for by name
+HESSIAN, INPUT_COVARIANCE = "hessian", "input"  # kinds that send no signals, which other floors ask for by name
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcurv.curv.checks import flag, number
-from torchcurv.curv.hessian.products import Products, hessian_times
+from torchcurv.curv.hessian.products import CurvatureVectorProduct, hessian_times
 from torchcurv.curv.options import LIVE, BlockOptions, MainOptions, Option, complete, table_of, with_defaults
 from torchcurv.optim.base import CurvatureOptimizer
 from torchcurv.optim.engine.engine import descend_uncovered
@@ -197,7 +197,7 @@ class CGNewton(CurvatureOptimizer):
             self.state[params[0]][key] = torch.cat([t.flatten() for t in d])
         return d, iterations
 
-    def _products_of(self, closure: Callable[[], Any] | None) -> tuple[tuple[Products, Vector], Tensor]:
+    def _products_of(self, closure: Callable[[], Any] | None) -> tuple[tuple[CurvatureVectorProduct, Vector], Tensor]:
         """((products with C, the gradient), the loss) over all parameters, by differentiating the closure's graph."""
         if closure is None:
             raise ValueError('approx="operator" needs step(closure); the closure returns (loss, output)')
@@ -208,7 +208,7 @@ class CGNewton(CurvatureOptimizer):
             raise ValueError('approx="operator" with the GGN needs a closure that returns (loss, output)')
         params = [p for p in self.engine.params() if p.requires_grad]
         try:
-            whole = Products(loss, params, torch.ones_like(loss), output_matvec=None)
+            whole = CurvatureVectorProduct(loss, params, torch.ones_like(loss), output_matvec=None)
         except RuntimeError as error:
             if "second time" not in str(error) and "does not require grad" not in str(error):
                 raise
@@ -216,7 +216,7 @@ class CGNewton(CurvatureOptimizer):
         products = whole if self.settings["operator"] == "hessian" else _gauss_newton(loss, output, params)
         return (products, list(whole.first)), loss
 
-    def _update_all(self, found: tuple[Products, Vector]) -> None:
+    def _update_all(self, found: tuple[CurvatureVectorProduct, Vector]) -> None:
         products, gradient = found
         group, params = self.param_groups[0], [p for p in self.engine.params() if p.requires_grad]
 
@@ -229,9 +229,9 @@ class CGNewton(CurvatureOptimizer):
         self.note(cg_iterations=torch.tensor(float(iterations)))
 
 
-def _gauss_newton(loss: Tensor, output: Tensor, params: Vector) -> Products:
+def _gauss_newton(loss: Tensor, output: Tensor, params: Vector) -> CurvatureVectorProduct:
     """J^T H_L J with H_L by differentiating the loss twice at the output."""
     with torch.enable_grad():
         (at_output,) = torch.autograd.grad(loss, output, create_graph=True)
     middle = partial(hessian_times, at_output, output)
-    return Products(output, params, torch.zeros_like(output), middle, include_second_order=False)
+    return CurvatureVectorProduct(output, params, torch.zeros_like(output), middle, include_second_order=False)

@@ -18,7 +18,7 @@ from torchcurv.curv.analysis.directions import (
 )
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.checks import number
-from torchcurv.curv.kinds.base import GRADIENT
+from torchcurv.curv.kinds.base import GRADIENT_SHARES
 from torchcurv.curv.options import LIVE, BlockOptions, MainOptions, Option, complete, table_of, with_defaults
 from torchcurv.optim.base import CurvatureOptimizer
 from torchcurv.optim.engine.engine import descend_uncovered
@@ -139,7 +139,7 @@ class DirectionalNewton(CurvatureOptimizer):
     def update_parameters(self) -> None:
         """Newton steps along the chosen directions; plain gradients elsewhere."""
         for block, group in self.engine.by_group():
-            if block.kind == GRADIENT or not block.measured:
+            if block.kind == GRADIENT_SHARES or not block.measured:
                 continue
             try:
                 newton = self._directions(block).newton(self.settings["damping"])
@@ -153,6 +153,6 @@ class DirectionalNewton(CurvatureOptimizer):
 
     def _directions(self, block: Curvature) -> Directions:
         """The chosen directions of a block, while `step` runs (torchcurv.directions looks at a batch on its own)."""
-        shares = next(one for one in self.engine.blocks if one.kind == GRADIENT and one.layers is block.layers)
+        shares = next(one for one in self.engine.blocks if one.kind == GRADIENT_SHARES and one.layers is block.layers)
         choices = {key: self.settings[key] for key in ("cutoff", "curvature_samples", "gradient_samples")}
         return directions_of(block, shares, self.settings["criterion"], **choices)

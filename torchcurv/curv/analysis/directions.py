@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.rows import RowSpace, rows_of
+from torchcurv.curv.approximations.rows import JacobianRows, rows_of
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.checks import check_number
-from torchcurv.curv.kinds.base import GRADIENT
+from torchcurv.curv.kinds.base import GRADIENT_SHARES
 from torchcurv.curv.linalg.symmetric import eigh
 
 Criterion = Callable[[Tensor], Tensor]
@@ -41,7 +41,7 @@ class Directions:
     gammas: Tensor
     lambdas: Tensor
     spectrum: Tensor
-    rows: RowSpace
+    rows: JacobianRows
     block: Curvature
 
     def vectors(self) -> list[Tensor]:
@@ -74,7 +74,7 @@ def with_gradient_blocks(blocks: list[Curvature]) -> list[Curvature]:
     """Blocks kept as rows, and after them for each a twin with the shares of the samples in the gradient."""
     twins = [Curvature(f"{block.name}:gradient", block.layers, block.options) for block in blocks]
     for twin in twins:
-        twin.kind = GRADIENT
+        twin.kind = GRADIENT_SHARES
     for block in (*blocks, *twins):
         block.uses_rows = True
     return [*blocks, *twins]

@@ -15,7 +15,7 @@ from torchcurv.curv.analysis.operator import CurvatureOperator, forward, preserv
 from torchcurv.curv.block.block import Curvature, partition
 from torchcurv.curv.bundles import flattened
 from torchcurv.curv.capture.context import LossEvent
-from torchcurv.curv.capture.recorder import Record
+from torchcurv.curv.capture.recorder import Recorder
 from torchcurv.curv.capture.signal_pass import CurvaturePass
 from torchcurv.curv.checks import entry_of
 from torchcurv.curv.graph import edge_of
@@ -175,7 +175,7 @@ def _looked_at(
     covered = _covered(model, params, options)
     loss = _loss(loss_fn, reduction, class_dim)
     blocks = prepared(_blocks(_layers(model, covered, options), options))
-    record = Record(model, blocks, None, seed=seed)
+    record = Recorder(model, blocks, None, seed=seed)
     passes = 2 if options.approx == "ekfac" else 1
     if passes > 1 and iter(data) is data:
         data = list(data)
@@ -235,7 +235,7 @@ def _blocks(layers: list[Layer], options: Options) -> list[Curvature]:
 
 def _measure(
     model: nn.Module,
-    record: Record,
+    record: Recorder,
     blocks: list[Curvature],
     loss: Any,
     data: Iterable[tuple[Any, Tensor]],

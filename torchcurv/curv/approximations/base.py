@@ -14,7 +14,7 @@ from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.linalg.symmetric import Damping
 from torchcurv.curv.statistics.block import Stats
 from torchcurv.curv.statistics.inputs import Inputs
-from torchcurv.curv.statistics.layer import Use
+from torchcurv.curv.statistics.layer import LayerData
 
 Tensors = dict[str, Tensor]
 Basis = tuple[Tensor, Tensor]
@@ -30,7 +30,7 @@ class HessianForms:
             'is not known of the Hessian: choose "full", "block", "unit" or "diag", or another curv_type'
         )
 
-    def of_diagonal(self, use: Use) -> Tensors:
+    def of_diagonal(self, use: LayerData) -> Tensors:
         """The statistics of a Hessian that is known by its diagonal at the outputs of the layer, `use.s`."""
         raise self._refused('has no Hessian that is propagated: choose "diag" or "kfac", or hessian_method="exact"')
 

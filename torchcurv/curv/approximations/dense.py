@@ -11,8 +11,8 @@ from torch import Tensor
 
 from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Tensors, damping_tensor
 from torchcurv.curv.approximations.factor import Factor
-from torchcurv.curv.approximations.factors import Eigen, Inverse
-from torchcurv.curv.approximations.spectrum import mapped
+from torchcurv.curv.approximations.factors import Eigen, KroneckerInverse
+from torchcurv.curv.approximations.spectrum import map_negative_eigenvalues
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.linalg.block_diagonal import eigenbasis, inverse, side_shape, times
 from torchcurv.curv.linalg.symmetric import Damping
@@ -96,9 +96,9 @@ class Dense(Approximation):
         d = matrix.shape[1]
         if damping_type == "factored" and self.spectrum is None:  # one factor alone takes all of the damping
             right, ok = inverse(matrix, damping, d)
-            return Inverse(right, shape=(1, d)), ok
+            return KroneckerInverse(right, shape=(1, d)), ok
         values, vectors = eigenbasis(matrix, d)
-        values = mapped(values.unsqueeze(-2), self.spectrum)
+        values = map_negative_eigenvalues(values.unsqueeze(-2), self.spectrum)
         return Eigen(values, right=vectors, damping=damping_tensor(damping, values)), torch.isfinite(
             sum_of([values, vectors])
         )

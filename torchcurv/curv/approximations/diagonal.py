@@ -12,11 +12,11 @@ from torch import Tensor
 from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Tensors, damping_tensor
 from torchcurv.curv.approximations.factor import Factor, with_tensors
 from torchcurv.curv.approximations.factors import Eigen
-from torchcurv.curv.approximations.spectrum import mapped
+from torchcurv.curv.approximations.spectrum import map_negative_eigenvalues
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.linalg.symmetric import Damping
 from torchcurv.curv.statistics.block import Stats
-from torchcurv.curv.statistics.layer import Use
+from torchcurv.curv.statistics.layer import LayerData
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,15 @@ class Diagonal(Approximation):
     def linear(self) -> tuple[str, ...]:
         return ("diag",)
 
-    def of_diagonal(self, use: Use) -> Tensors:
+    def of_diagonal(self, use: LayerData) -> Tensors:
         return {"diag": use.weighted_squares()}
 
     def follow(self, tensors: Tensors, factor: Factor, damping_type: str) -> Factor:
         values = tensors["diag"]
         as_they_are = self.spectrum in (None, "abs")  # magnitudes are taken when they are read
-        return with_tensors(factor, {"values": values if as_they_are else mapped(values, self.spectrum)})
+        return with_tensors(
+            factor, {"values": values if as_they_are else map_negative_eigenvalues(values, self.spectrum)}
+        )
 
     def restored(self, factor: Factor) -> Factor:
         return Eigen(**factor.state(), absolute=self.spectrum == "abs")
@@ -70,4 +72,4 @@ class Diagonal(Approximation):
         fine = torch.isfinite(lam)  # the average lets in only what is finite
         if self.spectrum in (None, "abs"):
             return Eigen(values, damping=lam, absolute=self.spectrum == "abs"), fine
-        return Eigen(mapped(values, self.spectrum), damping=lam), fine
+        return Eigen(map_negative_eigenvalues(values, self.spectrum), damping=lam), fine

@@ -10,9 +10,9 @@ x [..., g, o, i] and C is the product of a left side over o and a right side ove
 
     lowrank g = 1, o = 1, i = all parameters                (its eigenvectors one by one)
 
-Two families, and one for what is known of a few directions alone (`LowRank`). `Eigen` holds C = Q diag(values) Q^T and
-knows everything for any damping. `Inverse` holds the explicit inverses of two damped factors: the fast path, since
-products with them are plain matrix products.
+Two families, and one for what is known of a few directions alone (`LowRankEigen`). `Eigen` holds C = Q diag(values)
+Q^T and knows everything for any damping. `KroneckerInverse` holds the explicit inverses of two damped factors: the
+fast path, since products with them are plain matrix products.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Eigen(Factor):
 
 
 @dataclass(frozen=True)
-class Inverse(Factor):
+class KroneckerInverse(Factor):
     """(damped C)^-1 = left ⊗ right, both explicit; the damping is inside.
 
     Sampling and the determinant take a Cholesky factor of the inverse when asked. shape: (o, i), which sides in
@@ -247,7 +247,7 @@ class Inverse(Factor):
 
 
 @dataclass(frozen=True)
-class LowRank(Factor):
+class LowRankEigen(Factor):
     """C = rest I + Σ_k (values_k - rest) e_k e_k^T with orthonormal e_k, the rows of `vectors` [k, P].
 
     A row of zeros stands for a direction that is not known, of value `rest`, which is 0 by default.
@@ -264,7 +264,7 @@ class LowRank(Factor):
         values = self.values.abs()  # what is known
         return (values / (values + damping)).sum()
 
-    def scaled(self, factor: Any) -> LowRank:
+    def scaled(self, factor: Any) -> LowRankEigen:
         return replace(self, values=self.values * factor)
 
     def _function(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
@@ -313,7 +313,7 @@ class LowRank(Factor):
         """Diagonal of C [1, 1, P]."""
         return (self._rest + (self.values - self._rest) @ self.vectors.square())[None, None]
 
-    def distance(self, other: LowRank) -> Tensor:
+    def distance(self, other: LowRankEigen) -> Tensor:
         """norm(C - other) / norm(other) (Frobenius), without `rest`."""
         overlap = (self.vectors @ other.vectors.mT).square()
         square = self.values.square().sum() + other.values.square().sum() - 2 * self.values @ overlap @ other.values
@@ -377,5 +377,5 @@ def _side_diagonal(side: Tensor, d: int | None) -> Tensor:
 
 def factor_from_state(state: dict[str, Tensor], shape: tuple[int, int] | None) -> Factor:
     if "vectors" in state:
-        return LowRank(**state)
-    return Eigen(**state) if "values" in state else Inverse(**state, shape=shape)  # type: ignore[arg-type]
+        return LowRankEigen(**state)
+    return Eigen(**state) if "values" in state else KroneckerInverse(**state, shape=shape)  # type: ignore[arg-type]

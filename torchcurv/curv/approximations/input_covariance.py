@@ -23,7 +23,7 @@ from torch import Tensor
 
 from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Tensors
 from torchcurv.curv.approximations.factor import Factor
-from torchcurv.curv.approximations.factors import Eigen, InputRows, Inverse
+from torchcurv.curv.approximations.factors import Eigen, InputRows, KroneckerInverse
 from torchcurv.curv.approximations.kronecker import Kronecker, Sides
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.linalg.block_diagonal import eigenbasis, inverse, side_shape, times, whole
@@ -124,7 +124,7 @@ class InputSide(Approximation):
         identity, A = self.sides_of(tensors)
         if damping_type == "factored":
             right, ok = inverse(A, lam, d)
-            return Inverse(right, identity, (o, d), lam), ok
+            return KroneckerInverse(right, identity, (o, d), lam), ok
         values, right = eigenbasis(A, d)
         values = values.clamp_min(0).unsqueeze(-2).repeat(1, o, 1)
         return Eigen(values, identity, right, lam), torch.isfinite(sum_of([values, right]))

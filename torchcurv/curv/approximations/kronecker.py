@@ -21,8 +21,8 @@ from torch import Tensor
 
 from torchcurv.curv.approximations.base import Approximation, Basis, Tensors, damping_tensor
 from torchcurv.curv.approximations.factor import Factor
-from torchcurv.curv.approximations.factors import Eigen, Inverse
-from torchcurv.curv.approximations.spectrum import mapped
+from torchcurv.curv.approximations.factors import Eigen, KroneckerInverse
+from torchcurv.curv.approximations.spectrum import map_negative_eigenvalues
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.linalg.block_diagonal import (
     block_count,
@@ -39,7 +39,7 @@ from torchcurv.curv.linalg.symmetric import Damping
 from torchcurv.curv.numerics import sum_of
 from torchcurv.curv.statistics.block import Stats
 from torchcurv.curv.statistics.inputs import Inputs
-from torchcurv.curv.statistics.layer import Use
+from torchcurv.curv.statistics.layer import LayerData
 
 
 @dataclass(frozen=True)
@@ -195,13 +195,13 @@ class Kronecker(Approximation):
             shift_right, shift_left = split_damping(mean_diagonal(right, d), mean_diagonal(left, o), lam, (o, d))
             right, ok_right = inverse(right, shift_right, d)
             left, ok_left = inverse(left, shift_left, o)
-            return Inverse(right, left, (o, d)), ok_right & ok_left
+            return KroneckerInverse(right, left, (o, d)), ok_right & ok_left
         (a, right), (b, left) = eigenbasis(right, d), eigenbasis(left, o)
         if "moments" in tensors and basis is not None:
             values = project_moments(tensors["moments"], basis, (left, right))
         else:
             b = b.clamp_min(0) if self.spectrum is None else b
-            values = mapped(b.unsqueeze(-1) * a.clamp_min(0).unsqueeze(-2), self.spectrum)
+            values = map_negative_eigenvalues(b.unsqueeze(-1) * a.clamp_min(0).unsqueeze(-2), self.spectrum)
         return Eigen(values, left, right, lam), torch.isfinite(sum_of([values, left, right]))
 
     def sides_of(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -222,7 +222,7 @@ class Kronecker(Approximation):
         return left, right / total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
-def _whole_gradients(use: Use, wanted: Collection[str], outer: int, inner: int, scale: Tensor | float) -> Tensors:
+def _whole_gradients(use: LayerData, wanted: Collection[str], outer: int, inner: int, scale: Tensor | float) -> Tensors:
     """A = sum G^T G, count = tr A of each group, and B = sum G G^T.
 
     With one position B ⊗ A / count is what "expand" has, in the same units as with several.

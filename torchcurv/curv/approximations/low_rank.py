@@ -16,16 +16,16 @@ from torch import Tensor
 
 from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Tensors, damping_tensor
 from torchcurv.curv.approximations.factor import Factor
-from torchcurv.curv.approximations.factors import LowRank
-from torchcurv.curv.approximations.rows import RowSpace
-from torchcurv.curv.approximations.spectrum import mapped
+from torchcurv.curv.approximations.factors import LowRankEigen
+from torchcurv.curv.approximations.rows import JacobianRows
+from torchcurv.curv.approximations.spectrum import map_negative_eigenvalues
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.linalg.symmetric import Damping, eigh
 from torchcurv.curv.statistics.block import Stats
 
 
 @dataclass(frozen=True)
-class LargestPairs(Approximation):
+class LowRank(Approximation):
     """C ≈ Σ_k λ_k e_k e_k^T over the `rank` eigenpairs of largest magnitude.
 
     They come from Gram matrices (Dangel et al. 2022, ViViT), so they do not add up like other statistics: what was
@@ -51,18 +51,20 @@ class LargestPairs(Approximation):
     def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = WHOLE) -> Tensors:
         raise self._refused("keeps rows, and measures nothing of them before a step")
 
-    def merged(self, parts: Sequence[tuple[Tensor | float, Sequence[Stats | LowRank]]]) -> tuple[LowRank, Tensor]:
+    def merged(
+        self, parts: Sequence[tuple[Tensor | float, Sequence[Stats | LowRankEigen]]]
+    ) -> tuple[LowRankEigen, Tensor]:
         """(the largest pairs of Σ weight Σ C over the parts, whether all was finite)."""
-        spaces: list[tuple[Tensor | float, RowSpace | LowRank]] = []
+        spaces: list[tuple[Tensor | float, JacobianRows | LowRankEigen]] = []
         for weight, some in parts:
             stats = tuple(part for part in some if isinstance(part, Stats))
-            spaces += [(weight, RowSpace(stats))] if stats else []
-            spaces += [(weight, part) for part in some if isinstance(part, LowRank)]
+            spaces += [(weight, JacobianRows(stats))] if stats else []
+            spaces += [(weight, part) for part in some if isinstance(part, LowRankEigen)]
         return largest_pairs(spaces, self.rank)
 
     def product(self, tensors: Tensors, x: Tensor) -> Tensor:
         """C x for x [g, o, d]."""
-        return LowRank(**tensors).matvec(x)
+        return LowRankEigen(**tensors).matvec(x)
 
     def trace(self, tensors: Tensors) -> Tensor:
         return tensors["values"].sum()
@@ -78,13 +80,15 @@ class LargestPairs(Approximation):
         least = values.amin().clamp_max(0)
         rest = -least if self.spectrum == "shift" else torch.zeros_like(least)
         lam = damping_tensor(damping, values)
-        return LowRank(mapped(values[None], self.spectrum)[0], tensors["vectors"], lam, rest), torch.isfinite(lam)
+        return LowRankEigen(
+            map_negative_eigenvalues(values[None], self.spectrum)[0], tensors["vectors"], lam, rest
+        ), torch.isfinite(lam)
 
 
-Part = tuple[Tensor | float, RowSpace | LowRank]  # its weight in the sum
+Part = tuple[Tensor | float, JacobianRows | LowRankEigen]  # its weight in the sum
 
 
-def largest_pairs(parts: Sequence[Part], rank: int) -> tuple[LowRank, Tensor]:
+def largest_pairs(parts: Sequence[Part], rank: int) -> tuple[LowRankEigen, Tensor]:
     """(the `rank` pairs of largest |eigenvalue| of Σ weight C, whether all was finite).
 
     Where there are fewer, or an eigenvalue is zero by rounding, value and vector are zero.
@@ -107,10 +111,10 @@ def largest_pairs(parts: Sequence[Part], rank: int) -> tuple[LowRank, Tensor]:
     for (_, space), root, row in zip(parts, roots, grams, strict=True):
         own = coefficients[start : start + len(row[0])] * root
         start += len(row[0])
-        some = space.combinations(own) if isinstance(space, RowSpace) else (own.mT * _root(space)) @ space.vectors
+        some = space.combinations(own) if isinstance(space, JacobianRows) else (own.mT * _root(space)) @ space.vectors
         vectors = some if vectors is None else vectors + some
     assert vectors is not None
-    return LowRank(values, vectors), ok
+    return LowRankEigen(values, vectors), ok
 
 
 def _pairs(gram: Tensor, signs: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -132,10 +136,10 @@ def _pairs(gram: Tensor, signs: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(values, (0, missing)), torch.nn.functional.pad(X, (0, missing))
 
 
-def _gram(first: RowSpace | LowRank, second: RowSpace | LowRank) -> Tensor:
+def _gram(first: JacobianRows | LowRankEigen, second: JacobianRows | LowRankEigen) -> Tensor:
     """The rows of one times those of the other."""
-    if isinstance(second, LowRank):
-        if isinstance(first, LowRank):
+    if isinstance(second, LowRankEigen):
+        if isinstance(first, LowRankEigen):
             return (first.vectors @ second.vectors.mT) * _root(first)[:, None] * _root(second)
         return first.dots(second.vectors) * _root(second)
     if first is second:
@@ -143,12 +147,12 @@ def _gram(first: RowSpace | LowRank, second: RowSpace | LowRank) -> Tensor:
     return _gram(second, first).mT
 
 
-def _root(pairs: LowRank) -> Tensor:
+def _root(pairs: LowRankEigen) -> Tensor:
     return pairs.values.abs().sqrt()
 
 
-def _signs(space: RowSpace | LowRank, count: int) -> Tensor:
-    if isinstance(space, LowRank):
+def _signs(space: JacobianRows | LowRankEigen, count: int) -> Tensor:
+    if isinstance(space, LowRankEigen):
         return torch.where(space.values < 0, -1, 1).to(space.values.dtype)
     like = space.stats[0].uses
     first = next(use.s for uses in like for use in uses)

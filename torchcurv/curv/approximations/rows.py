@@ -21,7 +21,7 @@ from torchcurv.curv.approximations.factor import Factor
 from torchcurv.curv.linalg.symmetric import Damping, eigh, inverse_spd
 from torchcurv.curv.statistics.block import Stats
 from torchcurv.curv.statistics.inputs import Inputs
-from torchcurv.curv.statistics.layer import Use
+from torchcurv.curv.statistics.layer import LayerData
 
 ROW_ELEMENTS = 1 << 25  # elements of the rows of one layer that are formed at once
 
@@ -128,7 +128,7 @@ class Rows:
             n = stats.shape[1]
             part = slice(min(count, n))
             uses = [
-                [Use(inputs.setdefault(id(use.inputs), use.inputs.of(part)), use.s[:, part]) for use in own]
+                [LayerData(inputs.setdefault(id(use.inputs), use.inputs.of(part)), use.s[:, part]) for use in own]
                 for own in stats.uses
             ]
             some.append(replace(stats, uses=uses, scale=stats.scale * (n / part.stop)))
@@ -136,7 +136,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class RowSpace(Rows, Factor):
+class JacobianRows(Rows, Factor):
     """A block through its rows; `inverse` is (λ I + V V^T)^-1 once `damped` with λ = `damping`.
 
     finite: whether V V^T was; where it was not, C counts as zero.
@@ -156,21 +156,21 @@ class RowSpace(Rows, Factor):
     def on(self, layout: Any, name: str, tensors: list[Tensor], *args: Any) -> list[Tensor]:
         return layout.split(each_of_batch(getattr(self, name), layout.join(tensors), *args))
 
-    def scaled(self, factor: Any) -> RowSpace:
-        return RowSpace(tuple(stats.scaled(factor) for stats in self.stats))
+    def scaled(self, factor: Any) -> JacobianRows:
+        return JacobianRows(tuple(stats.scaled(factor) for stats in self.stats))
 
     def state(self) -> dict[str, Tensor]:
         """Nothing: rows belong to one step."""
         return {}
 
-    def damped(self, damping: Damping, double: bool = False) -> tuple[RowSpace, Tensor]:
+    def damped(self, damping: Damping, double: bool = False) -> tuple[JacobianRows, Tensor]:
         """(the rows with their inverse, whether it could be computed); double: in float64."""
         gram = self.gram()
         finite = torch.isfinite(gram.sum())
         gram = torch.where(finite, gram, 0)
         inverse, ok = inverse_spd((gram.double() if double else gram).unsqueeze(0), damping)
         held = torch.as_tensor(damping, dtype=gram.dtype, device=gram.device)
-        return RowSpace(self.stats, inverse[0].to(gram.dtype), held, finite), ok
+        return JacobianRows(self.stats, inverse[0].to(gram.dtype), held, finite), ok
 
     def solve(self, x: list[Tensor], damping: Damping | None = None) -> list[Tensor]:
         if damping is not None or self.inverse is None:
@@ -243,9 +243,9 @@ def each_of_batch(f: Callable[..., list[Tensor]], x: list[Tensor], *args: Any) -
     return [torch.stack(parts) for parts in zip(*answers, strict=True)]
 
 
-def rows_of(factor: Any) -> RowSpace:
+def rows_of(factor: Any) -> JacobianRows:
     """The factor of a block that is kept as rows."""
-    assert isinstance(factor, RowSpace)
+    assert isinstance(factor, JacobianRows)
     return factor
 
 
@@ -276,5 +276,5 @@ def _joined(all_stats: tuple[Stats, ...], index: int) -> tuple[Tensor, Tensor]:
     return a, s
 
 
-def _some_use(stats: Stats) -> Use:
+def _some_use(stats: Stats) -> LayerData:
     return next(use for uses in stats.uses for use in uses)

@@ -11,7 +11,7 @@ SPECTRA = ("abs", "clip", "shift", "keep")
 allow("indefinite", SPECTRA)
 
 
-def mapped(values: Tensor, spectrum: str | None) -> Tensor:
+def map_negative_eigenvalues(values: Tensor, spectrum: str | None) -> Tensor:
     """What becomes of negative eigenvalues [..., o, d] of each matrix. None: there are none but by rounding."""
     spectrum = spectrum or "clip"
     if spectrum == "shift":

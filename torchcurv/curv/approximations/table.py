@@ -11,18 +11,18 @@ from torchcurv.curv.approximations.dense import Dense
 from torchcurv.curv.approximations.diagonal import Diagonal
 from torchcurv.curv.approximations.input_covariance import InputSide
 from torchcurv.curv.approximations.kronecker import Kronecker, Sides
-from torchcurv.curv.approximations.low_rank import LargestPairs
+from torchcurv.curv.approximations.low_rank import LowRank
 from torchcurv.curv.layers.layer import Layer
-from torchcurv.curv.options import INPUT, SECOND, Options, allow
+from torchcurv.curv.options import HESSIAN, INPUT_COVARIANCE, Options, allow
 
 APPROXIMATIONS: dict[str, Callable[[Options, list[Layer]], Approximation]] = {
-    "full": lambda options, layers: Dense(spectrum=spectrum_of(options)),
-    "block": lambda options, layers: Dense(spectrum=spectrum_of(options)),
-    "unit": lambda options, layers: Dense(True, _wide(options, layers[0]), spectrum_of(options)),
+    "full": lambda options, layers: Dense(spectrum=spectrum_rule(options)),
+    "block": lambda options, layers: Dense(spectrum=spectrum_rule(options)),
+    "unit": lambda options, layers: Dense(True, _wide(options, layers[0]), spectrum_rule(options)),
     "kfac": lambda options, layers: _kfac(options, layers[0]),
     "ekfac": lambda options, layers: _kronecker(options, layers[0], corrected=True),
-    "diag": lambda options, layers: Diagonal(spectrum_of(options)),
-    "lowrank": lambda options, layers: LargestPairs(min(options.rank, _size(layers)), spectrum_of(options)),
+    "diag": lambda options, layers: Diagonal(spectrum_rule(options)),
+    "lowrank": lambda options, layers: LowRank(min(options.rank, _size(layers)), spectrum_rule(options)),
 }
 
 
@@ -47,8 +47,8 @@ def _size(layers: list[Layer]) -> int:
     return sum(torch.Size(layer.shape).numel() for layer in layers)
 
 
-def spectrum_of(options: Options) -> str | None:
-    if options.curv_type != SECOND:
+def spectrum_rule(options: Options) -> str | None:
+    if options.curv_type != HESSIAN:
         return None
     return "keep" if options.method == "price" else options.indefinite  # whose average stays above minus the damping
 
@@ -66,16 +66,20 @@ def _shared(options: Options, layer: Layer) -> str:
     kept apart, and of tokens, where it is large.
     """
     apart = len({s.reading for s in layer.sites}) > 1
-    unknown = options.curv_type in (SECOND, INPUT) or apart or any(s.transposed or s.view.tokens for s in layer.sites)
+    unknown = (
+        options.curv_type in (HESSIAN, INPUT_COVARIANCE)
+        or apart
+        or any(s.transposed or s.view.tokens for s in layer.sites)
+    )
     return "expand" if options.sharing == "whole" and unknown else options.sharing
 
 
 def _kronecker(options: Options, layer: Layer, corrected: bool = False) -> Kronecker:
-    return Kronecker(_shared(options, layer), corrected, _sides(options, layer), spectrum_of(options))
+    return Kronecker(_shared(options, layer), corrected, _sides(options, layer), spectrum_rule(options))
 
 
 def _kfac(options: Options, layer: Layer) -> Approximation:
-    if options.curv_type != INPUT:
+    if options.curv_type != INPUT_COVARIANCE:
         return _kronecker(options, layer)
     each_step = options.ema_decay == 0 and options.update_every == 1 and options.refactor_every == 1
     by_rows = each_step and options.damping_type == "factored"

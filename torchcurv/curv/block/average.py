@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.approximations.base import Tensors, part_of
-from torchcurv.curv.approximations.factors import LowRank
-from torchcurv.curv.approximations.rows import RowSpace
+from torchcurv.curv.approximations.factors import LowRankEigen
+from torchcurv.curv.approximations.rows import JacobianRows
 from torchcurv.curv.block.measurement import Measurement
-from torchcurv.curv.block.refresh import Pace
+from torchcurv.curv.block.refresh import AdaptiveInterval
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.numerics import on_cpu
 from torchcurv.curv.options import Options
@@ -24,7 +24,7 @@ class RunningAverage(Measurement):
     def __init__(self, name: str, layers: list[Layer], options: Options) -> None:
         super().__init__(name, layers, options)
         self.next_update = self.next_refactor = 0  # the steps at which a measurement and a factorisation are due
-        self.paces = {part: Pace() for part in self.approx.parts}  # where the intervals are adaptive
+        self.paces = {part: AdaptiveInterval() for part in self.approx.parts}  # where the intervals are adaptive
         self.drifts = dict.fromkeys(self.approx.parts, math.inf)  # moves since the last factorisation, added up
         self.changes: Tensors = {}  # by part, how far the last measurement moved it
         self.tensors: Tensors = {}
@@ -49,7 +49,7 @@ class RunningAverage(Measurement):
         self._check_rows()
         self.measurements += 1
         if self.uses_rows:
-            self.factor = RowSpace(tuple(self.pending_rows))
+            self.factor = JacobianRows(tuple(self.pending_rows))
             self.forget_pending()
             return
         if self.approx.keeps_rows:
@@ -139,11 +139,11 @@ class RunningAverage(Measurement):
         before = self.weights.get("values", zero)
         old = self.tensors or self.approx.empty(self.layers, zero)
         weight = before * faded + 1
-        merged, ok = self.approx.merged([(1 / weight, new), (1 - 1 / weight, [LowRank(**old)])])
+        merged, ok = self.approx.merged([(1 / weight, new), (1 - 1 / weight, [LowRankEigen(**old)])])
         self._count(0, ~ok)
         if watched:
             known = old["values"].any()
-            self._note_change("values", torch.where(known, merged.distance(LowRank(**old)), math.inf))
+            self._note_change("values", torch.where(known, merged.distance(LowRankEigen(**old)), math.inf))
         self.tensors = {key: torch.where(ok, getattr(merged, key), value) for key, value in old.items()}
         self.weights = dict.fromkeys(old, torch.where(ok, weight, before * faded))
 

@@ -17,8 +17,8 @@ from torchcurv.curv.approximations.factor import Factor, with_tensors
 from torchcurv.curv.approximations.factors import factor_from_state
 from torchcurv.curv.approximations.rows import rows_of
 from torchcurv.curv.block.average import RunningAverage
-from torchcurv.curv.block.refresh import Pace
-from torchcurv.curv.kinds.base import INPUT
+from torchcurv.curv.block.refresh import AdaptiveInterval
+from torchcurv.curv.kinds.base import INPUT_COVARIANCE
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.numerics import at_least_float32, on_cpu
 from torchcurv.curv.options import Options
@@ -95,7 +95,7 @@ class Curvature(RunningAverage):
     def direction(self, tensors: list[Tensor], damping: float | Tensor | None = None) -> list[Tensor]:
         """What a step takes in the place of a gradient: `solve`, and for curv_type="input" λ times that."""
         solved = self.solve(tensors, damping)
-        if self.options.curv_type != INPUT:
+        if self.options.curv_type != INPUT_COVARIANCE:
             return solved
         assert self.factor is not None
         held = self.factor.damping if damping is None else damping
@@ -193,7 +193,7 @@ class Curvature(RunningAverage):
             )
         self.forget_pending()
         self.next_update, self.next_refactor = int(saved.get("next_update", 0)), int(saved.get("next_refactor", 0))
-        self.paces = {part: Pace(**saved.get("paces", {}).get(part, {})) for part in self.approx.parts}
+        self.paces = {part: AdaptiveInterval(**saved.get("paces", {}).get(part, {})) for part in self.approx.parts}
         self.drifts = {part: saved.get("drifts", {}).get(part, math.inf) for part in self.approx.parts}
         self.flags = saved.get("flags")
         self.reported = int(saved.get("reported_skipped", 0)), int(saved.get("reported_failed", 0))

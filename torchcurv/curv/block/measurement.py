@@ -12,13 +12,13 @@ from torch import Tensor
 
 from torchcurv.curv.approximations.base import Tensors
 from torchcurv.curv.approximations.factor import Factor
-from torchcurv.curv.approximations.factors import LowRank
+from torchcurv.curv.approximations.factors import LowRankEigen
 from torchcurv.curv.approximations.input_covariance import added
 from torchcurv.curv.approximations.rows import row_count
 from torchcurv.curv.approximations.table import APPROXIMATIONS
 from torchcurv.curv.block.layout import BlockLayout
-from torchcurv.curv.hessian.products import Products
-from torchcurv.curv.kinds.base import INPUT, SECOND
+from torchcurv.curv.hessian.products import CurvatureVectorProduct
+from torchcurv.curv.kinds.base import HESSIAN, INPUT_COVARIANCE
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.linalg.krylov import Symmetric, eigh
 from torchcurv.curv.numerics import random_signs, sum_of
@@ -37,7 +37,7 @@ class Measurement(BlockLayout):
         dense = options.approx in ("full", "block")
         self.uses_rows = dense and self.size > options.rows_limit
         self.kind = options.curv_type  # which signals it is sent
-        if self.uses_rows and options.curv_type == SECOND:
+        if self.uses_rows and options.curv_type == HESSIAN:
             raise ValueError(
                 f"block {name!r} has {self.size} parameters, and its Hessian is kept as a matrix: raise rows_limit="
                 f'{options.rows_limit}, or choose approx="unit" or "diag"'
@@ -58,13 +58,13 @@ class Measurement(BlockLayout):
     @property
     def by_passes(self) -> bool:
         """Whether curvature passes measure it; Price's estimate of the Hessian is made from draws."""
-        return self.kind != SECOND or self.options.method != "price"
+        return self.kind != HESSIAN or self.options.method != "price"
 
     @property
     def inputs_alone(self) -> bool:
         """Whether what came in is all that is measured: no signal needs to be sent."""
         alone = tuple(self.wanted) == ("A",) and not self.approx.needs_all_signals
-        return self.kind == INPUT or (self.kind != SECOND and alone)
+        return self.kind == INPUT_COVARIANCE or (self.kind != HESSIAN and alone)
 
     def sizes(self) -> str:
         """Sizes of the matrices kept, as the summary prints them."""
@@ -107,7 +107,7 @@ class Measurement(BlockLayout):
             self.pending[key] = added(key, self.pending[key], value) if key in self.pending else value
 
     @torch.no_grad()
-    def differentiate(self, products: Products, generator: torch.Generator | None = None) -> None:
+    def differentiate(self, products: CurvatureVectorProduct, generator: torch.Generator | None = None) -> None:
         """Add the Hessian of one loss: what the approximation keeps of its rows, or of products with random signs."""
         if self.options.method == "price":
             raise ValueError('hessian_method="price" is an estimate over draws of a posterior: use VIOptimizer')
@@ -123,12 +123,14 @@ class Measurement(BlockLayout):
         for start, rows in products.rows(self.size, lambda units: self.of_parameters(units, products.params)):
             self.add(self.approx.of_rows(start, self._coordinates(rows), [layer.shape for layer in self.layers]))
 
-    def _largest(self, products: Products, generator: torch.Generator | None) -> LowRank:
+    def _largest(self, products: CurvatureVectorProduct, generator: torch.Generator | None) -> LowRankEigen:
         """The eigenpairs of largest magnitude of the Hessian of one loss, by Lanczos."""
         first = products.first[0]
         like = torch.zeros((), dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
         if not torch.isfinite(sum_of(list(products.first))):
-            return LowRank(like.new_full((self.approx.rank,), math.nan), like.new_zeros(self.approx.rank, self.size))
+            return LowRankEigen(
+                like.new_full((self.approx.rank,), math.nan), like.new_zeros(self.approx.rank, self.size)
+            )
 
         def times(x: Tensor) -> Tensor:
             return self._coordinates(products(self.of_parameters(x.mT, products.params))).mT
@@ -136,7 +138,7 @@ class Measurement(BlockLayout):
         found = eigh(
             Symmetric(times, self.size, like.dtype, like.device), self.approx.rank, "magnitude", generator=generator
         )
-        return LowRank(found.values, found.vectors.mT)
+        return LowRankEigen(found.values, found.vectors.mT)
 
     def _check_rows(self) -> None:
         """Rows are read when they are used, after the backward pass that brought them."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Pace:
+class AdaptiveInterval:
     """How often one statistic is measured: ever more rarely while its running average X stands still.
 
     With d_t = norm(X_t - X_t-1) / norm(X_t-1) (Frobenius) at the t-th measurement and i_t the steps before it,

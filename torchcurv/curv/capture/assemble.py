@@ -15,7 +15,7 @@ from torchcurv.curv.losses.terms import Terms
 from torchcurv.curv.numerics import at_least_float32
 from torchcurv.curv.statistics.block import Stats
 from torchcurv.curv.statistics.inputs import Inputs
-from torchcurv.curv.statistics.layer import Use
+from torchcurv.curv.statistics.layer import LayerData
 
 Gradients = Callable[[Call], list[Tensor | None]]  # those at the output of a call, one per signal; None: it has none
 
@@ -107,7 +107,7 @@ class StatisticsAssembler:
                 alike.setdefault(call.site.reading, []).append(call)
         return alike.values()
 
-    def uses(self, layer: int, gradients_at: Gradients, stride: int = 1) -> list[Use]:
+    def uses(self, layer: int, gradients_at: Gradients, stride: int = 1) -> list[LayerData]:
         """The pairs (a, s) of a layer, of every stride-th sample: one for the calls that see its weight alike."""
         uses = []
         for used in self._alike(layer, lambda call: gradients_at(call)[0] is not None):
@@ -116,7 +116,7 @@ class StatisticsAssembler:
                 continue
             rows = zip(*(gradients_at(call) for call in used), strict=True)
             each = [self.signal(used, list(grads))[::stride] for grads in rows]
-            uses.append(Use(inputs, each[0].unsqueeze(0) if len(each) == 1 else torch.stack(each)))
+            uses.append(LayerData(inputs, each[0].unsqueeze(0) if len(each) == 1 else torch.stack(each)))
         return uses
 
     def deliver(
@@ -148,7 +148,7 @@ class StatisticsAssembler:
             inputs = self.inputs(used)
             g, o, _ = layer.site_shape(used[0].site)
             positions = sum(call.positions(layer) for call in used) // self.n
-            uses.append(Use(inputs, layer.params[0].new_empty(0, self.n, positions, g, o)))
+            uses.append(LayerData(inputs, layer.params[0].new_empty(0, self.n, positions, g, o)))
         if uses:
             block.measure(Stats([uses], 1.0, 1.0, block.layers))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.graph import Edge, version_of
-from torchcurv.curv.layers.layer import Layer, Site
+from torchcurv.curv.layers.layer import Layer, ParameterUse
 
 
 @dataclass(eq=False)
@@ -27,7 +27,7 @@ class Call:
     """
 
     layer: int
-    site: Site
+    site: ParameterUse
     x: tuple[Any, ...]
     shape: torch.Size
     batch: int

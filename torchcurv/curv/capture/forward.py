@@ -21,7 +21,7 @@ from torchcurv.curv.capture.notes import GraphNotes
 from torchcurv.curv.capture.parameter_trace import ParameterTrace, sample_gradients
 from torchcurv.curv.graph import Edge, backward_id, base_of, edge_of, no_torch_function, parameters_of
 from torchcurv.curv.hessian.tape import Tape
-from torchcurv.curv.layers.layer import Layer, Site
+from torchcurv.curv.layers.layer import Layer, ParameterUse
 from torchcurv.curv.layers.normalization import BATCH_NORMS, uses_batch_statistics
 from torchcurv.curv.numerics import at_least_float32
 
@@ -51,7 +51,9 @@ class Forward:
         self._recent: dict[int, list[Call]] = {}  # uses of a bare parameter in the running call of its module
         self._handles: list[Any] = []
         self._hooks: list[tuple[Hook, set[int]]] = []  # with the layers they feed
-        self._inner: dict[int, list[tuple[int, Site]]] = {}  # the sites inside modules, by the id of their parameter
+        self._inner: dict[
+            int, list[tuple[int, ParameterUse]]
+        ] = {}  # the sites inside modules, by the id of their parameter
         self._hook_layers()
         start, end = Hook(self._on_start), Hook(self._on_end)
         self._handles.append(model.register_forward_pre_hook(start))
@@ -63,7 +65,7 @@ class Forward:
                 self._handles.append(module.register_forward_hook(self._model_hooks[-1], with_kwargs=True))
 
     def _hook_layers(self) -> None:
-        inside: dict[nn.Module, list[tuple[int, Site]]] = {}
+        inside: dict[nn.Module, list[tuple[int, ParameterUse]]] = {}
         for k, layer in enumerate(self.layers):
             for site in layer.sites:
                 if site.inner:
@@ -125,7 +127,7 @@ class Forward:
     # --------------------------------------------------------------------------------------- its layers
 
     def _on_layer(
-        self, k: int, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+        self, k: int, site: ParameterUse, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> Any:
         if is_internal_forward():
             return None
@@ -173,7 +175,7 @@ class Forward:
 
     def _unwatch(
         self,
-        sites: list[tuple[int, Site]],
+        sites: list[tuple[int, ParameterUse]],
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -251,7 +253,7 @@ class Forward:
         return self.notes.capture_of(f, self.mixed)
 
 
-def _own_parameters(site: Site) -> bool:
+def _own_parameters(site: ParameterUse) -> bool:
     """Whether the module runs on the parameters we cover, not on others put in for one call (functional_call)."""
     own = parameters_of(site.module)
     return (site.weight is None or own.get(site.view.weight) is site.weight.param) and (
@@ -259,11 +261,11 @@ def _own_parameters(site: Site) -> bool:
     )
 
 
-def _unknown(site: Site, unknown_uses: dict[Tensor, str]) -> bool:
+def _unknown(site: ParameterUse, unknown_uses: dict[Tensor, str]) -> bool:
     return site.bias is not None and site.bias.param in unknown_uses
 
 
-def _owner(site: Site) -> int:
+def _owner(site: ParameterUse) -> int:
     """The id of the parameter that an inner layer is recognised by."""
     piece = site.weight or site.bias
     assert piece is not None

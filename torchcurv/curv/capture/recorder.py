@@ -29,7 +29,7 @@ from torchcurv.curv.losses.terms import Terms
 ROWS = 16  # per row and column of a factor that is made of a part of the batch
 
 
-class Record:
+class Recorder:
     """Hooks on a model and its loss that feed curvature blocks.
 
     blocks: what is fed; a block takes part in a forward pass while its name is in `due`.

@@ -17,7 +17,7 @@ from torchcurv.curv.capture.calls import Call
 from torchcurv.curv.graph import has_backward_hooks
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.numerics import at_least_float32
-from torchcurv.curv.statistics.layer import Use
+from torchcurv.curv.statistics.layer import LayerData
 
 # From a signal at the output to the gradients at the outputs of calls and at parameters.
 Backward = Callable[[list[Call], Tensor, list[Tensor]], list[Tensor | None]]
@@ -95,7 +95,7 @@ class GradientCheck:
             self.verified[block.name] = assembler.n > 1
 
     def _unexplained(
-        self, layer: Layer, uses: list[Use], gradients: dict[Tensor, Tensor | None], eps: float
+        self, layer: Layer, uses: list[LayerData], gradients: dict[Tensor, Tensor | None], eps: float
     ) -> list[tuple[Tensor, str]]:
         """(whether its gradient is not that of these uses, its name) for each parameter of the layer."""
         dtype = layer.params[0].dtype

@@ -87,9 +87,11 @@ class OutputLoss:
 
     def products(
         self, params: list[Tensor], output_matvec: Callable[[OutputLoss, Tensor], Tensor], second_order: bool
-    ) -> Products:
+    ) -> CurvatureVectorProduct:
         """Those of a curvature J^T M J (+ the term of second order) over some parameters; output_matvec: M v."""
-        return Products(self.f_edge.public, params, self.gradient(), partial(output_matvec, self), second_order)
+        return CurvatureVectorProduct(
+            self.f_edge.public, params, self.gradient(), partial(output_matvec, self), second_order
+        )
 
 
 def hessian_times(slope: Tensor, f: Tensor, v: Tensor) -> Tensor:
@@ -100,7 +102,7 @@ def hessian_times(slope: Tensor, f: Tensor, v: Tensor) -> Tensor:
         return torch.autograd.grad(slope, f, v.to(slope.dtype), retain_graph=True, materialize_grads=True)[0]
 
 
-class Products:
+class CurvatureVectorProduct:
     """C v = J^T M (J v) + sum_k u_k (d²f_k/dθ²) v over some parameters, of an output f.
 
     f: that tensor, or where its gradient arrives. u: like f, dL/df.

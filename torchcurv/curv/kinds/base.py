@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.hessian.operation import Key
-from torchcurv.curv.hessian.products import OutputLoss, Products
+from torchcurv.curv.hessian.products import CurvatureVectorProduct, OutputLoss
 from torchcurv.curv.hessian.tape import Tape
 from torchcurv.curv.losses.terms import Terms
-from torchcurv.curv.options import INPUT as INPUT
-from torchcurv.curv.options import SECOND as SECOND
+from torchcurv.curv.options import HESSIAN as HESSIAN
+from torchcurv.curv.options import INPUT_COVARIANCE as INPUT_COVARIANCE
 
 # Names in the table that callers outside of it ask for.
-GRADIENT = "gradient"
+GRADIENT_SHARES = "gradient"
 
 
 class KindOptions(Protocol):
@@ -49,7 +49,7 @@ class Block(Protocol):
 
     params: list[Tensor]
 
-    def differentiate(self, products: Products, generator: torch.Generator | None = None) -> None: ...
+    def differentiate(self, products: CurvatureVectorProduct, generator: torch.Generator | None = None) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchcurv.curv.kinds.base import GRADIENT, INPUT, SECOND, CurvatureKind, KindOptions
+from torchcurv.curv.kinds.base import GRADIENT_SHARES, HESSIAN, INPUT_COVARIANCE, CurvatureKind, KindOptions
 from torchcurv.curv.kinds.first_order import GGN, EmpiricalFisher, Fisher, GradientShares
 from torchcurv.curv.kinds.hessian import METHODS, Hessian
 from torchcurv.curv.kinds.inputs import InputCovariance
@@ -12,10 +12,10 @@ KINDS: dict[str, type[CurvatureKind]] = {
     "ggn": GGN,
     "fisher": Fisher,
     "empirical_fisher": EmpiricalFisher,
-    SECOND: Hessian,  # type: ignore[type-abstract]  # whose `of` chooses one of its own
-    INPUT: InputCovariance,
+    HESSIAN: Hessian,  # type: ignore[type-abstract]  # whose `of` chooses one of its own
+    INPUT_COVARIANCE: InputCovariance,
 }
-_INTERNAL: dict[str, type[CurvatureKind]] = {GRADIENT: GradientShares}  # no user can ask for them
+_INTERNAL: dict[str, type[CurvatureKind]] = {GRADIENT_SHARES: GradientShares}  # no user can ask for them
 
 
 allow("curv_type", KINDS)

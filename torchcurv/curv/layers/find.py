@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from torchcurv.curv.graph import parameters_of
-from torchcurv.curv.layers.inner_layers import Part, inner_parts
-from torchcurv.curv.layers.layer import Layer, Piece, Site
+from torchcurv.curv.layers.inner_layers import InnerLayer, inner_parts
+from torchcurv.curv.layers.layer import Layer, ParameterUse, ParamSlice
 from torchcurv.curv.layers.table import view_of
 
 
@@ -25,7 +25,7 @@ def find_layers(
     covered: whether a parameter is trained with a curvature. by_sample: whether its gradients may be taken sample by
     sample, where nothing better is known.
     """
-    shared: dict[tuple[int, int], list[Site]] = {}
+    shared: dict[tuple[int, int], list[ParameterUse]] = {}
     found = list(_sites(model))
     held = {id(piece.param) for site in found if site.weight for piece in (site.weight, site.bias) if piece}
     for site in found:
@@ -55,15 +55,15 @@ def find_layers(
     return layers
 
 
-def _covered(piece: Piece | None, covered: Callable[[Tensor], bool]) -> Piece | None:
+def _covered(piece: ParamSlice | None, covered: Callable[[Tensor], bool]) -> ParamSlice | None:
     return piece if piece is not None and piece.param.requires_grad and covered(piece.param) else None
 
 
-def _shared_bias(sites: list[Site]) -> Piece | None:
+def _shared_bias(sites: list[ParameterUse]) -> ParamSlice | None:
     return next((site.bias for site in sites if site.bias is not None), None)
 
 
-def _oriented(sites: list[Site]) -> list[Site]:
+def _oriented(sites: list[ParameterUse]) -> list[ParameterUse]:
     """The site that decides how the weight is seen first; those that use it transposed are marked.
 
     A token embedding and the linear layer that shares its weight see it transposed.
@@ -83,11 +83,11 @@ def _oriented(sites: list[Site]) -> list[Site]:
     return [first, *(site for site in sites if site is not first)]
 
 
-def _same(bias: Piece | None, other: Piece | None) -> bool:
+def _same(bias: ParamSlice | None, other: ParamSlice | None) -> bool:
     return bias is None or (other is not None and bias.param is other.param and bias.rows == other.rows)
 
 
-def _sites(model: nn.Module) -> Iterator[Site]:
+def _sites(model: nn.Module) -> Iterator[ParameterUse]:
     """Every use of parameters in a model, in the order of its modules."""
     inside: set[int] = set()  # modules whose forward is never called
     for name, module in model.named_modules():
@@ -97,24 +97,24 @@ def _sites(model: nn.Module) -> Iterator[Site]:
         if view is not None:
             weight, bias = _own(name, module, view.weight), _own(name, module, view.bias)
             if weight is not None or bias is not None:
-                yield Site(name, module, view, weight, bias)
+                yield ParameterUse(name, module, view, weight, bias)
         parts, children = inner_parts(module, view)
         inside |= {id(child) for child in children}
         for part in parts:
             yield _inner_site(name, module, part)
 
 
-def _own(name: str, module: nn.Module, key: str) -> Piece | None:
+def _own(name: str, module: nn.Module, key: str) -> ParamSlice | None:
     parameter = parameters_of(module).get(key)
     if isinstance(parameter, UninitializedParameter):
         raise ValueError(
             f"layer {name!r} ({type(module).__name__}) has no parameters yet: run the model once on a batch before "
             "building the optimizer"
         )
-    return None if parameter is None else Piece(parameter)
+    return None if parameter is None else ParamSlice(parameter)
 
 
-def _inner_site(name: str, module: nn.Module, part: Part) -> Site:
-    weight, bias = (None if own is None else Piece(*own) for own in (part.weight, part.bias))
+def _inner_site(name: str, module: nn.Module, part: InnerLayer) -> ParameterUse:
+    weight, bias = (None if own is None else ParamSlice(*own) for own in (part.weight, part.bias))
     full = f"{name}.{part.name}" if name else part.name
-    return Site(full, module, part.view, weight, bias, part.name, part.opaque)
+    return ParameterUse(full, module, part.view, weight, bias, part.name, part.opaque)

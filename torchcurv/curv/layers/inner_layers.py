@@ -17,7 +17,7 @@ Rows = slice | None
 # ----------------------------------------------------------------------------------------------- parts
 
 
-class Part(NamedTuple):
+class InnerLayer(NamedTuple):
     """A grouped linear map inside a module: (parameter, rows of it that belong to the map).
 
     opaque: what the module computes with it is not known; there are only the gradients of its samples.
@@ -30,7 +30,7 @@ class Part(NamedTuple):
     opaque: bool = False
 
 
-def inner_parts(module: nn.Module, view: View | None) -> tuple[list[Part], list[nn.Module]]:
+def inner_parts(module: nn.Module, view: View | None) -> tuple[list[InnerLayer], list[nn.Module]]:
     """The inner layers of one module, and the modules in it whose forward is never called."""
     if isinstance(module, nn.MultiheadAttention):
         own, known = _attention_parts(module), {"in_proj_weight", "in_proj_bias"}
@@ -41,7 +41,7 @@ def inner_parts(module: nn.Module, view: View | None) -> tuple[list[Part], list[
     return _bare_parts(module, set() if view is None else {view.weight, view.bias}), []
 
 
-def _bare_parts(module: nn.Module, known: set[str]) -> list[Part]:
+def _bare_parts(module: nn.Module, known: set[str]) -> list[InnerLayer]:
     """The other parameters of a module: its own, and those that its parametrizations compute them from."""
     if isinstance(module, ParametrizationList):
         return []
@@ -50,7 +50,7 @@ def _bare_parts(module: nn.Module, known: set[str]) -> list[Part]:
     computed = {} if computed is None else {f"parametrizations.{name}": p for name, p in computed.named_parameters()}
     opaque = type(module).__module__.startswith("torch.nn")
     return [
-        Part(name, _bare_view(p.numel()), None, (p, None), opaque or name in computed)
+        InnerLayer(name, _bare_view(p.numel()), None, (p, None), opaque or name in computed)
         for name, p in (named | computed).items()
     ]
 
@@ -60,23 +60,23 @@ def _whole(module: nn.Module, name: str) -> tuple[Tensor, Rows] | None:
     return None if parameter is None else (parameter, None)
 
 
-def _attention_parts(module: nn.MultiheadAttention) -> list[Part]:
+def _attention_parts(module: nn.MultiheadAttention) -> list[InnerLayer]:
     size, parts = module.embed_dim, []
     packed, bias = module.in_proj_weight, module.in_proj_bias
     for k, name in enumerate("qkv"):
         rows = slice(k * size, (k + 1) * size)
         weight = _whole(module, f"{name}_proj_weight") if packed is None else (packed, rows)
-        parts.append(Part(name, LINEAR, weight, None if bias is None else (bias, rows)))
-    parts.append(Part("out_proj", LINEAR, _whole(module.out_proj, "weight"), _whole(module.out_proj, "bias")))
+        parts.append(InnerLayer(name, LINEAR, weight, None if bias is None else (bias, rows)))
+    parts.append(InnerLayer("out_proj", LINEAR, _whole(module.out_proj, "weight"), _whole(module.out_proj, "bias")))
     return [part for part in parts if part.weight is not None]
 
 
-def _recurrent_parts(module: nn.Module) -> list[Part]:
+def _recurrent_parts(module: nn.Module) -> list[InnerLayer]:
     parts = []
     for name in parameters_of(module):
         if name.startswith("weight_"):
             part = name.removeprefix("weight_")
-            parts.append(Part(part, LINEAR, _whole(module, name), _whole(module, f"bias_{part}")))
+            parts.append(InnerLayer(part, LINEAR, _whole(module, name), _whole(module, f"bias_{part}")))
     return [part for part in parts if part.weight is not None]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchcurv.curv.layers.view import View
 
 
-class Piece(NamedTuple):
+class ParamSlice(NamedTuple):
     """A parameter, or some of its rows: nn.MultiheadAttention keeps the weights of q, k and v in one."""
 
     param: Tensor
@@ -30,7 +30,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(eq=False)
-class Site:
+class ParameterUse:
     """A place where a layer's parameters are used: a module, and how it is read.
 
     weight, bias: the module's own, covered or not. transposed: whether its W is the layer's transposed.
@@ -42,8 +42,8 @@ class Site:
     name: str
     module: nn.Module
     view: View
-    weight: Piece | None
-    bias: Piece | None
+    weight: ParamSlice | None
+    bias: ParamSlice | None
     part: str = ""
     opaque: bool = False
     by_sample: bool = False
@@ -86,9 +86,9 @@ class Layer:
     """
 
     name: str
-    sites: list[Site]
-    weight: Piece | None
-    bias: Piece | None
+    sites: list[ParameterUse]
+    weight: ParamSlice | None
+    bias: ParamSlice | None
     owned: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class Layer:
         self.dim = (self.features if self.weight is not None else 0) + (self.bias is not None)
 
     @property
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[ParamSlice]:
         return [piece for piece in (self.weight, self.bias) if piece is not None]
 
     @property
@@ -109,7 +109,7 @@ class Layer:
         """(g, o, i) of the joined parameters, the bias being the last input."""
         return self.groups, self.outputs, self.dim
 
-    def site_shape(self, site: Site) -> tuple[int, int, int]:
+    def site_shape(self, site: ParameterUse) -> tuple[int, int, int]:
         """(g, o, i) of W as the site sees it."""
         g, o, i = self.groups, self.outputs, self.features
         return (g, i, o) if site.transposed else (g, o, i)

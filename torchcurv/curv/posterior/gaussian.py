@@ -3,8 +3,8 @@
     Σ^-1 = scale (C + damping I)
 
 C is the curvature that a block holds, in whatever shape. Of its factor this asks four things: `sample`, `logdet`,
-`damped_matvec` (C + damping) x, and `inverse_diag`, the diagonal of (C + damping)^-1. An `Inverse` has its damping
-inside, and its Σ is exactly the explicit inverse over the scale, so that draws, densities and solves agree.
+`damped_matvec` (C + damping) x, and `inverse_diag`, the diagonal of (C + damping)^-1. A `KroneckerInverse` has its
+damping inside, and its Σ is exactly the explicit inverse over the scale, so that draws, densities and solves agree.
 
 In a posterior of N loss terms at temperature τ with the prior N(0, I / δ), C is the curvature of the mean loss,
 scale = N / τ and damping = τ δ / N.

@@ -15,9 +15,9 @@ from torch.func import functional_call, jacrev, vmap
 
 from torchcurv.curv.approximations.factor import is_eigenform_over
 from torchcurv.curv.approximations.factors import Eigen
-from torchcurv.curv.approximations.rows import RowSpace, root_scale
+from torchcurv.curv.approximations.rows import JacobianRows, root_scale
 from torchcurv.curv.posterior.gaussian import GaussianBlock
-from torchcurv.curv.statistics.layer import Use, rotated
+from torchcurv.curv.statistics.layer import LayerData, rotated
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Tensors = dict[str, Tensor]
@@ -63,7 +63,7 @@ class Network:
         return {name: torch.stack(row) for name, row in zip(at, rows, strict=True)}
 
 
-def covariance_of_rows(part: GaussianBlock, rows: RowSpace) -> Tensor:
+def covariance_of_rows(part: GaussianBlock, rows: JacobianRows) -> Tensor:
     """J Σ J^T [n, C, C] of one layer, the rows of J being known by their factors a and s."""
     block, (layer,) = part.block, part.block.layers
     factor, uses = part.factor, [own for stats in rows.stats for own in stats.uses]
@@ -75,7 +75,7 @@ def covariance_of_rows(part: GaussianBlock, rows: RowSpace) -> Tensor:
     return J.flatten(2) @ solved.reshape(*J.shape[:2], -1).mT
 
 
-def _factored(part: GaussianBlock, factor: Eigen, rows: RowSpace, uses: list[list[Use]]) -> Tensor:
+def _factored(part: GaussianBlock, factor: Eigen, rows: JacobianRows, uses: list[list[LayerData]]) -> Tensor:
     """J Σ J^T where Σ = Q diag(w) Q^T is Kronecker-factored or diagonal, Q = left ⊗ right.
 
     A row is sum_r s a^T, and its factors are rotated instead of itself, s' = left^T s and a' = right^T a. At one

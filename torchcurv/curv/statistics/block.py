@@ -4,10 +4,10 @@
     s [v, n, r, g, o]    what was sent back
     block = scale * sum_{v,n} vec(sum_r s a^T) vec(sum_r s a^T)^T
 
-A `Use` is one pair (a, s) of a layer; a weight that is used in two ways (an embedding and its output head) has two,
-whose rows add up. All answers are sums over signals, samples and positions in float32 or better, so that chunks of
-signals, micro-batches and ranks add up. Of a large symmetric answer the lower triangle counts; above it there may be
-zeros.
+A `LayerData` is one pair (a, s) of a layer; a weight that is used in two ways (an embedding and its output head) has
+two, whose rows add up. All answers are sums over signals, samples and positions in float32 or better, so that chunks
+of signals, micro-batches and ranks add up. Of a large symmetric answer the lower triangle counts; above it there may
+be zeros.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.linalg.block_diagonal import times
-from torchcurv.curv.statistics.layer import CHUNK, Use, added_up
+from torchcurv.curv.statistics.layer import CHUNK, LayerData, added_up
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Stats:
     share: the fraction of the pass's signals that is here.
     """
 
-    uses: list[list[Use]]
+    uses: list[list[LayerData]]
     scale: Tensor | float
     share: float
     layers: list[Layer]
@@ -45,7 +45,7 @@ class Stats:
     def scaled(self, factor: Tensor | float) -> Stats:
         return replace(self, scale=self.scale * factor)
 
-    def only_layer(self, question: str) -> list[Use]:
+    def only_layer(self, question: str) -> list[LayerData]:
         """The uses of the one layer of the block."""
         if len(self.layers) != 1:
             raise ValueError(
@@ -64,7 +64,7 @@ class Stats:
         v, n = self.shape
         size = max(1, rows // n)
         for k in range(0, v, size):
-            yield replace(self, uses=[[Use(use.inputs, use.s[k : k + size]) for use in own] for own in self.uses])
+            yield replace(self, uses=[[LayerData(use.inputs, use.s[k : k + size]) for use in own] for own in self.uses])
 
     def squares(self, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
         """sum_{v,n} (sum_r left^T s a^T right)^2 [g, o, d], elementwise."""
@@ -108,7 +108,7 @@ class Stats:
 
 
 def _row_chunks(
-    uses: list[Use], signals: slice = slice(None), samples: slice = slice(None), outputs: slice = slice(None)
+    uses: list[LayerData], signals: slice = slice(None), samples: slice = slice(None), outputs: slice = slice(None)
 ) -> Iterator[Tensor]:
     """The rows of all uses of a layer, added up."""
     for parts in zip(*(use.row_chunks(signals, samples, outputs) for use in uses), strict=True):

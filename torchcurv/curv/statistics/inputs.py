@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcurv.curv.graph import version_of
-from torchcurv.curv.layers.layer import Layer, Site
+from torchcurv.curv.layers.layer import Layer, ParameterUse
 from torchcurv.curv.layers.one_hot import Tokens
 from torchcurv.curv.layers.view import Arguments
 from torchcurv.curv.numerics import at_least_float32
@@ -33,7 +33,7 @@ class Inputs:
     """
 
     def __init__(
-        self, layer: Layer, site: Site, calls: list[tuple[nn.Module, Arguments]], n: int, weights: Tensor | None
+        self, layer: Layer, site: ParameterUse, calls: list[tuple[nn.Module, Arguments]], n: int, weights: Tensor | None
     ) -> None:
         self.layer, self.site, self.calls, self.n, self.weights = layer, site, calls, n, weights
         self.view = site.view

@@ -21,7 +21,7 @@ CHUNK = 1 << 18  # elements of per-sample gradients formed at a time: they stay 
 
 
 @dataclass
-class Use:
+class LayerData:
     """One pair (a, s) of a layer. s is [v, n, r, g, o] in the orientation of the site it comes from."""
 
     inputs: Inputs

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.block.block import Curvature
-from torchcurv.curv.block.refresh import Pace
-from torchcurv.curv.capture.recorder import Record
+from torchcurv.curv.block.refresh import AdaptiveInterval
+from torchcurv.curv.capture.recorder import Recorder
 from torchcurv.optim.engine.building import Blueprint, same
 from torchcurv.optim.engine.damping import DampingPolicy, Group, has_changed
 from torchcurv.optim.engine.report import warn_of_failures
@@ -62,7 +62,7 @@ class CurvatureEngine:
         self.step = 0
         self.groups: Sequence[Group] = ()
         self.pairs: list[tuple[Curvature, int]] = []
-        self.recorder: Record | None = None
+        self.recorder: Recorder | None = None
         self.hint = hint
         self.unsaved: list[Curvature] = []
         self.only_zeros = False  # whether the last refresh found gradients of zeros and nothing that was captured
@@ -106,7 +106,7 @@ class CurvatureEngine:
             for key in [key for key in own if key.startswith("curvature") and (p, key) not in known]:
                 del own[key]
         self.unsaved = [b for b in self.blocks if b.state_key not in state.get(b.params[0], {})]
-        self.recorder = Record(
+        self.recorder = Recorder(
             self.blueprint.model, self.blocks, **self.recording, unsupported=self.blueprint.unsupported
         )
         self.hooked = True
@@ -188,7 +188,7 @@ class CurvatureEngine:
         if not adaptive:
             block.next_update = self.step + self.schedule.interval(index, "update_every", self.step)
             if any(pace.next for pace in block.paces.values()):  # it was adaptive before
-                block.paces = {part: Pace() for part in block.paces}
+                block.paces = {part: AdaptiveInterval() for part in block.paces}
         self.unsaved.append(block)
 
     def _decide(self, changed: list[tuple[Curvature, int]]) -> None:

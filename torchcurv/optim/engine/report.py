@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchcurv.curv.block.average import read_flags
 from torchcurv.curv.block.block import Curvature
-from torchcurv.curv.kinds.base import GRADIENT, INPUT
+from torchcurv.curv.kinds.base import GRADIENT_SHARES, INPUT_COVARIANCE
 from torchcurv.optim.engine.damping import Group
 from torchcurv.optim.update import norm_of
 
@@ -61,7 +61,7 @@ def summary_of(blocks: Sequence[Curvature], params: Iterable[Tensor], names: dic
     rows = [("parameter", "shape", "block", "curv_type", "approx", "block sizes", "memory")]
     owners: dict[Tensor, list[Curvature]] = {}
     for block in blocks:
-        for p in block.params if block.kind != GRADIENT else ():
+        for p in block.params if block.kind != GRADIENT_SHARES else ():
             owners.setdefault(p, []).append(block)
     for p in params:
         name, shape = names.get(p, "?"), "x".join(map(str, p.shape)) or "scalar"
@@ -75,6 +75,6 @@ def summary_of(blocks: Sequence[Curvature], params: Iterable[Tensor], names: dic
 
 def _cells(block: Curvature, p: Tensor) -> tuple[str, str, str, str, str]:
     options, memory = block.options, f"{block.memory():,}" if p is block.params[0] else '"'
-    draws = options.samples is not None and options.curv_type not in ("empirical_fisher", INPUT)
+    draws = options.samples is not None and options.curv_type not in ("empirical_fisher", INPUT_COVARIANCE)
     kind = f"{options.curv_type}({options.samples})" if draws else options.curv_type
     return block.name, kind, str(options.approx), block.sizes(), memory

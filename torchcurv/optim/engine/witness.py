@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from torchcurv.curv.block.block import Curvature
-from torchcurv.curv.capture.recorder import Record
+from torchcurv.curv.capture.recorder import Recorder
 from torchcurv.optim.engine.building import Blueprint
 from torchcurv.optim.engine.damping import Group
 
@@ -18,7 +18,7 @@ class Watched(Protocol):
 
     blueprint: Blueprint
     groups: Sequence[Group]
-    recorder: Record | None
+    recorder: Recorder | None
     hooked: bool
     hint: Callable[[], str | None]
 
