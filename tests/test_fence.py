@@ -12,7 +12,7 @@ import torch
 
 from torchcurv import curvature, directions, laplace
 
-_spec = importlib.util.spec_from_file_location("fence", Path(__file__).with_name("fence.py"))
+_spec = importlib.util.spec_from_file_location("fence", Path(__file__).parent / "support" / "fence.py")
 fence = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(fence)
 

@@ -6,7 +6,7 @@ from textwrap import dedent
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location("house", Path(__file__).with_name("house.py"))
+_spec = importlib.util.spec_from_file_location("house", Path(__file__).parent / "support" / "house.py")
 house = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(house)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # it is a program as well
 import cases
 
 from torchcurv import SecondOrderOptimizer

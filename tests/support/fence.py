@@ -3,7 +3,7 @@
 Names, arguments, groups, keys and shapes of the state, and numbers lie in fence.json. Whoever means to move any of it
 records it anew from the root of the repository, and the diff of that file then says what has moved:
 
-    PYTHONPATH=. python tests/fence.py --record
+    PYTHONPATH=. python tests/support/fence.py --record
 
 Checkpoints under data/ are of older versions and are never written again, and the options of their cases stay as they
 are; `--checkpoint NAME ...` adds those of today's version, by the name of their cases.

@@ -2,9 +2,9 @@
 
 The tests are in test_house.py. As a program it prints
 
-    python tests/house.py           the figures
-    python tests/house.py -v        and every place that counts, or the ten largest
-    python tests/house.py -v KEY    those of the figures whose names contain KEY
+    python tests/support/house.py           the figures
+    python tests/support/house.py -v        and every place that counts, or the ten largest
+    python tests/support/house.py -v KEY    those of the figures whose names contain KEY
 """
 
 import ast
