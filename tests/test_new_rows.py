@@ -68,7 +68,7 @@ class DiagonalKFAC(torchcurv.Approximation):
 
     linear: ClassVar[tuple[str, ...]] = ("b",)
 
-    def measure(self, stats, basis=None, wanted=("",)):
+    def measure(self, stats, basis=None, due=("",)):
         (use,) = stats.only_layer("diag_kfac")
         A, count = use.inputs.cov("expand")
         return {

@@ -88,7 +88,7 @@ def laplace(
         noise_variance: σ² of a regression; 1 by default. Only for squared errors.
         seed: of the posterior's own draws, and of the signals if there are `samples`.
         options: `sharing`, `rows_limit`, `factor_blocks`, `max_factor_dim`, and those of the Hessian, as in
-            `torchcurv.curv.options.Options`. Damping is exact.
+            `torchcurv.curv.options`. Damping is exact.
 
     The Hessian is taken as it is (`indefinite="keep"`), which is right at a minimum; elsewhere its sum with the prior
     may have no inverse, which raises, and "abs" or "clip" make one.

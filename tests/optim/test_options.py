@@ -75,9 +75,10 @@ def test_a_bundle_is_the_flat_options(typed, flat):
 
 def test_bundles_in_groups_and_elsewhere():
     model, data = make_model(), [(torch.randn(5, 4), torch.arange(5) % 3)]
-    groups = [{"params": model.parameters(), "approx": KFAC(factor_blocks=2)}]
+    groups = [{"params": model.parameters(), "approx": KFAC(factor_blocks=2), "refresh": Refresh(update_every=4)}]
     optimizer = torchcurv.SecondOrderOptimizer(model, groups)
     assert optimizer.param_groups[0]["approx"] == "kfac" and optimizer.param_groups[0]["factor_blocks"] == 2
+    assert optimizer.param_groups[0]["update_every"] == 4 and "refresh" not in optimizer.param_groups[0]
     loss = nn.CrossEntropyLoss()
     typed = torchcurv.curvature(model, loss, data, approx=KFAC(sharing="reduce"))
     flat = torchcurv.curvature(model, loss, data, approx="kfac", sharing="reduce")

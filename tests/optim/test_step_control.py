@@ -1254,7 +1254,7 @@ def test_the_effective_dimension_is_the_trace_of_c_times_the_damped_inverse(opti
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
     for block in optimizer.engine.blocks:
-        held = None if block.bakes_damping() else 0.3
+        held = None if block.holds_damping() else 0.3
         sizes = [piece.of(piece.param).numel() for piece in block.pieces]
         C, solved = [], []
         for row in torch.eye(block.size, dtype=torch.float64):

@@ -56,7 +56,7 @@ class AdaHesScale(CurvatureOptimizer):
     groups with approx=None have h = g: they are trained by Adam.
 
     Args:
-        residual: "keep" is HesScale, "zero" HesScaleGN; see `torchcurv.curv.options.Options`.
+        residual: "keep" is HesScale, "zero" HesScaleGN; see `torchcurv.curv.options`.
         delta: size of the trust region in units of the loss, or None. max_scale: bound on s.
         update_every: steps between two measurements of h.
 

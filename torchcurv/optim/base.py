@@ -104,7 +104,9 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim; curvature and step options may stand in the group, and bundles of them."""
         engine, options = self.engine, self._group_options
-        param_group.update(flattened(param_group))
+        flat = flattened(param_group)
+        param_group.clear()
+        param_group.update(flat)
         options.check_keys(param_group)
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
@@ -112,7 +114,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             self._check_params(index, engine.blueprint.names)
             options.groups = self.param_groups
             options.accept(index, engine.step)
-            if engine.hooked:
+            if engine.recorder is not None:
                 self._build()
         except Exception:
             self.param_groups.pop()

@@ -96,14 +96,16 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             a whole. Fewer are faster, and fit a model to themselves: 125 let classifiers diverge.
         damping_rule: "fixed", or "lm", with damping_interval = T, damping_decay, and damping_bounds of λ; None: 1e-4 to
             1e8 if it is relative, else from 1e-8.
+        step, refresh: bundles in the place of flat options: `torchcurv.QuadraticModel`, `torchcurv.Refresh`. So may be
+            curv_type (`Hessian`), approx (`KFAC`, `EKFAC`, `LowRank`) and damping (`Damping`, `AdaptiveDamping`).
         curvature_warmup: the first so many steps measure curvature and leave the parameters alone.
         samples: signals drawn per step; None: the exact curvature (one backward pass per output element).
         update_every, refactor_every: an int, a function of the step, "adaptive", or "auto": 1 in the first 10 steps,
             where curvature changes fast, and then 10; always 1 for curv_type="input" and for approx="full" and "block",
             which may be made of the rows of one batch.
-        sharing: see `torchcurv.curv.options.Options`; None: "whole" for step_rule="quadratic", else "expand".
+        sharing: see `torchcurv.curv.options`; None: "whole" for step_rule="quadratic", else "expand".
         ema_decay: a number, or a function of the step. refresh_tol, refresh_cap, refresh_warmup, rows_limit,
-            factor_blocks, max_factor_dim, max_positions, partition, rank: see `torchcurv.curv.options.Options`.
+            factor_blocks, max_factor_dim, max_positions, partition, rank: see `torchcurv.curv.options`.
         reduction, class_dim: of a loss given by name. output_fn: from the model's output to the loss's input.
         grad_scaler: the torch.amp.GradScaler that scales the loss, if any.
         unsupported: "error" lists parameters without a known curvature, "gradient" trains them with the gradient.

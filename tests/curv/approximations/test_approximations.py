@@ -212,13 +212,13 @@ def test_whole_gradients_need_signals_where_only_inputs_are_due(approx):
     optimizer = SecondOrderOptimizer(
         model, approx=approx, sharing="whole", update_every="adaptive", refresh_tol=0.2, refresh_warmup=2, lr=0.01
     )
-    wanted = set()
+    due_statistics = set()
     for _ in range(40):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
-        wanted |= {tuple(sorted(block.wanted)) for block in optimizer.engine.blocks}
+        due_statistics |= {tuple(sorted(block.due_statistics)) for block in optimizer.engine.blocks}
         optimizer.step()
-    assert ("A",) in wanted
+    assert ("A",) in due_statistics
 
 
 def test_whole_gradients_add_up_over_signals_and_micro_batches():

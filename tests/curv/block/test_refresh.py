@@ -169,7 +169,7 @@ def test_every_approximation_rests_and_its_factor_too(approx, monkeypatch):
     still = SecondOrderOptimizer(model, update_every=1, refactor_every=1, **options)
     train(still, model, 2)
     v = [cases.randn(*p.shape, seed=k) for k, p in enumerate(block.params)]
-    damping = None if block.bakes_damping() else 0.1
+    damping = None if block.holds_damping() else 0.1
     for ours, theirs in zip(block.solve(v, damping), still.engine.blocks[0].solve(v, damping), strict=True):
         close(ours, theirs, 1e-8)
 
@@ -250,7 +250,7 @@ def test_a_alone_is_measured_without_a_signal(curv_type, approx, monkeypatch):
     monkeypatch.setattr(CurvaturePass, "backward", lambda self, *args: (sent.append(1), own(self, *args))[1])
     optimizer.zero_grad()
     for block in optimizer.engine.blocks:
-        block.wanted = ("A",)
+        block.due_statistics = ("A",)
     backward(model)
     assert not sent
     for block, known in zip(optimizer.engine.blocks, whole, strict=True):

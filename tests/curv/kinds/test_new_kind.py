@@ -21,6 +21,7 @@ class Centred(SignalKind):
         return Signals(1, iter([gradient - gradient.mean(0)]))
 
 
+# --8<-- [start:kind]
 class CentredFisher(SignalKind):
     """The same for labels of the model's own."""
 
@@ -33,6 +34,9 @@ class CentredFisher(SignalKind):
                 yield (gradient - gradient.mean(0)) * count**-0.5
 
         return Signals(count, drawn())
+
+
+# --8<-- [end:kind]
 
 
 @pytest.fixture(autouse=True)

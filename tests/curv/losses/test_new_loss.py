@@ -13,6 +13,7 @@ from torchcurv import LossFormula, SecondOrderOptimizer, curvature, laplace, reg
 from torchcurv.curv.losses.table import FORMULAS, loss_of
 
 
+# --8<-- [start:loss]
 class PoissonNLL(LossFormula):
     """c = e^f - y f of counts y with the mean e^f, per element; H = diag(e^f)."""
 
@@ -43,6 +44,9 @@ class PoissonNLL(LossFormula):
 
     def predictive(self, f, variance):
         return (f + variance / 2).exp()  # the mean of a log-normal variable
+
+
+# --8<-- [end:loss]
 
 
 class Huber(LossFormula):

@@ -80,7 +80,7 @@ def curvature(
             for every product.
         params: the parameters to cover (or named ones); None: all that are trainable.
         samples: signals drawn per batch; None: the exact curvature.
-        options: `sharing`, `rows_limit`, as in `torchcurv.curv.options.Options`.
+        options: `sharing`, `rows_limit`, as in `torchcurv.curv.options`.
 
     Returns: a CurvatureSet; for approx="operator" a CurvatureOperator.
     Raises: ValueError for parameters that no layer covers, for empty data, and for options that are not allowed.

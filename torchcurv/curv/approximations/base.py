@@ -24,7 +24,7 @@ WHOLE = ("",)
 class HessianForms:
     """How an approximation is made of a Hessian, which is no function of (a, s); refused where it does not say."""
 
-    def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
+    def from_hessian_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
         """The statistics of some rows [k, P] of a symmetric matrix, from row `start` on."""
         raise self._refused(
             'is not known of the Hessian: choose "full", "block", "unit" or "diag", or another curv_type'
@@ -60,7 +60,7 @@ class Approximation(HessianForms, ABC):
     propagated: ClassVar[str | None] = None  # in which form a Hessian that is carried back is kept: "diag", "matrix"
 
     @abstractmethod
-    def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = WHOLE) -> Tensors:
+    def measure(self, stats: Stats, basis: Basis | None = None, due: Collection[str] = WHOLE) -> Tensors:
         """The statistics of some signals, additive over signals, micro-batches and ranks."""
 
     @abstractmethod
@@ -97,7 +97,7 @@ class Approximation(HessianForms, ABC):
         """The sizes of what is kept, as a summary prints them; shape: (g, o, i) of the first layer."""
         return f"{size}"
 
-    def of_equal_weight(self, tensors: Tensors) -> Tensors:
+    def normalised_measurement(self, tensors: Tensors) -> Tensors:
         """What was measured for one step, with as much weight in an average as that of any other."""
         return tensors
 

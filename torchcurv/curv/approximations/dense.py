@@ -42,7 +42,7 @@ class Dense(Approximation):
             return f"{size}²"
         return f"{g * o} x {d}" if self.wide else f"{g * o} x {d}²"
 
-    def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = WHOLE) -> Tensors:
+    def measure(self, stats: Stats, basis: Basis | None = None, due: Collection[str] = WHOLE) -> Tensors:
         if self.wide:
             return {"matrix": stats.squares().flatten(0, 1)[..., None, None]}
         if self.per_unit:
@@ -53,7 +53,7 @@ class Dense(Approximation):
         assert total is not None
         return {"matrix": (total * stats.scale).unsqueeze(0)}
 
-    def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
+    def from_hessian_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
         """From some of the rows [k, P] of a symmetric matrix, in the coordinates of the factor."""
         count, size = rows.shape
         if not self.per_unit:

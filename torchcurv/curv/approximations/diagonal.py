@@ -45,10 +45,10 @@ class Diagonal(Approximation):
     def restored(self, factor: Factor) -> Factor:
         return Eigen(**factor.state(), absolute=self.spectrum == "abs")
 
-    def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = WHOLE) -> Tensors:
+    def measure(self, stats: Stats, basis: Basis | None = None, due: Collection[str] = WHOLE) -> Tensors:
         return {"diag": stats.squares()}
 
-    def of_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
+    def from_hessian_rows(self, start: int, rows: Tensor, shapes: list[tuple[int, int, int]]) -> Tensors:
         """From some of the rows [k, P] of a symmetric matrix, in the coordinates of the factor."""
         diagonal = rows.new_zeros(rows.shape[1])
         diagonal[start : start + len(rows)] = rows.diagonal(start)

@@ -75,7 +75,7 @@ class InputSide(Approximation):
         left, right = self.side_names(o, d)
         return f"{f'{g} x ' if g > 1 else ''}({left} ⊗ {right})"
 
-    def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = WHOLE) -> Tensors:
+    def measure(self, stats: Stats, basis: Basis | None = None, due: Collection[str] = WHOLE) -> Tensors:
         tensors: Tensors = {}
         for use in stats.only_layer("input"):
             inputs = use.inputs.without_bias()

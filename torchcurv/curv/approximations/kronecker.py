@@ -7,7 +7,7 @@
 
 basis is that of the block's last factor, which only ekfac asks for; ok is a 0-d bool tensor.
 `linear` names the statistics that scale with the loss (the input side of K-FAC does not), `parts` the
-names of those that are measured on their own when they are `wanted`; ("",) where there is one for all (`part_of`).
+names of those that are measured on their own, when they are due; ("",) where there is one for all (`part_of`).
 """
 
 from __future__ import annotations
@@ -126,29 +126,29 @@ class Kronecker(Approximation):
             return tensors
         return {**tensors, "moments": factor.state()["values"]}
 
-    def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = ("A", "B")) -> Tensors:
+    def measure(self, stats: Stats, basis: Basis | None = None, due: Collection[str] = ("A", "B")) -> Tensors:
         tensors: Tensors = {}
         left, right = (1, 1) if self.sides is None else self.sides.blocks
         for use in stats.only_layer("kfac"):
             suffix, inner, outer = ("_t", left, right) if use.transposed else ("", right, left)
             found: Tensors = {}
             if self.sharing == "whole":
-                found = _whole_gradients(use, wanted, outer, inner, stats.scale)
+                found = _whole_gradients(use, due, outer, inner, stats.scale)
             else:
-                if "A" in wanted:
+                if "A" in due:
                     cov, count = use.inputs.cov(self.sharing, inner)
                     if stats.share != 1:
                         cov, count = cov * stats.share, count * stats.share
                     found = {f"A{suffix}": cov, f"count{suffix}": count}
-                if "B" in wanted:
+                if "B" in due:
                     found[f"B{suffix}"] = use.output_cov(self.sharing, outer).mul_(stats.scale)
             for key, value in found.items():
                 tensors[key] = tensors[key] + value if key in tensors else value
-        if self.corrected and basis is not None and "B" in wanted:
+        if self.corrected and basis is not None and "B" in due:
             tensors["moments"] = stats.squares(*basis)
         return tensors
 
-    def of_equal_weight(self, tensors: Tensors) -> Tensors:
+    def normalised_measurement(self, tensors: Tensors) -> Tensors:
         """What was measured for one step, so that its A has as much weight in an average as that of any other: that of
         whole gradients is large where they are.
         """
@@ -222,19 +222,19 @@ class Kronecker(Approximation):
         return left, right / total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
-def _whole_gradients(use: LayerData, wanted: Collection[str], outer: int, inner: int, scale: Tensor | float) -> Tensors:
+def _whole_gradients(use: LayerData, due: Collection[str], outer: int, inner: int, scale: Tensor | float) -> Tensors:
     """A = sum G^T G, count = tr A of each group, and B = sum G G^T.
 
     With one position B ⊗ A / count is what "expand" has, in the same units as with several.
     """
     if use.s.shape[2] > 1:
-        A = use.row_gram("right", inner) if "A" in wanted else None
-        B = use.row_gram("left", outer) if "B" in wanted else None
+        A = use.row_gram("right", inner) if "A" in due else None
+        B = use.row_gram("left", outer) if "B" in due else None
     else:
         cov, count = use.inputs.cov("expand", inner)
         count = count.clamp_min(torch.finfo(count.dtype).tiny)
-        A = cov * _by_group(use.s.square().sum((0, 1, 2, 4)) / count, cov) if "A" in wanted else None
-        B = use.output_cov("expand", outer) if "B" in wanted else None
+        A = cov * _by_group(use.s.square().sum((0, 1, 2, 4)) / count, cov) if "A" in due else None
+        B = use.output_cov("expand", outer) if "B" in due else None
         B = None if B is None else B * _by_group(_traces(cov) / count, B)
     found = {} if A is None else {"A": A * scale, "count": _traces(A) * scale}
     return found if B is None else {**found, "B": B * scale}

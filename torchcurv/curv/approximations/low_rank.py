@@ -48,7 +48,7 @@ class LowRank(Approximation):
     def follow(self, tensors: Tensors, factor: Factor, damping_type: str) -> Factor:
         return self.factor(tensors, 0.0 if factor.damping is None else factor.damping, damping_type)[0]
 
-    def measure(self, stats: Stats, basis: Basis | None = None, wanted: Collection[str] = WHOLE) -> Tensors:
+    def measure(self, stats: Stats, basis: Basis | None = None, due: Collection[str] = WHOLE) -> Tensors:
         raise self._refused("keeps rows, and measures nothing of them before a step")
 
     def merged(

@@ -71,7 +71,7 @@ class RunningAverage(Measurement):
         ok = torch.isfinite(self.pending_sum)
         self.forget_pending()
         self._count(0, ~ok)
-        new = self.approx.of_equal_weight(new)
+        new = self.approx.normalised_measurement(new)
         for key, value in new.items():
             if key not in self.weights:
                 self.weights[key], self.tensors[key] = value.new_zeros(()), torch.zeros_like(value)
@@ -113,10 +113,10 @@ class RunningAverage(Measurement):
         if step is not None:
             self.next_update = min(pace.next for pace in self.paces.values())
 
-    def want(self, step: int | None) -> None:
+    def select_due(self, step: int | None) -> None:
         """Measure what is due at a step of an adaptive interval; None: everything."""
         due = [part for part, pace in self.paces.items() if step is None or step >= pace.next]
-        self.wanted = due or self.approx.parts
+        self.due_statistics = due or self.approx.parts
 
     @property
     def moved(self) -> bool:

@@ -41,12 +41,12 @@ class Curvature(RunningAverage):
 
     @torch.no_grad()
     def refactor(
-        self, damping: float | Tensor, draw_damping: float = math.nan, said: float | Tensor | None = None
+        self, damping: float | Tensor, draw_damping: float = math.nan, nominal: float | Tensor | None = None
     ) -> None:
         """Compute the factor anew; where that fails the last good one stays, and the failure is counted.
 
-        draw_damping: that of `draw_factor`, where draws have one of their own. said: what the user calls its damping;
-        None: the damping itself.
+        draw_damping: that of `draw_factor`, where draws have one of their own. nominal: the damping as the user
+        gave it; None: the damping itself.
         """
         old, again, self.retry = self.factor, self.retry, False
         self.factorisations += 1
@@ -65,8 +65,8 @@ class Curvature(RunningAverage):
                 self.draw_damping, ok = draw_damping, ok & fine
         self._count(1, ~ok)
         self.drifts = dict.fromkeys(self.approx.parts, 0.0)
-        said = damping if said is None else said
-        self.factor_damping = math.nan if isinstance(said, Tensor) else float(said)
+        nominal = damping if nominal is None else nominal
+        self.factor_damping = math.nan if isinstance(nominal, Tensor) else float(nominal)
 
     def _factorise(self, damping: float | Tensor, again: bool) -> tuple[Factor, Tensor]:
         """(the factor of the running average, whether it succeeded); again: in float64 and with more damping."""
@@ -84,7 +84,7 @@ class Curvature(RunningAverage):
             raise RuntimeError(f"the curvature of block {self.name!r} has not been measured yet")
         return self.factor.effective_dimension(damping, lambda: self.approx.sides_of(self.tensors))
 
-    def bakes_damping(self) -> bool:
+    def holds_damping(self) -> bool:
         """Whether the factor holds its damping, so that another damping asks for another factor."""
         return self.factor is None or self.factor.holds_damping
 

@@ -44,7 +44,7 @@ class Measurement(BlockLayout):
             )
         # Its rows hold what one step measured: no average, nothing to save.
         self.input_rows = self.approx.of_one_step
-        self.wanted: Collection[str] = self.approx.parts  # what the next passes measure
+        self.due_statistics: Collection[str] = self.approx.parts  # what the next passes measure
         self.pending: Tensors = {}
         self.pending_sum: Tensor | None = None  # of all its values: finite if they are
         self.pending_rows: list[Any] = []  # rows (Stats), or eigenpairs of earlier ones
@@ -63,7 +63,7 @@ class Measurement(BlockLayout):
     @property
     def inputs_alone(self) -> bool:
         """Whether what came in is all that is measured: no signal needs to be sent."""
-        alone = tuple(self.wanted) == ("A",) and not self.approx.needs_all_signals
+        alone = tuple(self.due_statistics) == ("A",) and not self.approx.needs_all_signals
         return self.kind == INPUT_COVARIANCE or (self.kind != HESSIAN and alone)
 
     def sizes(self) -> str:
@@ -86,7 +86,7 @@ class Measurement(BlockLayout):
         if self.uses_rows or self.approx.keeps_rows:
             self._keep_rows(stats)
             return
-        self.add(self.approx.measure(stats, self.basis, self.wanted))
+        self.add(self.approx.measure(stats, self.basis, self.due_statistics))
 
     def _keep_rows(self, stats: Stats) -> None:
         """Rows until the step; of too many for their Gram matrix, the largest eigenpairs."""
@@ -121,7 +121,9 @@ class Measurement(BlockLayout):
             self.pending_rows.append(self._largest(products, generator))
             return
         for start, rows in products.rows(self.size, lambda units: self.of_parameters(units, products.params)):
-            self.add(self.approx.of_rows(start, self._coordinates(rows), [layer.shape for layer in self.layers]))
+            self.add(
+                self.approx.from_hessian_rows(start, self._coordinates(rows), [layer.shape for layer in self.layers])
+            )
 
     def _largest(self, products: CurvatureVectorProduct, generator: torch.Generator | None) -> LowRankEigen:
         """The eigenpairs of largest magnitude of the Hessian of one loss, by Lanczos."""

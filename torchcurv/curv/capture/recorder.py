@@ -85,7 +85,7 @@ class Recorder:
         if self._loss_hook is not None:
             self._loss_hook.on = bool(context.due)
 
-    def start_step(self, step: int, due: Iterable[str]) -> None:
+    def begin_step(self, step: int, due: Iterable[str]) -> None:
         """What was captured lives as long as the gradient: a new step starts with nothing."""
         self.context.step, self.context.passes, self.summed = step, 0, None
         self.context.tapes.clear()

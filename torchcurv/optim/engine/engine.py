@@ -142,11 +142,11 @@ class CurvatureEngine:
     def begin_step(self) -> None:
         """Say what the next forward passes feed."""
         assert self.recorder is not None
-        self.recorder.start_step(self.step, self._due())
+        self.recorder.begin_step(self.step, self._due())
 
     def _due(self) -> list[str]:
         for block, index in self.pairs:
-            block.want(self._own_step(index))
+            block.select_due(self._own_step(index))
         measured = [block for block in self.blocks if block.by_passes]
         return [block.name for block in measured if self.warming_up or self.step >= block.next_update]
 
@@ -225,7 +225,7 @@ class CurvatureEngine:
         if not self.schedule.adaptive(index, "refactor_every") and self.step >= block.next_refactor:
             return True
         group = self.groups[index]
-        if block.bakes_damping() and has_changed(self.damping.nominal(group, self.step), block.factor_damping):
+        if block.holds_damping() and has_changed(self.damping.nominal(group, self.step), block.factor_damping):
             return True
         of_draws = self.damping.of_draws(group, self.step)
         return block.draws_apart and of_draws is not None and has_changed(of_draws, block.draw_damping)
@@ -265,7 +265,7 @@ class CurvatureEngine:
                 piece.of(gradients[p] if (p := piece.param) in gradients else torch.zeros_like(p))
                 for piece in block.pieces
             ]
-            damping = None if block.bakes_damping() else self.shift(block, group)
+            damping = None if block.holds_damping() else self.shift(block, group)
             for piece, x in zip(block.pieces, block.direction(given, damping), strict=True):
                 p = piece.param
                 if p in gradients and piece.rows is None:
