@@ -23,7 +23,7 @@ from torchcurv.curv.checks import check_count
 from torchcurv.curv.losses.likelihood import Likelihood, LikelihoodMeter, double
 from torchcurv.curv.losses.loss import Loss
 from torchcurv.curv.losses.table import loss_of
-from torchcurv.curv.posterior.draws import holding
+from torchcurv.curv.posterior.draws import temporary_values
 from torchcurv.curv.posterior.gaussian import Gaussian, GaussianBlock, Number, sum_of_terms
 from torchcurv.curv.posterior.linearised import Network
 from torchcurv.curv.posterior.settings import Precision, as_number, check_positive, checked_noise, precisions_of
@@ -251,7 +251,7 @@ class LaplacePosterior(WeightPosterior):
         """
         with torch.no_grad():
             drawn = self.gaussian.sample(generator or self._generator)
-        with holding(drawn):
+        with temporary_values(drawn):
             yield
 
     # ------------------------------------------------------------------------- the marginal likelihood

@@ -175,7 +175,7 @@ def test_the_change_of_a_loss_is_of_first_order_that_of_the_batch_and_else_that_
     with torch.no_grad():
         for p in d:
             p += d[p]
-    product, change = evaluation.checked(d, at, slope)
+    product, change = evaluation.actual_change(d, at, slope)
     after, _ = losses_and_slopes(model, x, y, d)
     if penalty or samples in (6, None):
         expected = evaluate()[0].detach() - evaluation.loss.detach()
@@ -388,7 +388,7 @@ def test_a_second_output_of_one_node_is_another_way_to_the_loss():
     with torch.no_grad():
         for p in d:
             p += d[p]
-    change = evaluation.checked(d, at, torch.zeros(()).double())[1]
+    change = evaluation.actual_change(d, at, torch.zeros(()).double())[1]
     expected = F.cross_entropy(split(x), y) + split.other.square().mean() - evaluation.loss
     torch.testing.assert_close(change, expected.detach())
 

@@ -46,16 +46,16 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     V^T G V / V^T C V of it, but by 0.01 at least.
 
     With damping_rule="lm" (Levenberg and Marquardt) the damping of every group is divided by ω = damping_decay^T if, on
-    the batch of every T-th step (ω = damping_decay for each of the first T, and after a step that was taken back),
+    the batch of every T-th step (ω = damping_decay for each of the first T, and after a rejected step),
 
         ρ = (L(θ + d) - L(θ)) / (g·d + ½ d^T (G + l2) d)
 
-    is below ¼, and multiplied with ω if it is above ¾; if the loss of that batch rose, the step is taken back. A batch
+    is below ¼, and multiplied with ω if it is above ¾; if the loss of that batch rose, the step is rejected. A batch
     fits any model that has more directions than the batch has outputs (samples times classes, or pixels): where
     Σ tr C (C + λ)^-1 over the blocks is above 4.5 times these, the damping is divided by ω whatever ρ is, and above two
     thirds of that it is not made smaller.
 
-    Of batches larger than `model_samples` so many, drawn at random, stand for all: in products with G, and in
+    Of batches larger than `model_samples` so many are drawn at random (subsampled): in products with G, and in
     L(θ + d) - L(θ) but for its first order g·d. K-FAC factors are then made of a part as well: of as many samples as
     give each 16 rows (samples times positions) per row and column, where half of the batch has these.
 
@@ -109,7 +109,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         reduction, class_dim: of a loss given by name. output_fn: from the model's output to the loss's input.
         grad_scaler: the torch.amp.GradScaler that scales the loss, if any.
         unsupported: "error" lists parameters without a known curvature, "gradient" trains them with the gradient.
-        seed: of the generator that the draws come from; the global generators are left alone.
+        seed: of the generator that the draws come from; the global generators stay unchanged.
 
     Raises:
         ValueError, TypeError: on arguments that are not allowed, saying what is.

@@ -266,10 +266,10 @@ def test_slow_drifts_add_up():
     )
     (block, _) = optimizer.engine.blocks
     train(optimizer, model, 40)
-    held, moves = block.factor, [dict(block.drifts)]
+    held, moves = block.factor, [dict(block.change_since_factorisation)]
     while block.factor is held and len(moves) < 20:
         train(optimizer, model, 1, seed=lambda t: 9)
-        moves.append(dict(block.drifts))
+        moves.append(dict(block.change_since_factorisation))
     assert 2 < len(moves) < 20 and block.factor is not held
     assert all(0 < now["A"] - before["A"] < 0.1 for before, now in pairwise(moves[:-1]))  # each alone is too small
 

@@ -337,7 +337,7 @@ def test_a_state_with_a_running_average_is_loaded_into_an_optimizer_built_withou
 
 
 def test_rows_that_were_not_saved_are_measured_at_once():
-    """Also where the next measurement would have been later, the interval having grown in the run."""
+    """Also where the next measurement would have been later, the interval having new_weight in the run."""
     model, fresh = make_model(), make_model()
     saved = SecondOrderOptimizer(model, curv_type="input", ema_decay=0.0)
     saved.param_groups[0].update(update_every=3, refactor_every=3, damping=0.2, momentum=0.0, lr=1.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchcurv.curv.analysis.measure import curvature
 from torchcurv.curv.approximations.rows import rows_of
 from torchcurv.curv.numerics import at_least_float32
-from torchcurv.curv.posterior.draws import arguments, holding
+from torchcurv.curv.posterior.draws import arguments, temporary_values
 from torchcurv.curv.posterior.gaussian import GaussianBlock
 from torchcurv.curv.posterior.linearised import (
     Call,
@@ -59,7 +59,7 @@ class LinearisedOutputs:
         args, kwargs = call
         nothing = next(iter(self.mean)).new_zeros(())
         moved = {p: x for p, x in self.mean.items() if not torch.equal(p, x)}  # a write spoils graphs of the user's
-        with holding(moved):
+        with temporary_values(moved):
             rows = curvature(
                 self.network.model, "mse", [(kwargs or args, nothing)], approx="block", reduction="sum", rows_limit=1,
                 params=self.names.values(), output_fn=self.network.output_fn,

@@ -1,6 +1,6 @@
 """Curvature that is never formed: products with the curvature of L over a whole data set.
 
-Each product goes once over the data and differentiates every batch again (second.py): for a mean loss
+Each product goes once over the data and differentiates every batch again (hessian/products.py): for a mean loss
 
     C v = sum_b C_b v / sum_b (1 / R_b),        C_b that of the batch with R = 1
 

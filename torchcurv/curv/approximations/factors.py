@@ -1,7 +1,7 @@
 """Factors: a symmetric matrix C in a form that can be multiplied, inverted, sampled and measured.
 
 Every shape of curvature is a grouped Kronecker product in disguise. The parameters of a block are viewed as
-x [..., g, o, i] and C is the product of a left side over o and a right side over i (sides.py):
+x [..., g, o, i] and C is the product of a left side over o and a right side over i (linalg/block_diagonal.py):
 
     kfac    g = groups, o = outputs, i = inputs
     unit    g = groups * outputs, o = 1, i = inputs         (left = 1)
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.approximations.factor import Factor
-from torchcurv.curv.linalg.block_diagonal import root, times, times_left, whole
+from torchcurv.curv.linalg.block_diagonal import root, symmetrised, times, times_left
 from torchcurv.curv.linalg.symmetric import (
     ALIGNED_FROM,
     ALIGNMENT,
@@ -196,10 +196,10 @@ class KroneckerInverse(Factor):
 
     def effective_dimension(self, damping: Any, sides: Callable[[], tuple[Tensor | None, Tensor]]) -> Tensor:
         left, right = sides()
-        of_right = (whole(right) * self.right).flatten(1).sum(1)
+        of_right = (symmetrised(right) * self.right).flatten(1).sum(1)
         if left is None or self.left is None:
             return of_right.sum()
-        return of_right @ (whole(left) * self.left).flatten(1).sum(1)
+        return of_right @ (symmetrised(left) * self.left).flatten(1).sum(1)
 
     @cached_property
     def roots(self) -> tuple[Tensor | None, Tensor]:
@@ -330,7 +330,7 @@ class LowRankEigen(Factor):
 class InputRows(Factor):
     """C = I ⊗ R^T R through its rows R [g, b, d] and inverse = (R R^T + λ I)^-1; damping: λ, a 0-d tensor.
 
-    The fast path for fewer rows than inputs; it solves, and that is all (input_side.py).
+    The fast path for fewer rows than inputs; it solves, and that is all (input_covariance.py).
     """
 
     rows: Tensor

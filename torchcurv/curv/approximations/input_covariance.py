@@ -26,7 +26,7 @@ from torchcurv.curv.approximations.factor import Factor
 from torchcurv.curv.approximations.factors import Eigen, InputRows, KroneckerInverse
 from torchcurv.curv.approximations.kronecker import Kronecker, Sides
 from torchcurv.curv.layers.layer import Layer
-from torchcurv.curv.linalg.block_diagonal import eigenbasis, inverse, side_shape, times, whole
+from torchcurv.curv.linalg.block_diagonal import eigenbasis, inverse, side_shape, symmetrised, times
 from torchcurv.curv.linalg.symmetric import Damping, inverse_spd
 from torchcurv.curv.numerics import sum_of
 from torchcurv.curv.statistics.block import Stats
@@ -35,7 +35,7 @@ ROWS = "rows"
 
 
 @dataclass(frozen=True)
-class InputSide(Approximation):
+class InputCurvature(Approximation):
     """C = I ⊗ A per group, with zeros for the bias.
 
     sides: how A is kept. sharing: "expand" takes every position as a row, "reduce" averages a over positions first.
@@ -53,7 +53,7 @@ class InputSide(Approximation):
         return ()
 
     @classmethod
-    def of(cls, layer: Layer, sides: Sides, sharing: str, by_rows: bool) -> InputSide:
+    def of(cls, layer: Layer, sides: Sides, sharing: str, by_rows: bool) -> InputCurvature:
         if "_t" in sides.uses:
             raise ValueError(
                 f"layer {layer.name!r}: the weight of an embedding is also used transposed, by its output head, where "
@@ -91,7 +91,7 @@ class InputSide(Approximation):
         """x A for x [g, o, d]."""
         total = torch.zeros_like(x)
         if "A" in tensors:
-            total = total + times(x, whole(tensors["A"]))
+            total = total + times(x, symmetrised(tensors["A"]))
         if ROWS in tensors:
             total = total + (x @ tensors[ROWS].mT) @ tensors[ROWS]
         return total / _count(tensors)

@@ -30,10 +30,10 @@ from torchcurv.curv.linalg.block_diagonal import (
     inverse,
     mean_diagonal,
     side_shape,
+    symmetrised,
     times,
     times_left,
     to_blocks,
-    whole,
 )
 from torchcurv.curv.linalg.symmetric import Damping
 from torchcurv.curv.numerics import sum_of
@@ -160,7 +160,7 @@ class Kronecker(Approximation):
 
     def product(self, tensors: Tensors, x: Tensor) -> Tensor:
         """B x A for x [g, o, d]."""
-        left, right = (whole(side) for side in self.sides_of(tensors))
+        left, right = (symmetrised(side) for side in self.sides_of(tensors))
         return times(times_left(left, x), right)
 
     def trace(self, tensors: Tensors) -> Tensor:

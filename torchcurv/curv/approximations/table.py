@@ -9,7 +9,7 @@ import torch
 from torchcurv.curv.approximations.base import Approximation
 from torchcurv.curv.approximations.dense import Dense
 from torchcurv.curv.approximations.diagonal import Diagonal
-from torchcurv.curv.approximations.input_covariance import InputSide
+from torchcurv.curv.approximations.input_covariance import InputCurvature
 from torchcurv.curv.approximations.kronecker import Kronecker, Sides
 from torchcurv.curv.approximations.low_rank import LowRank
 from torchcurv.curv.layers.layer import Layer
@@ -83,4 +83,4 @@ def _kfac(options: Options, layer: Layer) -> Approximation:
         return _kronecker(options, layer)
     each_step = options.ema_decay == 0 and options.update_every == 1 and options.refactor_every == 1
     by_rows = each_step and options.damping_type == "factored"
-    return InputSide.of(layer, _sides(options, layer), _shared(options, layer), by_rows)
+    return InputCurvature.of(layer, _sides(options, layer), _shared(options, layer), by_rows)

@@ -25,7 +25,9 @@ class RunningAverage(Measurement):
         super().__init__(name, layers, options)
         self.next_update = self.next_refactor = 0  # the steps at which a measurement and a factorisation are due
         self.paces = {part: AdaptiveInterval() for part in self.approx.parts}  # where the intervals are adaptive
-        self.drifts = dict.fromkeys(self.approx.parts, math.inf)  # moves since the last factorisation, added up
+        self.change_since_factorisation = dict.fromkeys(
+            self.approx.parts, math.inf
+        )  # moves since the last factorisation, added up
         self.changes: Tensors = {}  # by part, how far the last measurement moved it
         self.tensors: Tensors = {}
         self.weights: Tensors = {}
@@ -38,12 +40,14 @@ class RunningAverage(Measurement):
         self.refresh_warmup = options.refresh_warmup
 
     @torch.no_grad()
-    def update(self, ema_decay: float, follow: bool = True, step: int | None = None, watched: bool = False) -> None:
+    def update(
+        self, ema_decay: float, refresh_factor: bool = True, step: int | None = None, track_change: bool = False
+    ) -> None:
         """Merge what is pending into the running average: w <- ρ^k w + 1, X <- X + (X_new - X) / w.
 
-        follow: whether the factor takes over what it can; a factorisation that comes next does that anyway.
+        refresh_factor: whether the factor takes over what it can; a factorisation that comes next does that anyway.
         step: of the optimizer, k = 1 without; k are the steps since the last measurement, so that the memory in steps
-        does not depend on how often one measures. watched: let `changes` say how far the averages move.
+        does not depend on how often one measures. track_change: let `changes` say how far the averages move.
         A measurement with a value that is not finite is left out and counted.
         """
         self._check_rows()
@@ -53,10 +57,10 @@ class RunningAverage(Measurement):
             self.forget_pending()
             return
         if self.approx.keeps_rows:
-            self._merge(ema_decay ** self._since("values", step), watched)
+            self._merge(ema_decay ** self._since("values", step), track_change)
             if step is not None:
                 self.measured_at[""] = step
-            if follow:
+            if refresh_factor:
                 self._follow()
             return
         if self.input_rows:
@@ -76,21 +80,21 @@ class RunningAverage(Measurement):
             if key not in self.weights:
                 self.weights[key], self.tensors[key] = value.new_zeros(()), torch.zeros_like(value)
             old, weight = self.tensors[key], self.weights[key]
-            faded = weight * ema_decay ** self._since(key, step)
-            grown = faded + 1
-            if watched and value.dim():
-                moved = 1 / grown * torch.dist(value, old) / old.norm()
+            decayed_weight = weight * ema_decay ** self._since(key, step)
+            new_weight = decayed_weight + 1
+            if track_change and value.dim():
+                moved = 1 / new_weight * torch.dist(value, old) / old.norm()
                 self._note_change(key, torch.where(old.any(), moved, math.inf))
             if not on_cpu(ok):
-                self.weights[key] = torch.where(ok, grown, faded)
-                self.tensors[key] = torch.where(ok, old.lerp(value, 1 / grown), old)
+                self.weights[key] = torch.where(ok, new_weight, decayed_weight)
+                self.tensors[key] = torch.where(ok, old.lerp(value, 1 / new_weight), old)
             else:
-                self.weights[key] = grown if ok else faded
+                self.weights[key] = new_weight if ok else decayed_weight
                 if ok:
-                    old.lerp_(value, 1 / grown)
+                    old.lerp_(value, 1 / new_weight)
         if step is not None:
             self.measured_at |= {part_of(key, self.approx.parts): step for key in new}
-        if follow:
+        if refresh_factor:
             self._follow()
 
     def _since(self, key: str, step: int | None) -> int:
@@ -106,7 +110,7 @@ class RunningAverage(Measurement):
     def decide(self, step: int | None, changes: dict[str, float]) -> None:
         """Take note of how far each part moved and, at a step of an adaptive interval, when it is measured next."""
         for part, change in changes.items():
-            self.drifts[part] += change
+            self.change_since_factorisation[part] += change
             if step is not None:
                 self.paces[part].decide(step, change, self.refresh_tol, self.refresh_cap, self.refresh_warmup)
         self.changes = {}
@@ -119,18 +123,18 @@ class RunningAverage(Measurement):
         self.due_statistics = due or self.approx.parts
 
     @property
-    def moved(self) -> bool:
+    def has_drifted(self) -> bool:
         """Whether a statistic has moved by the tolerance since the last factorisation."""
-        return any(not drift < self.refresh_tol for drift in self.drifts.values())
+        return any(not drift < self.refresh_tol for drift in self.change_since_factorisation.values())
 
     def forget_running(self) -> None:
         """Forget the running averages but not the factor, whose basis the next measurement may ask for."""
         self.tensors, self.weights = {}, {}
 
-    def _merge(self, faded: float, watched: bool) -> None:
+    def _merge(self, decayed_weight: float, track_change: bool) -> None:
         """The running average of a block that keeps its largest eigenpairs: those of the weighted sum.
 
-        faded: what is left of the old weight.
+        decayed_weight: what is left of the old weight.
         """
         new = self.pending_rows
         self.forget_pending()
@@ -138,14 +142,14 @@ class RunningAverage(Measurement):
         zero = p.new_zeros((), dtype=torch.promote_types(p.dtype, torch.float32))
         before = self.weights.get("values", zero)
         old = self.tensors or self.approx.empty(self.layers, zero)
-        weight = before * faded + 1
+        weight = before * decayed_weight + 1
         merged, ok = self.approx.merged([(1 / weight, new), (1 - 1 / weight, [LowRankEigen(**old)])])
         self._count(0, ~ok)
-        if watched:
+        if track_change:
             known = old["values"].any()
             self._note_change("values", torch.where(known, merged.distance(LowRankEigen(**old)), math.inf))
         self.tensors = {key: torch.where(ok, getattr(merged, key), value) for key, value in old.items()}
-        self.weights = dict.fromkeys(old, torch.where(ok, weight, before * faded))
+        self.weights = dict.fromkeys(old, torch.where(ok, weight, before * decayed_weight))
 
     def _follow(self) -> None:
         """Statistics that are eigenvalues in the basis of the factor, or all of it, reach it at once."""

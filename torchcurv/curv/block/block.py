@@ -64,7 +64,7 @@ class Curvature(RunningAverage):
                 self.draw_factor = apart if self.draw_factor is None else _choose(fine, apart, self.draw_factor)
                 self.draw_damping, ok = draw_damping, ok & fine
         self._count(1, ~ok)
-        self.drifts = dict.fromkeys(self.approx.parts, 0.0)
+        self.change_since_factorisation = dict.fromkeys(self.approx.parts, 0.0)
         nominal = damping if nominal is None else nominal
         self.factor_damping = math.nan if isinstance(nominal, Tensor) else float(nominal)
 
@@ -161,7 +161,7 @@ class Curvature(RunningAverage):
             "factorisations": self.factorisations,
             "factor_damping": self.factor_damping,
             "paces": {part: pace.state() for part, pace in self.paces.items()},
-            "drifts": dict(self.drifts),
+            "drifts": dict(self.change_since_factorisation),
         }
         p = self.params[0]
         saved["flags"] = p.new_zeros(2, dtype=torch.int32) if self.flags is None else self.flags
@@ -194,7 +194,9 @@ class Curvature(RunningAverage):
         self.forget_pending()
         self.next_update, self.next_refactor = int(saved.get("next_update", 0)), int(saved.get("next_refactor", 0))
         self.paces = {part: AdaptiveInterval(**saved.get("paces", {}).get(part, {})) for part in self.approx.parts}
-        self.drifts = {part: saved.get("drifts", {}).get(part, math.inf) for part in self.approx.parts}
+        self.change_since_factorisation = {
+            part: saved.get("drifts", {}).get(part, math.inf) for part in self.approx.parts
+        }
         self.flags = saved.get("flags")
         self.reported = int(saved.get("reported_skipped", 0)), int(saved.get("reported_failed", 0))
         self.measured_at = {part: int(t) for part, t in saved.get("measured_at", {}).items() if t >= 0}

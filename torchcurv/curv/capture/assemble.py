@@ -46,7 +46,7 @@ class StatisticsAssembler:
         """A layer's inputs over the calls of one site, or sites alike, that this loss reaches, of every stride-th
         sample."""
         key = stride, *(id(call) for call in used)
-        if stride > 1 and used[0].site.view.whole:
+        if stride > 1 and used[0].site.view.batch_dependent:
             return self.inputs(used).of(slice(None, None, stride))
         if key not in self._inputs:
             for call in used:

@@ -1,7 +1,8 @@
 """Forward: the hooks that note, in the autograd graph itself, what a forward pass does with the layers that are due.
 
 A hook on each layer notes a `Call` at the graph node of its output. Modules that compute with their parameters inside
-are watched while they run (inner.py). Where samples meet in batch statistics, our own passes take these as constants.
+are watched while they run (parameter_trace.py). Where samples meet in batch statistics, our own passes take these as
+constants.
 """
 
 from __future__ import annotations

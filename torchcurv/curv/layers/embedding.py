@@ -63,6 +63,6 @@ EMBEDDING_BAG = View(
     arguments=("input", "offsets", "per_sample_weights"),
     transposed=True,
     tokens=True,
-    whole=True,
+    batch_dependent=True,
     refuses=_refused_embedding,
 )

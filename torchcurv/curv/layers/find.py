@@ -1,7 +1,7 @@
 """Layers: which parameters of a model act as one grouped linear map, and where in the model it is used.
 
 Most layers are a module with a view, whose calls a forward hook sees. Others live inside a module that does more
-(attention, recurrent networks) or are Parameters of a user's own module: `inner.py` tells of them.
+(attention, recurrent networks) or are Parameters of a user's own module: inner_layers.py tells of them.
 """
 
 from __future__ import annotations

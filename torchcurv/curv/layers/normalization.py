@@ -66,5 +66,5 @@ def prelu_signal(module: Any, x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, 1, 1) if module.num_parameters == 1 else channels_last(module, x)
 
 
-BATCH_NORM = View(_batch_norm, channels_last, weight_size, whole=True, mode=uses_batch_statistics)
+BATCH_NORM = View(_batch_norm, channels_last, weight_size, batch_dependent=True, mode=uses_batch_statistics)
 INSTANCE_NORM = View(_instance_norm, channels_last, weight_size, mode=uses_batch_statistics)

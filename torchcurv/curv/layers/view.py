@@ -34,7 +34,7 @@ class View:
     weight, bias: the names of the parameters
     transposed: the weight is stored [g i', o, ...] and not [g o, i ...]
     tokens:     inputs returns Tokens
-    whole:      inputs depends on the batch as a whole
+    batch_dependent: inputs depends on the batch as a whole
     mode:       module -> how it works at the time of the call, which `inputs` gets as a last argument
     refuses:    module -> why this module cannot be read, if it cannot
     """
@@ -49,7 +49,7 @@ class View:
     bias: str = "bias"
     transposed: bool = False
     tokens: bool = False
-    whole: bool = False
+    batch_dependent: bool = False
     mode: Callable[[Any], Any] | None = None
     refuses: Callable[[Any], str | None] = _refuses_nothing
 

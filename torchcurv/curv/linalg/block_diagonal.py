@@ -59,7 +59,7 @@ def times_left(side: Tensor, x: Tensor) -> Tensor:
     return side @ x if side.dim() == 3 else times(x.mT, side.mT).mT
 
 
-def whole(side: Tensor) -> Tensor:
+def symmetrised(side: Tensor) -> Tensor:
     """A side whose lower triangle counts, with its upper one."""
     return side.tril() + side.tril(-1).mT
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def holding(values: dict[Tensor, Tensor]) -> Iterator[None]:
+def temporary_values(values: dict[Tensor, Tensor]) -> Iterator[None]:
     """The parameters hold other values; the bits they had come back on exit, also after an exception."""
     with torch.no_grad():
         before = {p: p.detach().clone() for p in values}

@@ -46,7 +46,7 @@ def position_gram(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def block_gram(x: Tensor, blocks: int) -> Tensor:
-    """The diagonal blocks of sum_{n,r} x x^T for x [n, r, g, d], in the shape of a side (sides.py)."""
+    """The diagonal blocks of sum_{n,r} x x^T for x [n, r, g, d], in the shape of a side (linalg/block_diagonal.py)."""
     g, d = x.shape[2:]
     shape = side_shape(g, d, blocks)
     if blocks == 1:

@@ -212,7 +212,7 @@ class Inputs:
         read: Callable[..., Any] = self.view.inputs
         if self.view.tokens:
             return self.gradient(s), self._all.weight.square().sum()
-        if "_all" in self.__dict__ or self.view.whole or len(self.calls) > 1 or len(x) > 1:
+        if "_all" in self.__dict__ or self.view.batch_dependent or len(self.calls) > 1 or len(x) > 1:
             return self.gradient(s), self.a.square().sum()
         each = len(x[0]) // self.n
         size = max(1, PATCH_ELEMENTS // max(1, read(module, x[0][:each]).numel()))

@@ -52,7 +52,7 @@ class LevenbergMarquardt:
         l2 = {p: group["l2"] for group in optimizer.param_groups for p in group["params"]}
         gradients = {p: p.grad for p in before if p.grad is not None}
         slope = dot(moved, gradients)
-        curvature, change = evaluation.checked(moved, before, slope)
+        curvature, change = evaluation.actual_change(moved, before, slope)
         decay = dot(moved, before, l2) + 0.5 * dot(moved, moved, l2)
         predicted, actual = slope + 0.5 * curvature + decay, change + decay
         loss = evaluation.loss.detach()
@@ -62,12 +62,12 @@ class LevenbergMarquardt:
         # what rounding makes of the difference of two losses, eight units in the last place of each
         noise = loss.abs() * (8 * torch.finfo(loss.dtype).eps / evaluation.share)
         read = torch.stack([x.double() for x in (actual, predicted, noise, dimension)]).tolist()
-        crowding = read[3] / (MAX_DIMENSIONS_PER_OUTPUT * evaluation.output.numel())
+        dimension_ratio = read[3] / (MAX_DIMENSIONS_PER_OUTPUT * evaluation.output.numel())
         omega = optimizer.settings["damping_decay"] ** steps
         factor = levenberg_marquardt(read[0], read[1], omega, read[2])
-        if crowding > 2 / 3:  # smaller by ω, it would leave up to half as many more
+        if dimension_ratio > 2 / 3:  # smaller by ω, it would leave up to half as many more
             factor = max(1.0, factor)
-        if crowding > 1:
+        if dimension_ratio > 1:
             factor = 1 / omega
         low, high = optimizer.settings["damping_bounds"]
         for group in optimizer.param_groups:

@@ -151,7 +151,7 @@ class Evaluation:
         return self._gram([self._along(d, at) for d in directions])
 
     @torch.no_grad()
-    def checked(self, d: Vector, at: Vector, slope: Tensor) -> tuple[Tensor, Tensor]:
+    def actual_change(self, d: Vector, at: Vector, slope: Tensor) -> tuple[Tensor, Tensor]:
         """(d^T C d, L(at + d) - L(at)), with the parameters at + d now. slope: g·d.
 
         The part stands for the batch in all but the first order g·d of the change, where there is no other way from

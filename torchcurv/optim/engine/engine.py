@@ -179,12 +179,12 @@ class CurvatureEngine:
 
     def _update_average(self, block: Curvature, index: int) -> None:
         adaptive = self.schedule.adaptive(index, "update_every")
-        watched = adaptive or self.schedule.adaptive(index, "refactor_every")
+        track_change = adaptive or self.schedule.adaptive(index, "refactor_every")
         group = self.groups[index]
         block.refresh_tol, block.refresh_cap = group["refresh_tol"], group["refresh_cap"]
         block.refresh_warmup = group["refresh_warmup"]
         decay = self.groups[index]["ema_decay"] if block.by_passes else 0.0
-        block.update(decay, not self._is_due(block, index), self.step, watched)
+        block.update(decay, not self._is_due(block, index), self.step, track_change)
         if not adaptive:
             block.next_update = self.step + self.schedule.interval(index, "update_every", self.step)
             if any(pace.next for pace in block.paces.values()):  # it was adaptive before
@@ -231,7 +231,7 @@ class CurvatureEngine:
         return block.draws_apart and of_draws is not None and has_changed(of_draws, block.draw_damping)
 
     def _is_stale(self, block: Curvature, index: int) -> bool:
-        moved = self.schedule.adaptive(index, "refactor_every") and (block.moved or block.retry)
+        moved = self.schedule.adaptive(index, "refactor_every") and (block.has_drifted or block.retry)
         return block.measured and (moved or self._is_due(block, index))
 
     def _check_shared(self, pairs: list[tuple[Curvature, int]]) -> None:
