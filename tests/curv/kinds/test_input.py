@@ -463,7 +463,7 @@ def test_the_layers_inside_attention_have_the_inputs_of_their_own():
 
 
 def test_few_rows_are_kept_in_the_place_of_a_and_many_are_not():
-    for n, kept in [(3, "InputRows"), (5, "Inverse")]:
+    for n, kept in [(3, "InputRows"), (5, "KroneckerInverse")]:
         model = nn.Linear(4, 3).double()
         precond = Preconditioner(model, curv_type="input", ema_decay=0.0)
         CE(model(cases.randn(n, 4)), torch.arange(n) % 3).backward()
