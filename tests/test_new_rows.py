@@ -66,16 +66,20 @@ def register_locally_connected():
 class DiagonalKFAC(torchcurv.Approximation):
     """C ≈ diag(b) ⊗ A per group: A = mean a a^T over samples and positions, b = sum s²."""
 
-    linear: ClassVar[tuple[str, ...]] = ("b",)
+    statistics: ClassVar = {
+        "A": torchcurv.Statistic(("A", "count"), scales_with_loss=False, needs_signals=False),
+        "b": torchcurv.Statistic(("b",), scales_with_loss=True, needs_signals=True),
+    }
 
-    def measure(self, stats, basis=None, due=("",)):
+    def measure(self, stats, basis=None, due=("A", "b")):
         (use,) = stats.only_layer("diag_kfac")
-        A, count = use.inputs.cov("expand")
-        return {
-            "A": A * stats.share,
-            "count": count * stats.share,
-            "b": use.s.square().sum((0, 1, 2)) * stats.scale,
-        }
+        found = {}
+        if "A" in due:
+            A, count = use.inputs.cov("expand")
+            found |= {"A": A * stats.share, "count": count * stats.share}
+        if "b" in due:
+            found["b"] = use.s.square().sum((0, 1, 2)) * stats.scale
+        return found
 
     def empty(self, layers, like):
         g, o, d = layers[0].shape
@@ -117,17 +121,17 @@ class EigenAdam(CurvatureOptimizer):
     def update_parameters(self):
         t = self.engine.step + 1
         for block, group in self.engine.by_group():
-            if block.basis is None or any(p.grad is None for p in block.params):
+            if block.factor is None or any(p.grad is None for p in block.params):
                 continue
-            left, right = block.basis
-            (g,) = block.join([piece.of(piece.param.grad) for piece in block.pieces])
+            left, right = block.factor.basis
+            (g,) = block.layout.join([piece.of(piece.param.grad) for piece in block.pieces])
             g = left.mT @ g @ right
             state = self.state[block.params[0]]
             m, v = (state.setdefault(name, torch.zeros_like(g)) for name in ("rotated_avg", "rotated_avg_sq"))
             m.lerp_(g, 0.1)
             v.lerp_(g.square(), 0.001)
             step = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
-            for piece, x in zip(block.pieces, block.split([left @ step @ right.mT]), strict=True):
+            for piece, x in zip(block.pieces, block.layout.split([left @ step @ right.mT]), strict=True):
                 piece.of(piece.param).sub_(x, alpha=group["lr"])
 
 
@@ -191,7 +195,7 @@ def test_a_new_approximation_is_right_everywhere(rows):
         b = B.diagonal(dim1=1, dim2=2)
         expected = torch.block_diag(*[torch.kron(torch.diag(one), a) for one, a in zip(b, A, strict=True)])
         eye = torch.eye(block.size, dtype=x.dtype).reshape(-1, *block.layers[0].shape)
-        close = torch.stack([block.join(block.matvec(block.split([unit])))[0].flatten() for unit in eye])
+        close = torch.stack([block.layout.join(block.matvec(block.layout.split([unit])))[0].flatten() for unit in eye])
         torch.testing.assert_close(close, expected, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(block.approx.trace(block.tensors), expected.trace())
     with pytest.raises(NotImplementedError, match="DiagonalKFAC is not known of the Hessian"):

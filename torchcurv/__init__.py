@@ -4,7 +4,7 @@ from torchcurv import nn, optim
 from torchcurv.curv.analysis.curvature_set import CurvatureSet
 from torchcurv.curv.analysis.measure import curvature, directions
 from torchcurv.curv.analysis.operator import CurvatureOperator
-from torchcurv.curv.approximations.base import Approximation
+from torchcurv.curv.approximations.base import Approximation, Statistic
 from torchcurv.curv.approximations.table import register_approximation
 from torchcurv.curv.bundles import EKFAC, KFAC, AdaptiveDamping, Damping, Hessian, LowRank, QuadraticModel, Refresh
 from torchcurv.curv.kinds.base import CurvatureKind, SignalKind, Signals
@@ -36,6 +36,7 @@ __all__ = [
     "SecondOrderOptimizer",
     "SignalKind",
     "Signals",
+    "Statistic",
     "VIOptimizer",
     "curvature",
     "directions",

@@ -352,7 +352,7 @@ def test_a_bad_row_does_not_reach_the_parameters_and_is_counted():
     optimizer = SecondOrderOptimizer(model, approx="full", rows_limit=1, damping=0.5, **PLAIN)
     before = flat(model.parameters())
     backward(model)
-    optimizer.engine.blocks[0].pending_rows[0].uses[0][0].s[0, 0] = torch.nan
+    optimizer.engine.blocks[0].pending.tensors["kept"][0].uses[0][0].s[0, 0] = torch.nan
     optimizer.step()
     close(before - flat(model.parameters()), flat(p.grad for p in model.parameters()) / 0.5)
     assert optimizer.metrics()["skipped_measurements"] == 1
@@ -583,7 +583,7 @@ def test_adaptive_intervals_read_their_moves_at_once_and_nothing_while_they_rest
     for step in range(20):
         reads.clear()
         optimizer.zero_grad()
-        due = sum(step >= pace.next for block in optimizer.engine.blocks for pace in block.paces.values())
+        due = sum(step >= pace.next for block in optimizer.engine.blocks for pace in block.refresh.paces.values())
         backward(model, 0)
         with Syncs() as syncs:
             optimizer.step()

@@ -89,7 +89,7 @@ def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(approx, make):
             assert equal(model, before) and all(p.grad is None for p in model.parameters())
             assert state.keys() == dict(model.named_parameters()).keys()
             optimizer.load_state_dict(optimizer.state_dict())
-            assert not any(block.measured or block.has_factor for block in optimizer.engine.blocks)
+            assert not any(block.average or block.factors["step"].ready for block in optimizer.engine.blocks)
         for t in range(3):
             train(model, optimizer, [t])
             with torch.no_grad():
@@ -282,7 +282,7 @@ def test_a_copy_feeds_only_itself():
     train(other, copied, range(3, 6))
     for (path, one), (_, kept) in zip(tensors(optimizer.state_dict()), tensors(before), strict=True):
         assert torch.equal(one, kept), path
-    assert not any(block.captured for block in optimizer.engine.blocks)
+    assert not any(block.pending for block in optimizer.engine.blocks)
 
 
 def test_the_optimizer_before_its_model_keeps_its_state_only_and_says_what_to_write():
@@ -326,5 +326,5 @@ def test_a_schedule_given_as_the_default_holds_for_groups_added_later_and_after_
     for m, o in ((model, optimizer), (other, copied)):
         o.add_param_group({"params": m[2].parameters()})
         train(m, o, range(5))
-        assert [block.next_update for block in o.engine.blocks] == [6, 6]
+        assert [block.refresh.next_update for block in o.engine.blocks] == [6, 6]
     assert equal(model, other)

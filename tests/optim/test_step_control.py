@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer, curvature
+from torchcurv.curv.block.reading import effective_dimension_of
 from torchcurv.curv.capture.assemble import StatisticsAssembler
 from torchcurv.optim.control import damping_rules
 from torchcurv.optim.control.quadratic_model import RIDGE, Evaluation, minimiser, sample_order
@@ -246,7 +247,7 @@ def cat(block, v):
     """(C + 0.01)^-1 v by the factor of a block, in the order of its parameters."""
     given = v.split([p.numel() for p in block.params])
     pieces = [piece.of(part.reshape(p.shape)) for piece, p, part in zip(block.pieces, block.params, given, strict=True)]
-    return torch.cat([x.flatten() for x in block.direction(pieces, 0.01)])
+    return torch.cat([x.flatten() for x in block.solve(pieces, 0.01)])
 
 
 @pytest.mark.parametrize("kind", ["small batch", "model_samples", "empirical_fisher", "dropout", "diag"])
@@ -988,7 +989,7 @@ def test_after_warm_up_adaptive_intervals_begin_at_once():
         optimizer.zero_grad()
         F.cross_entropy(model(DATA[0][0]), DATA[0][1]).backward()
         optimizer.step()
-    assert all(block.measurements == 21 and block.next_update == 21 for block in optimizer.engine.blocks)
+    assert all(block.health.measurements == 21 and block.refresh.next_update == 21 for block in optimizer.engine.blocks)
 
 
 def test_sparse_gradients_step_without_curvature():
@@ -1111,7 +1112,7 @@ def test_curvature_is_measured_in_each_of_the_first_steps_and_then_rarely(make):
         counts.append(optimizer.metrics()["measurements"] / blocks)
     assert counts == [*range(1, 12), *[11] * 9, *[12] * 10, 13, 13]
     assert copied is not None and torch.equal(flat(model.parameters()), flat(copied[0].parameters()))
-    assert all(block.measurements == block.factorisations == 13 for block in optimizer.engine.blocks)
+    assert all(block.health.measurements == block.health.factorisations == 13 for block in optimizer.engine.blocks)
     again = make(make_model())
     saved = optimizer.state_dict()
     for state in saved["state"].values():
@@ -1162,7 +1163,7 @@ def test_relative_damping_is_that_of_the_mean_eigenvalue_of_each_block(options):
     for other, optimizer in ((model, relative), (twin, absolute)):
         F.cross_entropy(other(x), y).backward()
         optimizer.step()
-    known = [block for block in relative.engine.blocks if block.measured]
+    known = [block for block in relative.engine.blocks if block.average]
     added = [relative.engine.shift(block, relative.param_groups[0]) for block in known]
     assert [float(shift) for shift in added] == pytest.approx(dampings[: len(added)], rel=1e-9)
     if options.get("curv_type") != "input":  # whose step is multiplied with λ
@@ -1219,7 +1220,7 @@ def test_relative_damping_counts_less_in_the_model_where_the_loss_curves_less_th
     )
     optimizer.step(closure(model, x, y))
     (block,) = optimizer.engine.blocks
-    block.scale(scale)
+    block.average.tensors = block.approx.scaled(block.tensors, scale)
     optimizer.param_groups[0]["lr"] = 1.0
     optimizer.step(closure(model, x, y))
     theta, G = flat(twin.parameters()), ggn(twin, x, y)
@@ -1254,7 +1255,7 @@ def test_the_effective_dimension_is_the_trace_of_c_times_the_damped_inverse(opti
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
     for block in optimizer.engine.blocks:
-        held = None if block.holds_damping() else 0.3
+        held = None if block.factors["step"].holds_damping else 0.3
         sizes = [piece.of(piece.param).numel() for piece in block.pieces]
         C, solved = [], []
         for row in torch.eye(block.size, dtype=torch.float64):
@@ -1266,10 +1267,10 @@ def test_the_effective_dimension_is_the_trace_of_c_times_the_damped_inverse(opti
         C, solved = torch.stack(C), torch.stack(solved)
         if options.get("curv_type") == "hessian":
             C = C.abs()
-        torch.testing.assert_close(block.effective_dimension(0.3), (C @ solved).trace())
+        torch.testing.assert_close(effective_dimension_of(block, 0.3), (C @ solved).trace())
         lower = {key: x.tril() if x.dim() > 2 and x.shape[-1] == x.shape[-2] else x for key, x in block.tensors.items()}
-        block.tensors = lower  # other triangles are not kept up to date everywhere
-        torch.testing.assert_close(block.effective_dimension(0.3), (C @ solved).trace())
+        block.average.tensors = lower  # other triangles are not kept up to date everywhere
+        torch.testing.assert_close(effective_dimension_of(block, 0.3), (C @ solved).trace())
 
 
 def test_rows_and_low_rank_count_what_they_know():

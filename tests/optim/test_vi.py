@@ -590,7 +590,7 @@ def whitened(optimizer, seen):
     """The ε of draws from the posterior as it is, in the bases of the covariance."""
     (block,) = (part.block for part in optimizer.posterior.blocks)
     left, right = (torch.linalg.inv(root) for root in block.factor.roots)
-    return [left @ block.join([x[:10].view(5, 2), x[10:]])[0] @ right.mT for x in seen]
+    return [left @ block.layout.join([x[:10].view(5, 2), x[10:]])[0] @ right.mT for x in seen]
 
 
 def test_shared_noise_lasts_until_the_covariance_changes():

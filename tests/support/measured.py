@@ -37,8 +37,9 @@ def dense(opt, which: str, block=None) -> Tensor:
     block = opt.engine.blocks[0] if block is None else block
     places = torch.arange(block.size, dtype=torch.float64)
     joined = [part.reshape(layer.shape) for part, layer in zip(_split(places, block), block.layers, strict=True)]
-    order = torch.cat([part.flatten() for part in block.split(joined)]).long()
-    return getattr(block, which)["matrix"][0][order][:, order]
+    order = torch.cat([part.flatten() for part in block.layout.split(joined)]).long()
+    tensors = block.tensors if which == "tensors" else block.pending.tensors
+    return tensors["matrix"][0][order][:, order]
 
 
 def _split(flat: Tensor, block) -> tuple[Tensor, ...]:

@@ -30,6 +30,13 @@ def assume_accelerator() -> Iterator[None]:
         _assumed.pop()
 
 
+def chosen(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """new if ok else old, without a host sync on an accelerator; ok: a 0-d bool tensor."""
+    if on_cpu(ok):
+        return new if ok else old
+    return torch.where(ok, new, old)
+
+
 def sum_of(tensors: list[Tensor]) -> Tensor:
     """The sum of all values, a 0-d tensor: inf or nan where one of them is, or where it overflows itself."""
     total = tensors[0].sum()

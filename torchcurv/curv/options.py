@@ -21,12 +21,11 @@ from typing import Annotated, Any, TypedDict, get_type_hints
 from torch import Tensor
 
 from torchcurv.curv.checks import Check, Interval, check_interval, check_number, check_one_of, count, number, one_of
-from torchcurv.curv.option_rules import BLOCK_RULES, methods_of
+from torchcurv.curv.option_rules import BLOCK_RULES
 
 # What an option decides: the structure of blocks, which is read when they are built; what the next step does, which is
 # read at every use; or the optimizer as a whole.
 STRUCTURE, LIVE, OPTIMIZER = "structure", "live", "optimizer"
-HESSIAN, INPUT_COVARIANCE = "hessian", "input"  # kinds that send no signals, which other floors ask for by name
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Option:
 
 # -------------------------------------------------------------------------------- names and numbers
 
-_NAMES: dict[str, Collection[Any]] = {}  # by option, the names that tables on higher floors have
+_NAMES: dict[str, Any] = {}  # by option, the tables or the names that higher floors have
 
 
 def allow(option: str, names: Collection[Any]) -> None:
@@ -356,11 +355,26 @@ class Options:
         return f"Options({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
 
     @property
+    def kind(self) -> Any:
+        """The class of curv_type in the table of kinds."""
+        return _NAMES["curv_type"][self.curv_type]
+
+    @property
+    def hessian_methods(self) -> tuple[str, ...]:
+        """The ways to the Hessian that the approximation has, the default first."""
+        return () if self.approx is None else _NAMES["approx"][self.approx].hessian
+
+    @property
     def method(self) -> str:
         """hessian_method, with what None stands for."""
-        return self.hessian_method or methods_of(self.approx)[0]
+        return self.hessian_method or next(iter(self.hessian_methods), "exact")
+
+    @property
+    def joins(self) -> bool:
+        """Whether one block covers several layers unless `partition` says otherwise."""
+        return self.approx is not None and _NAMES["approx"][self.approx].joins
 
     @property
     def covers(self) -> str:
         """partition, with what None stands for."""
-        return self.partition or ("all" if self.approx in ("full", "lowrank") else "layer")
+        return self.partition or ("all" if self.joins else "layer")

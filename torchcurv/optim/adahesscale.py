@@ -131,7 +131,7 @@ class AdaHesScale(CurvatureOptimizer):
         """What was last measured of the Hessian's diagonal, by parameter."""
         found: dict[Tensor, Tensor] = {}
         for block in self.engine.blocks:
-            if block.measured:
+            if block.average:
                 values = block.tensors["diag"].reshape(block.layers[0].shape)
                 found.update(zip(block.params, block.layers[0].split(values), strict=True))
         return found

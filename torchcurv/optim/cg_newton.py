@@ -166,7 +166,7 @@ class CGNewton(CurvatureOptimizer):
             return
         iterations = 0
         for block, group in self.engine.by_group():
-            if not block.measured or all(p.grad is None for p in block.params):
+            if not block.average or all(p.grad is None for p in block.params):
                 continue
             gradients = {p: p.grad if p.grad is not None else torch.zeros_like(p) for p in block.params}
             b = [-piece.of(gradients[piece.param]) for piece in block.pieces]

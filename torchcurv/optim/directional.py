@@ -139,15 +139,15 @@ class DirectionalNewton(CurvatureOptimizer):
     def update_parameters(self) -> None:
         """Newton steps along the chosen directions; plain gradients elsewhere."""
         for block, group in self.engine.by_group():
-            if block.kind == GRADIENT_SHARES or not block.measured:
+            if block.kind == GRADIENT_SHARES or not block.average:
                 continue
             try:
                 newton = self._directions(block).newton(self.settings["damping"])
             except FloatingPointError:  # counted, and no step
-                block.count_skipped()
+                block.health.note_skipped(torch.ones((), dtype=torch.bool, device=block.params[0].device))
                 warn_of_failures([block])
                 continue
-            for piece, x in zip(block.pieces, block.split(newton), strict=True):
+            for piece, x in zip(block.pieces, block.layout.split(newton), strict=True):
                 piece.of(piece.param).add_(x, alpha=group["lr"])
         descend_uncovered(self.param_groups, self.engine.blocks)
 

@@ -30,7 +30,7 @@ class CovarianceVersion:
 
 
 def _tensors_of(part: GaussianBlock) -> list[Tensor]:
-    factors = (part.block.factor, part.block.draw_factor)
+    factors = [slot.factor for slot in part.block.factors.values()]
     return [t for factor in factors if factor is not None for t in factor.state().values()]
 
 

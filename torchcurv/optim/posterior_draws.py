@@ -223,7 +223,7 @@ class DrawAccumulator:
 
     def __init__(self) -> None:
         self.grads: dict[Tensor, Tensor] = {}
-        self.measured: list[tuple[Curvature, dict[str, Tensor], list[Any]]] = []
+        self.measured: list[tuple[Curvature, dict[str, Any]]] = []
         self.products: Products = {}
         self.made = 0
         self.summed: list[Tensor | float] = []
@@ -233,8 +233,7 @@ class DrawAccumulator:
         engine = draws.optimizer.engine
         self._take_grads(engine.params())
         for block in engine.blocks:
-            self.measured.append((block, block.pending, block.pending_rows))
-            block.forget_pending()
+            self.measured.append((block, block.pending.take()[0]))
         self.made += draws.made
         add_products(self.products, draws.products)
         self.summed += [] if engine.recorder.summed is None else [engine.recorder.summed]
@@ -246,10 +245,9 @@ class DrawAccumulator:
         self.take(draws)
         for p, total in self.grads.items():
             p.grad = total
-        for block, pending, rows in self.measured:
-            if pending:
-                block.add(pending)
-            block.pending_rows += rows
+        for block, measured in self.measured:
+            if measured:
+                block.pending.add(measured)
         draws.made, draws.products = self.made, self.products
         draws.optimizer.engine.recorder.summed = sum(self.summed) if self.summed else None
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.block.block import Curvature
+from torchcurv.curv.kinds.table import kind_of
 from torchcurv.curv.posterior.gaussian import GaussianBlock
 
 Products = dict[Tensor, Tensor]  # by parameter, the sum of (θ - μ) g over draws
@@ -27,7 +28,7 @@ def price_average(h: Tensor, products: Tensor, scale: float | Tensor, damping: f
 
 def is_priced(block: Curvature) -> bool:
     """Whether the curvature of a block is estimated from draws."""
-    return not block.by_passes
+    return not kind_of(block.kind, block.options).by_passes
 
 
 def add_products(total: Products, products: Products) -> None:
@@ -54,6 +55,6 @@ def estimate(part: GaussianBlock, products: Products, beta: float, factor: float
     block = part.block
     wide = torch.promote_types(block.params[0].dtype, torch.float32)
     by_param = {p: products.get(p, torch.zeros_like(p, dtype=wide)) for p in block.params}
-    joined = block.join([piece.of(by_param[piece.param]) for piece in block.pieces])[0] * factor
+    joined = block.layout.join([piece.of(by_param[piece.param]) for piece in block.pieces])[0] * factor
     h = block.tensors.get("diag", torch.full_like(joined, float(part.start)))
-    block.add({"diag": price_average(h, joined, part.scale, part.damping, beta)})
+    block.pending.add({"diag": price_average(h, joined, part.scale, part.damping, beta)})

@@ -55,7 +55,7 @@ def check_posterior_block(block: Curvature, index: int, groups: Sequence[Group],
                     f"{key}={one[key]!r} and {key}={group_of[p][key]!r}: these must agree within a layer, and between "
                     'all layers of approx="full"'
                 )
-    if block.uses_rows and one["prior_precision"] is not None:
+    if block.approx.of_one_step and one["prior_precision"] is not None:
         raise ValueError(
             f"block {block.name!r} has {block.size} parameters, more than rows_limit={block.options.rows_limit}, and "
             "rows do not outlive a step, as a posterior must: raise rows_limit, or choose another approx"

@@ -297,8 +297,8 @@ class VIOptimizer(CurvatureOptimizer, WeightPosterior):
     def _scale_measured(self, factor: float | Tensor) -> None:
         """What was measured of sums over draws and terms becomes that of means."""
         for block in self.engine.blocks:
-            if block.captured and not _is_one(factor):
-                block.scale_pending(factor)
+            if block.pending and not _is_one(factor):
+                block.pending.scale(factor)
         products, recorder = self._draws.products, self.engine.recorder
         if products and recorder is not None:
             for part, group in self.gaussian_blocks():

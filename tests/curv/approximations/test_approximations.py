@@ -114,7 +114,7 @@ def test_ekfac_has_the_exact_second_moments_in_its_basis(case, sharing):
     module = model.get_submodule("layer")
     a, s = oracles.layer_arrays(model, loss, x, y, "layer")
     got = curvature(model, loss, [(x, y)], approx="ekfac", sharing=sharing, params=module.parameters())
-    left, right = got.blocks["layer"].basis
+    left, right = got.blocks["layer"].factor.basis
     right = dense_side(right, a.shape[-1])
     truth = oracles.ekfac_from_arrays(a, s, known_sharing(sharing, module), module=module, bases=(right, left))
     close(got.to_dense(), truth)
@@ -216,7 +216,7 @@ def test_whole_gradients_need_signals_where_only_inputs_are_due(approx):
     for _ in range(40):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
-        due_statistics |= {tuple(sorted(block.due_statistics)) for block in optimizer.engine.blocks}
+        due_statistics |= {tuple(sorted(block.refresh.due)) for block in optimizer.engine.blocks}
         optimizer.step()
     assert ("A",) in due_statistics
 

@@ -16,8 +16,8 @@ from torchcurv.curv.approximations.dense import Dense
 from torchcurv.curv.approximations.diagonal import Diagonal
 from torchcurv.curv.approximations.factors import Eigen, KroneckerInverse
 from torchcurv.curv.approximations.kronecker import Kronecker, project_moments
-from torchcurv.curv.block.average import read_flags
 from torchcurv.curv.block.block import Curvature
+from torchcurv.curv.block.health import read_flags
 from torchcurv.curv.layers.find import find_layers
 from torchcurv.curv.linalg import symmetric as linalg
 from torchcurv.curv.linalg.symmetric import inverse_spd
@@ -96,7 +96,7 @@ def test_a_curvature_set_is_its_dense_matrix(approx, model):
 @pytest.mark.parametrize("model", ["mlp", "cnn_groups", "shared_layer"])
 def test_rows_answer_what_the_matrix_answers(approx, model, n):
     dense, rows = measured(approx, model, n), measured(approx, model, n, rows_limit=1)
-    assert all(block.uses_rows for block in rows.blocks.values())
+    assert all(block.approx.of_one_step for block in rows.blocks.values())
     check_algebra(rows, dense.to_dense(), 1e-7)
 
 
@@ -207,9 +207,9 @@ def test_the_running_average_is_bias_corrected_and_leaves_out_what_is_not_finite
             kept += [x.clone()] if value is None else []
             if value is not None:
                 x[0, 0, 0] = value
-            block.add({"diag": x})
+            block.pending.add({"diag": x})
             block.update(rho)
-    assert read_flags([block]) == [(len(bad) - len(kept), 0)]
+    assert read_flags([block.health]) == [(len(bad) - len(kept), 0)]
     times = [k for k, value in enumerate(bad) if value is None]  # the old fades while nothing new is let in
     weights = torch.tensor([rho ** (times[-1] - k) for k in times], dtype=torch.float64)
     if kept:
@@ -231,7 +231,7 @@ def test_nothing_measured_leaves_the_damping_alone(approx, damping_type):
     optimizer.engine.recorder.loss_fn(model(x), y).backward()
     before = [p.detach().clone() for p in model.parameters()]
     for block in optimizer.engine.blocks:
-        block.add({key: value * torch.nan for key, value in block.pending.items()})
+        block.pending.add({key: value * torch.nan for key, value in block.pending.tensors.items()})
     with pytest.warns(UserWarning, match="were not finite"):
         optimizer.step()
     for p, old in zip(model.parameters(), before, strict=True):
@@ -335,10 +335,10 @@ def test_a_singular_matrix_is_a_failure_and_no_exception(d):
 
 def test_a_retry_in_float64_returns_to_the_dtype_of_the_statistics():
     block = block_of("kfac")
-    block.tensors = {"A": spd(1, 5, 5, 1).float(), "count": torch.ones(()), "B": spd(1, 3, 3, 2).float()}
-    block.retry = True
+    block.average.tensors = {"A": spd(1, 5, 5, 1).float(), "count": torch.ones(()), "B": spd(1, 3, 3, 2).float()}
+    block.health.retry = True
     block.refactor(LAMBDA)
-    assert {value.dtype for value in block.factor.state().values()} == {torch.float32} and not block.retry
+    assert {value.dtype for value in block.factor.state().values()} == {torch.float32} and not block.health.retry
     wanted, _ = block.approx.factor(block.tensors, 10 * LAMBDA, "factored")
     close(block.factor.right, wanted.right, 1e-4)
 

@@ -36,7 +36,7 @@ def train(optimizer, model, steps, seed=lambda t: 0):
     for t in range(steps):
         optimizer.zero_grad()
         backward(model, seed(t))
-        measured.append({part: t >= pace.next for part, pace in optimizer.engine.blocks[0].paces.items()})
+        measured.append({part: t >= pace.next for part, pace in optimizer.engine.blocks[0].refresh.paces.items()})
         optimizer.step()
     return {part: [t for t, due in enumerate(measured) if due[part]] for part in measured[0]}
 
@@ -99,7 +99,7 @@ def test_what_is_not_due_is_not_computed(monkeypatch, curv_type):
         optimizer.zero_grad()
         (block,) = optimizer.engine.blocks
         for part in due:
-            due[part] += [t] if t >= block.paces[part].next else []
+            due[part] += [t] if t >= block.refresh.paces[part].next else []
         nn.functional.cross_entropy(model(cases.randn(6, 4)), labels(t)).backward()
         optimizer.step()
     assert computed["A"] == len(due["A"]) < 12 and computed["B"] == len(due["B"])
@@ -117,11 +117,11 @@ def test_averages_fade_with_steps_not_measurements(intervals, rho):
     )  # fmt: skip
     times = []
     for t in range(25):
-        before = optimizer.engine.blocks[0].measurements
+        before = optimizer.engine.blocks[0].health.measurements
         optimizer.zero_grad()
         backward(model, t)
         optimizer.step()
-        times += [t] * (optimizer.engine.blocks[0].measurements - before)
+        times += [t] * (optimizer.engine.blocks[0].health.measurements - before)
     assert len(times) < 25 and max(later - earlier for earlier, later in pairwise(times)) > 1
     every = SecondOrderOptimizer(
         model, approx="diag", samples=None, lr=0.0, momentum=0.0, ema_decay=0.0, update_every=1
@@ -150,7 +150,7 @@ def test_a_measurement_that_is_not_finite_fades_the_old(approx, key):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             optimizer.step()
-    assert block.weights[key].item() == 1 + 0.5**3
+    assert block.average.weights[key].item() == 1 + 0.5**3
 
 
 @pytest.mark.parametrize("approx", cases.APPROXIMATIONS)
@@ -169,7 +169,7 @@ def test_every_approximation_rests_and_its_factor_too(approx, monkeypatch):
     still = SecondOrderOptimizer(model, update_every=1, refactor_every=1, **options)
     train(still, model, 2)
     v = [cases.randn(*p.shape, seed=k) for k, p in enumerate(block.params)]
-    damping = None if block.holds_damping() else 0.1
+    damping = None if block.factors["step"].holds_damping else 0.1
     for ours, theirs in zip(block.solve(v, damping), still.engine.blocks[0].solve(v, damping), strict=True):
         close(ours, theirs, 1e-8)
 
@@ -205,13 +205,13 @@ def test_after_a_measurement_that_is_not_finite_the_next_step_measures():
     optimizer = SecondOrderOptimizer(model, samples=None, lr=0.0, momentum=0.0, refresh_warmup=0, **ADAPTIVE)
     train(optimizer, model, 30)
     (block, _) = optimizer.engine.blocks
-    while optimizer.engine.step < block.next_update:
+    while optimizer.engine.step < block.refresh.next_update:
         train(optimizer, model, 1)
     optimizer.zero_grad()
     nn.functional.cross_entropy(model(cases.randn(6, 4) * math.nan), torch.arange(6) % 3).backward()
     with pytest.warns(UserWarning, match="not finite"):
         optimizer.step()
-    assert block.next_update == optimizer.engine.step
+    assert block.refresh.next_update == optimizer.engine.step
 
 
 @pytest.mark.parametrize("make", [SecondOrderOptimizer, Preconditioner])
@@ -250,12 +250,12 @@ def test_a_alone_is_measured_without_a_signal(curv_type, approx, monkeypatch):
     monkeypatch.setattr(CurvaturePass, "backward", lambda self, *args: (sent.append(1), own(self, *args))[1])
     optimizer.zero_grad()
     for block in optimizer.engine.blocks:
-        block.due_statistics = ("A",)
+        block.refresh.due = ("A",)
     backward(model)
     assert not sent
     for block, known in zip(optimizer.engine.blocks, whole, strict=True):
-        assert set(block.pending) == {"A", "count"}
-        for key, value in block.pending.items():
+        assert set(block.pending.tensors) == {"A", "count"}
+        for key, value in block.pending.tensors.items():
             close(value, known[key])
 
 
@@ -266,10 +266,10 @@ def test_slow_drifts_add_up():
     )
     (block, _) = optimizer.engine.blocks
     train(optimizer, model, 40)
-    held, moves = block.factor, [dict(block.change_since_factorisation)]
+    held, moves = block.factor, [dict(block.refresh.drifts)]
     while block.factor is held and len(moves) < 20:
         train(optimizer, model, 1, seed=lambda t: 9)
-        moves.append(dict(block.change_since_factorisation))
+        moves.append(dict(block.refresh.drifts))
     assert 2 < len(moves) < 20 and block.factor is not held
     assert all(0 < now["A"] - before["A"] < 0.1 for before, now in pairwise(moves[:-1]))  # each alone is too small
 

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from torchcurv import Preconditioner, SecondOrderOptimizer, curvature
+from torchcurv.curv.block.reading import diagonal_of
 
 N, T, W, V, WORDS = 4, 3, 4, cases.CLASSES, 6
 CE = nn.CrossEntropyLoss()
@@ -229,7 +230,7 @@ def assert_measured(opt, truth, tol=1e-9, uncovered=0):
         expected = truth[index][:, index]
         seen.append(index)
         if block.options.approx == "diag":
-            got = torch.cat([part.flatten() for part in block.split(block.diag())])
+            got = torch.cat([part.flatten() for part in block.layout.split(diagonal_of(block))])
             expected = expected.diag()
         else:
             got = dense(opt, "tensors", block)
@@ -434,7 +435,7 @@ def test_uses_of_bare_parameters_are_right_or_refused_by_name(name, approx, kind
         index = places_of(model, block)
         expected = truth[index][:, index]
         if approx == "diag":
-            close(torch.cat([part.flatten() for part in block.split(block.diag())]), expected.diag(), 1e-9)
+            close(torch.cat([part.flatten() for part in block.layout.split(diagonal_of(block))]), expected.diag(), 1e-9)
         else:
             close(dense(opt, "tensors", block), expected, 1e-9)
 
@@ -639,7 +640,7 @@ def test_compiled_models_train_like_plain_ones(name):
         opt = SecondOrderOptimizer(model, lr=0.1, update_every=2, samples=None)
         used = torch.compile(model, backend=backend) if compiled else model
         losses, _ = taken(used, opt, [batch(seed=k) for k in range(3)])
-        assert all(block.measured for block in opt.engine.blocks)
+        assert all(block.average for block in opt.engine.blocks)
         runs.append((losses, list(model.parameters())))
     torch._dynamo.reset()
     assert modes_are_clean()

@@ -409,7 +409,7 @@ def function_transforms(opt, trigger, x, y):
 def test_what_adds_nothing_to_grad_adds_no_curvature(other, trigger, kind):
     opt, (x, y) = made(trigger, mlp(), curv_type=kind), batch()
     other(opt, trigger, *batch(seed=1))
-    assert not opt.engine.blocks[0].captured
+    assert not opt.engine.blocks[0].pending
     loss = lost(opt, trigger, opt.model(x), y)
     other(opt, trigger, *batch(seed=2))
     loss.backward()
@@ -444,11 +444,13 @@ def test_only_the_blocks_that_a_partial_backward_reaches_are_fed(trigger):
     head = list(opt.model[2].parameters())
     loss = lost(opt, trigger, opt.model(x), y)
     loss.backward(inputs=head, retain_graph=True)
-    assert [block.captured for block in opt.engine.blocks] == [False, True]
+    assert [bool(block.pending) for block in opt.engine.blocks] == [False, True]
     loss.backward(inputs=list(opt.model[0].parameters()))
     opt.step()
     expected = truth_of(opt.model, x, y).diag()
-    got = torch.cat([part.flatten() for block in opt.engine.blocks for part in block.split([block.tensors["diag"]])])
+    got = torch.cat(
+        [part.flatten() for block in opt.engine.blocks for part in block.layout.split([block.tensors["diag"]])]
+    )
     close(got, expected)
 
 
@@ -592,7 +594,7 @@ def test_nothing_is_recorded_while_nothing_is_due(trigger, monkeypatch):
         noted = [key for key in output.grad_fn.metadata if "torchcurv" in str(key)]
         loss = lost(opt, trigger, output, y)
         loss.backward()
-        seen.append((bool(noted), opt.engine.blocks[0].captured))
+        seen.append((bool(noted), bool(opt.engine.blocks[0].pending)))
         opt.step()
         assert (step % 3 == 0) == seen[-1][0] == seen[-1][1]
 
@@ -842,7 +844,7 @@ def test_hooks_that_came_after_the_first_compiled_call_are_missed_with_a_message
     compiled(x)
     opt = SecondOrderOptimizer(model)
     CE(compiled(x), y).backward()
-    if any(block.captured for block in opt.engine.blocks):
+    if any(block.pending for block in opt.engine.blocks):
         opt.step()
     else:
         with pytest.raises(RuntimeError, match=r"before torch.compile's first call"):
@@ -884,7 +886,7 @@ def test_the_hooks_of_a_copied_model_are_inert(copy_of):
     opt, (x, y) = optimizer(mlp(), "cross_entropy"), batch()
     other = copy_of(opt.model)
     CE(other(x), y).backward()
-    assert not opt.engine.blocks[0].captured
+    assert not opt.engine.blocks[0].pending
     assert all("torchcurv" not in str(module.__dict__.keys()) for module in opt.model.modules())
     CE(opt.model(x), y).backward()
     CE(other(x), y).backward()
@@ -910,7 +912,7 @@ def drawn(curv_type="ggn", seed=0, steps=1, micro=1):
     for _ in range(steps):
         for _ in range(micro):
             CE(opt.model(x), y).backward()
-            found.append(opt.engine.blocks[0].pending["matrix"].clone())
+            found.append(opt.engine.blocks[0].pending.tensors["matrix"].clone())
         opt.step()
         opt.zero_grad()
     return found
@@ -1021,7 +1023,7 @@ def test_a_bias_before_a_batch_norm_whose_gradient_is_rounding_passes():
     x, y = cases.randn(512, 1, 4, 4).float(), torch.arange(512) % V
     opt = optimizer(model, CE, approx="diag")
     CE(model(x), y).backward()
-    assert all(block.captured for block in opt.engine.blocks)
+    assert all(block.pending for block in opt.engine.blocks)
 
 
 def test_weights_put_in_for_one_call_are_not_ours():

@@ -130,7 +130,7 @@ def test_an_optimizer_measures_what_is_looked_at(loss_fn, approx, keys):
     loss(model(x), y).backward()
     for block in optimizer.engine.blocks:
         for key in keys:
-            assert torch.allclose(block.pending[key], seen.blocks[block.name].tensors[key], rtol=1e-10)
+            assert torch.allclose(block.pending.tensors[key], seen.blocks[block.name].tensors[key], rtol=1e-10)
 
 
 def test_micro_batches_add_up():
@@ -142,7 +142,7 @@ def test_micro_batches_add_up():
     for part in (slice(0, 3), slice(3, 6)):
         (loss(model(x[part]), y[part]) / 2).backward()
     for block in optimizer.engine.blocks:
-        assert torch.allclose(block.pending["diag"], seen.blocks[block.name].tensors["diag"], rtol=1e-10)
+        assert torch.allclose(block.pending.tensors["diag"], seen.blocks[block.name].tensors["diag"], rtol=1e-10)
 
 
 REAL = ("resnet_bn", "resnet_gn", "depthwise_cnn", "autoencoder", "graph")

@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 from torchcurv import curvature
+from torchcurv.curv.block.slot import FactorSlot
 from torchcurv.curv.linalg.symmetric import lower_times, times_lower_transposed
 from torchcurv.curv.posterior.gaussian import Gaussian, GaussianBlock
 
@@ -122,7 +123,7 @@ def test_draws_that_share_noise_differ_by_signs_of_rows_or_columns(name):
         draw = part.draws(generator)
         cores = []
         for _ in range(20):
-            (x,) = part.block.join(draw(generator))
+            (x,) = part.block.layout.join(draw(generator))
             cores.append(torch.linalg.solve(roots[0], x) @ torch.linalg.inv(roots[1]).mT)
         for core in cores[1:]:
             torch.testing.assert_close(core.abs(), cores[0].abs())
@@ -135,7 +136,7 @@ def test_draws_that_share_noise_differ_by_signs_of_rows_or_columns(name):
 def test_before_anything_is_measured_the_covariance_is_a_multiple_of_the_identity():
     gaussian, measured = gaussian_of(SHAPES["full"])
     for part in gaussian.blocks:
-        part.block.factor = None
+        part.block.factors = {"step": FactorSlot()}
     fresh = Gaussian(gaussian.mean, [GaussianBlock(part.block, SCALE, DAMPING, 0.2) for part in gaussian.blocks])
     variances = flat(fresh.variances(), measured.params)
     torch.testing.assert_close(variances, torch.full_like(variances, 1 / (SCALE * (DAMPING + 0.2))))

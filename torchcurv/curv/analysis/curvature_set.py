@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.analysis.spectra import Spectra, Vector
-from torchcurv.curv.approximations.factor import Factor
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.block.layout import gathered
+from torchcurv.curv.block.reading import diagonal_of, draw_from, measured_factor
 
 
 class CurvatureSet(Spectra):
@@ -54,35 +54,30 @@ class CurvatureSet(Spectra):
 
     def sample(self, damping: float | Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
         """One draw from N(0, (C + damping I)^-1), a list like `params`."""
-        drawn = self._gathered(lambda block: block.sample(damping, generator))
+        drawn = self._gathered(lambda block: draw_from(block, damping, generator))
         return [drawn[p] for p in self.params]
 
     def diag(self) -> Tensor:
         """The diagonal of C, [P]."""
-        return self._flat(lambda block: block.split(block.diag()))
+        return self._flat(lambda block: block.layout.split(diagonal_of(block)))
 
     def trace(self) -> Tensor:
-        return torch.stack([factor_of(block).trace() for block in self.blocks.values()]).sum()
+        return torch.stack([measured_factor(block).trace() for block in self.blocks.values()]).sum()
 
     def logdet(self, damping: float | Tensor) -> Tensor:
         """log det(C + damping I)."""
-        return torch.stack([factor_of(block).logdet(damping) for block in self.blocks.values()]).sum()
+        return torch.stack([measured_factor(block).logdet(damping) for block in self.blocks.values()]).sum()
 
     def eigvalsh(self) -> Tensor:
         """All P eigenvalues of C, ascending."""
-        return torch.cat([factor_of(block).eigvalsh() for block in self.blocks.values()]).sort().values
+        return torch.cat([measured_factor(block).eigvalsh() for block in self.blocks.values()]).sort().values
 
     def to_dense(self) -> Tensor:
         """C as a [P, P] matrix."""
-        like = next(iter(self.blocks.values())).diag()[0]
+        like = diagonal_of(next(iter(self.blocks.values())))[0]
         size = sum(p.numel() for p in self.params)
         return self.matvec(torch.eye(size, dtype=like.dtype, device=like.device))
 
     def __repr__(self) -> str:
         size = sum(p.numel() for p in self.params)
         return f"CurvatureSet({len(self.blocks)} blocks over {size} parameters)"
-
-
-def factor_of(block: Curvature) -> Factor:
-    assert block.factor is not None
-    return block.factor

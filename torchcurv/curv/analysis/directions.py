@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.rows import JacobianRows, rows_of
+from torchcurv.curv.approximations.by_rows import ByRows, rows_in
+from torchcurv.curv.approximations.rows import JacobianRows
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.checks import check_number
 from torchcurv.curv.kinds.base import GRADIENT_SHARES
@@ -46,7 +47,7 @@ class Directions:
 
     def vectors(self) -> list[Tensor]:
         """The unit eigenvectors, [K, *shape] for each of `block.params`, whose order need not be the model's."""
-        return self.block.of_parameters(self.rows.combinations(self._combinations), self.block.params)
+        return self.block.layout.of_parameters(self.rows.combinations(self._combinations), self.block.params)
 
     @property
     def _combinations(self) -> Tensor:
@@ -72,12 +73,12 @@ def check_choices(cutoff: float | None, curvature_samples: int | None, gradient_
 
 def with_gradient_blocks(blocks: list[Curvature]) -> list[Curvature]:
     """Blocks kept as rows, and after them for each a twin with the shares of the samples in the gradient."""
-    twins = [Curvature(f"{block.name}:gradient", block.layers, block.options) for block in blocks]
-    for twin in twins:
-        twin.kind = GRADIENT_SHARES
-    for block in (*blocks, *twins):
-        block.uses_rows = True
-    return [*blocks, *twins]
+    kept = [Curvature(block.name, block.layers, block.options, approx=ByRows()) for block in blocks]
+    twins = [
+        Curvature(f"{block.name}:gradient", block.layers, block.options, kind=GRADIENT_SHARES, approx=ByRows())
+        for block in blocks
+    ]
+    return [*kept, *twins]
 
 
 def directions_of(
@@ -96,7 +97,7 @@ def directions_of(
         cutoff: eigenvalues up to this times the largest count as zero; None: what rounding makes of zero.
         curvature_samples, gradient_samples: only so many samples, the first of each pass, make C and λ, or γ.
     """
-    measured, shared_rows = rows_of(block.factor), rows_of(shares.factor)
+    measured, shared_rows = rows_in(block.tensors), rows_in(shares.tensors)
     rows = measured if curvature_samples is None else measured.first(curvature_samples)
     own = shared_rows if gradient_samples is None else shared_rows.first(gradient_samples)
     gram = rows.gram()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.analysis.measure import curvature
-from torchcurv.curv.approximations.rows import rows_of
+from torchcurv.curv.approximations.by_rows import rows_in
 from torchcurv.curv.numerics import at_least_float32
 from torchcurv.curv.posterior.draws import arguments, temporary_values
 from torchcurv.curv.posterior.gaussian import GaussianBlock
@@ -66,7 +66,7 @@ class LinearisedOutputs:
             )  # fmt: skip
         total = []
         for part in blocks:
-            factor = rows_of(rows.blocks[part.block.layers[0].name].factor)
+            factor = rows_in(rows.blocks[part.block.layers[0].name].tensors)
             total.append(covariance_of_rows(part, factor))
         return torch.stack(total).sum(0) / 2
 

@@ -245,7 +245,7 @@ def _measure(
     record.context.passes = 0
     total: Tensor | float = 0.0
     for block in blocks:
-        block.forget_running()
+        block.average.forget()
     for x, y in data:
         with torch.enable_grad():
             f, _ = forward(model, x, output_fn)
@@ -259,14 +259,14 @@ def _measure(
             terms = replace(terms, reduction=1.0)
         event = LossEvent(loss, terms, 1.0, f.detach(), edge_of(f), capture, edge)
         CurvaturePass(record.context, event, blocks).run()
-    if not any(block.captured for block in blocks):
+    if not any(block.pending for block in blocks):
         raise ValueError("data is empty: there is nothing to measure")
-    unreached = [block.name for block in blocks if not block.captured]
+    unreached = [block.name for block in blocks if not block.pending]
     if unreached:
         raise ValueError(f"the loss does not depend on {', '.join(unreached)}: pass params= without their parameters")
     for block in blocks:
-        block.update(1.0)
         if loss.reduction == "mean":
-            block.scale(1 / total)
-        if not block.uses_rows:
+            block.pending.scale(1 / total)
+        block.update(1.0)
+        if not block.approx.of_one_step:
             block.refactor(0.0)

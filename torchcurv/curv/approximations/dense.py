@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Tensors, damping_tensor
+from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Statistic, Tensors, damping_tensor
 from torchcurv.curv.approximations.factor import Factor
 from torchcurv.curv.approximations.factors import Eigen, KroneckerInverse
 from torchcurv.curv.approximations.spectrum import map_negative_eigenvalues
@@ -30,11 +29,10 @@ class Dense(Approximation):
     per_unit: bool = False
     wide: bool = False
     spectrum: str | None = None
-    parts: ClassVar[tuple[str, ...]] = WHOLE
 
     @property
-    def linear(self) -> tuple[str, ...]:
-        return ("matrix",)
+    def statistics(self) -> Mapping[str, Statistic]:
+        return {"": Statistic(("matrix",), scales_with_loss=True, needs_signals=True)}
 
     def describe(self, size: int, shape: tuple[int, int, int]) -> str:
         g, o, d = shape

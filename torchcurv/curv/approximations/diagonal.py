@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Tensors, damping_tensor
+from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Statistic, Tensors, damping_tensor
 from torchcurv.curv.approximations.factor import Factor, with_tensors
 from torchcurv.curv.approximations.factors import Eigen
 from torchcurv.curv.approximations.spectrum import map_negative_eigenvalues
@@ -24,13 +24,12 @@ class Diagonal(Approximation):
     """diag(C) = sum_{v,n} (sum_r s a)^2."""
 
     spectrum: str | None = None
-    parts: ClassVar[tuple[str, ...]] = WHOLE
 
     propagated: ClassVar[str | None] = "diag"
 
     @property
-    def linear(self) -> tuple[str, ...]:
-        return ("diag",)
+    def statistics(self) -> Mapping[str, Statistic]:
+        return {"": Statistic(("diag",), scales_with_loss=True, needs_signals=True)}
 
     def of_diagonal(self, use: LayerData) -> Tensors:
         return {"diag": use.weighted_squares()}
@@ -42,8 +41,8 @@ class Diagonal(Approximation):
             factor, {"values": values if as_they_are else map_negative_eigenvalues(values, self.spectrum)}
         )
 
-    def restored(self, factor: Factor) -> Factor:
-        return Eigen(**factor.state(), absolute=self.spectrum == "abs")
+    def of_diagonal_estimate(self, diagonal: Tensor) -> Tensors:
+        return {"diag": diagonal}
 
     def measure(self, stats: Stats, basis: Basis | None = None, due: Collection[str] = WHOLE) -> Tensors:
         return {"diag": stats.squares()}

@@ -373,9 +373,3 @@ def _from_root(root: Tensor) -> Tensor:
 def _side_diagonal(side: Tensor, d: int | None) -> Tensor:
     """[g, d] of a side, without the padding of its last block."""
     return side.diagonal(dim1=-2, dim2=-1).flatten(1)[:, :d]
-
-
-def factor_from_state(state: dict[str, Tensor], shape: tuple[int, int] | None) -> Factor:
-    if "vectors" in state:
-        return LowRankEigen(**state)
-    return Eigen(**state) if "values" in state else KroneckerInverse(**state, shape=shape)  # type: ignore[arg-type]

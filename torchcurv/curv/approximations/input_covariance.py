@@ -14,14 +14,13 @@ optimization" (2022), FOOF.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Tensors
+from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Statistic, Tensors
 from torchcurv.curv.approximations.factor import Factor
 from torchcurv.curv.approximations.factors import Eigen, InputRows, KroneckerInverse
 from torchcurv.curv.approximations.kronecker import Kronecker, Sides
@@ -46,11 +45,10 @@ class InputCurvature(Approximation):
     sides: Sides
     sharing: str = "expand"
     by_rows: bool = False
-    parts: ClassVar[tuple[str, ...]] = WHOLE
 
     @property
-    def linear(self) -> tuple[str, ...]:
-        return ()
+    def statistics(self) -> Mapping[str, Statistic]:
+        return {"": Statistic(("A", ROWS, "count"), scales_with_loss=False, needs_signals=False)}
 
     @classmethod
     def of(cls, layer: Layer, sides: Sides, sharing: str, by_rows: bool) -> InputCurvature:
@@ -70,6 +68,10 @@ class InputCurvature(Approximation):
     def of_one_step(self) -> bool:
         return self.by_rows
 
+    @property
+    def forbids_memory(self) -> bool:
+        return self.by_rows
+
     def describe(self, size: int, shape: tuple[int, int, int]) -> str:
         g, o, d = shape
         left, right = self.side_names(o, d)
@@ -83,9 +85,17 @@ class InputCurvature(Approximation):
             key, (value, count) = (
                 (ROWS, inputs.rows()) if few else ("A", inputs.cov(self.sharing, self.sides.blocks[1]))
             )
-            for name, x in {key: value, "count": count}.items():
-                tensors[name] = added(name, tensors[name], x) if name in tensors else x
+            tensors = self.collected(tensors, {key: value, "count": count})
         return tensors
+
+    def collected(self, held: Tensors, new: Tensors) -> Tensors:
+        """Rows lie one after the other, all else is summed."""
+        for key, value in new.items():
+            if key not in held:
+                held[key] = value
+            else:
+                held[key] = torch.cat([held[key], value], -2) if key == ROWS else held[key] + value
+        return held
 
     def product(self, tensors: Tensors, x: Tensor) -> Tensor:
         """x A for x [g, o, d]."""
@@ -128,11 +138,6 @@ class InputCurvature(Approximation):
         values, right = eigenbasis(A, d)
         values = values.clamp_min(0).unsqueeze(-2).repeat(1, o, 1)
         return Eigen(values, identity, right, lam), torch.isfinite(sum_of([values, right]))
-
-
-def added(name: str, old: Tensor, new: Tensor) -> Tensor:
-    """What was measured so far with what was measured now: rows lie one after the other, all else is summed."""
-    return torch.cat([old, new], -2) if name == ROWS else old + new
 
 
 def _count(tensors: Tensors) -> Tensor:

@@ -1,25 +1,15 @@
-"""Approximations: which statistic of (a, s) is kept, and how it becomes a Factor.
-
-    measure(stats, basis) -> {name: tensor}, additive over signals, micro-batches and ranks
-    empty(layers, like) -> the same for no signals at all: zeros of the right shapes
-    trace(tensors) -> that of the matrix, a 0-d tensor
-    factor(tensors, damping, damping_type, basis) -> (Factor, ok)
-
-basis is that of the block's last factor, which only ekfac asks for; ok is a 0-d bool tensor.
-`linear` names the statistics that scale with the loss (the input side of K-FAC does not), `parts` the
-names of those that are measured on their own, when they are due; ("",) where there is one for all (`part_of`).
-"""
+"""K-FAC and EK-FAC: C ≈ B ⊗ A over the outputs and inputs of a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.base import Approximation, Basis, Tensors, damping_tensor
+from torchcurv.curv.approximations.base import Approximation, Basis, Statistic, Tensors, damping_tensor
 from torchcurv.curv.approximations.factor import Factor
 from torchcurv.curv.approximations.factors import Eigen, KroneckerInverse
 from torchcurv.curv.approximations.spectrum import map_negative_eigenvalues
@@ -84,12 +74,14 @@ class Kronecker(Approximation):
     corrected: bool = False
     sides: Sides | None = None
     spectrum: str | None = None
-    parts: ClassVar[tuple[str, ...]] = ("A", "B")
 
     @property
-    def linear(self) -> tuple[str, ...]:
-        uses = ("",) if self.sides is None else self.sides.uses
-        return (*(f"B{suffix}" for suffix in uses), *(["moments"] if self.corrected else []))
+    def statistics(self) -> Mapping[str, Statistic]:
+        """A with the count of its rows, whose scale drops out, and B with the moments in the basis of B ⊗ A."""
+        return {
+            "A": Statistic(("A", "count", "A_t", "count_t"), False, needs_signals=self.sharing == "whole"),
+            "B": Statistic(("B", "B_t", "moments"), True, needs_signals=True),
+        }
 
     def side_names(self, o: int, d: int) -> tuple[str, str]:
         """The sizes of (B, A) as a summary prints them: n² is a matrix, k x m² are blocks, n a diagonal."""
@@ -100,10 +92,6 @@ class Kronecker(Approximation):
 
     subsampled: ClassVar[bool] = True
     propagated: ClassVar[str | None] = "matrix"
-
-    @property
-    def needs_all_signals(self) -> bool:
-        return self.sharing == "whole"
 
     def describe(self, size: int, shape: tuple[int, int, int]) -> str:
         g, o, d = shape

@@ -7,20 +7,32 @@ Gauss-Newton's low-rank structure", 2106.02624).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Tensors, damping_tensor
+from torchcurv.curv.approximations.base import (
+    WHOLE,
+    Approximation,
+    Averaged,
+    Basis,
+    Statistic,
+    Tensors,
+    damping_tensor,
+)
+from torchcurv.curv.approximations.by_rows import KEPT
 from torchcurv.curv.approximations.factor import Factor
 from torchcurv.curv.approximations.factors import LowRankEigen
-from torchcurv.curv.approximations.rows import JacobianRows
+from torchcurv.curv.approximations.rows import JacobianRows, row_count
 from torchcurv.curv.approximations.spectrum import map_negative_eigenvalues
+from torchcurv.curv.hessian.products import CurvatureVectorProduct
 from torchcurv.curv.layers.layer import Layer
+from torchcurv.curv.linalg import krylov
 from torchcurv.curv.linalg.symmetric import Damping, eigh
+from torchcurv.curv.numerics import chosen, sum_of
 from torchcurv.curv.statistics.block import Stats
 
 
@@ -29,27 +41,84 @@ class LowRank(Approximation):
     """C ≈ Σ_k λ_k e_k e_k^T over the `rank` eigenpairs of largest magnitude.
 
     They come from Gram matrices (Dangel et al. 2022, ViViT), so they do not add up like other statistics: what was
-    measured is kept as rows, and `merged` finds the pairs of a weighted sum.
+    measured is kept as rows until the step, or of more rows than `rows_limit` the largest pairs, and `merged` finds
+    the pairs of a weighted sum.
     """
 
     rank: int
     spectrum: str | None = None
-    parts: ClassVar[tuple[str, ...]] = WHOLE
-
-    keeps_rows: ClassVar[bool] = True
+    rows_limit: int = 2048
 
     @property
-    def linear(self) -> tuple[str, ...]:
-        return ("values",)
+    def statistics(self) -> Mapping[str, Statistic]:
+        return {"": Statistic(("values", "vectors", KEPT), scales_with_loss=True, needs_signals=True)}
 
     def describe(self, size: int, shape: tuple[int, int, int]) -> str:
         return f"{self.rank} of {size}"
 
-    def follow(self, tensors: Tensors, factor: Factor, damping_type: str) -> Factor:
+    def follow(self, tensors: Tensors, factor: Any, damping_type: str) -> Factor:
         return self.factor(tensors, 0.0 if factor.damping is None else factor.damping, damping_type)[0]
 
     def measure(self, stats: Stats, basis: Basis | None = None, due: Collection[str] = WHOLE) -> Tensors:
-        raise self._refused("keeps rows, and measures nothing of them before a step")
+        return {KEPT: tuple(stats.parts(self.rows_limit))}
+
+    def edited(self, pending: Tensors) -> bool:
+        return any(part.edited for part in pending[KEPT])
+
+    def collected(self, held: Tensors, new: Tensors) -> Tensors:
+        """Rows until the step; of too many for their Gram matrix, the largest eigenpairs."""
+        kept = held.get(KEPT, ())
+        for part in new[KEPT]:
+            kept = (*kept, part)
+            if row_count(kept) > self.rows_limit:
+                pairs, ok = self.merged([(1.0, kept)])
+                kept = (replace(pairs, values=torch.where(ok, pairs.values, torch.nan)),)
+        return {KEPT: kept}
+
+    def scaled(self, tensors: Tensors, factor: Tensor | float) -> Tensors:
+        """That of rows, and of eigenpairs."""
+        found = {**tensors}
+        if KEPT in tensors:
+            found[KEPT] = tuple(part.scaled(factor) for part in tensors[KEPT])
+        if "values" in tensors:
+            found["values"] = tensors["values"] * factor
+        return found
+
+    def measured_keys(self, new: Tensors) -> Collection[str]:
+        return ("values", "vectors")
+
+    def averaged(
+        self, old: Tensors, new: Tensors, total: Tensor | None, shares: Mapping[str, Tensor], track_change: bool
+    ) -> Averaged:
+        """The largest pairs of the weighted sum."""
+        share = shares["values"]
+        before = [(1 - share, [LowRankEigen(**old)])] if old else []
+        merged, ok = self.merged([(share, new[KEPT]), *before])
+        state = merged.state()
+        held = old or {key: torch.zeros_like(value) for key, value in state.items()}
+        moved = {}
+        if track_change:
+            change = merged.distance(LowRankEigen(**held))
+            moved["values"] = torch.where(held["values"].any(), change, torch.inf)
+        return Averaged({key: chosen(ok, state[key], value) for key, value in held.items()}, ok, moved)
+
+    def from_hessian(
+        self, products: CurvatureVectorProduct, layout: Any, generator: torch.Generator | None
+    ) -> Iterator[Tensors]:
+        """The eigenpairs of largest magnitude of the Hessian of one loss, by Lanczos."""
+        first = products.first[0]
+        like = torch.zeros((), dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
+        if not torch.isfinite(sum_of(list(products.first))):
+            unknown = LowRankEigen(like.new_full((self.rank,), torch.nan), like.new_zeros(self.rank, layout.size))
+            yield {KEPT: (unknown,)}
+            return
+
+        def times(x: Tensor) -> Tensor:
+            return layout.coordinates(products(layout.of_parameters(x.mT, products.params))).mT
+
+        matrix = krylov.Symmetric(times, layout.size, like.dtype, like.device)
+        found = krylov.eigh(matrix, self.rank, "magnitude", generator=generator)
+        yield {KEPT: (LowRankEigen(found.values, found.vectors.mT),)}
 
     def merged(
         self, parts: Sequence[tuple[Tensor | float, Sequence[Stats | LowRankEigen]]]

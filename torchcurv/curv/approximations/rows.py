@@ -243,12 +243,6 @@ def each_of_batch(f: Callable[..., list[Tensor]], x: list[Tensor], *args: Any) -
     return [torch.stack(parts) for parts in zip(*answers, strict=True)]
 
 
-def rows_of(factor: Any) -> JacobianRows:
-    """The factor of a block that is kept as rows."""
-    assert isinstance(factor, JacobianRows)
-    return factor
-
-
 def row_count(parts: Sequence[object]) -> int:
     return sum(part.shape.numel() for part in parts if isinstance(part, Stats))
 

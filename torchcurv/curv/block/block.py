@@ -1,106 +1,186 @@
 """Curvature: one block of the loss's curvature. Plain tensors in, plain tensors out.
 
-A block is one layer, or for "full" all the layers that ask for it. Its life has three parts, each in its own file: it
-measures (measurement.py), averages what it measured (average.py), and factors the average, which is then used (here).
+A block is one layer, or for "full" all the layers that ask for it. It measures (pending.py), averages what it measured
+(average.py) when that is due (refresh.py), and keeps factors of the average (slot.py), which are used here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.factor import Factor, with_tensors
-from torchcurv.curv.approximations.factors import factor_from_state
-from torchcurv.curv.approximations.rows import rows_of
+from torchcurv.curv.approximations.base import Approximation, Tensors
+from torchcurv.curv.approximations.factor import Factor
+from torchcurv.curv.approximations.table import approximation_of
 from torchcurv.curv.block.average import RunningAverage
-from torchcurv.curv.block.refresh import AdaptiveInterval
-from torchcurv.curv.kinds.base import INPUT_COVARIANCE
+from torchcurv.curv.block.health import Health
+from torchcurv.curv.block.layout import BlockLayout
+from torchcurv.curv.block.pending import Pending
+from torchcurv.curv.block.refresh import RefreshSchedule
+from torchcurv.curv.block.slot import FactorSlot
+from torchcurv.curv.kinds.base import CurvatureKind
+from torchcurv.curv.kinds.table import kind_of
 from torchcurv.curv.layers.layer import Layer
-from torchcurv.curv.numerics import at_least_float32, on_cpu
-from torchcurv.curv.options import Options
+from torchcurv.curv.numerics import at_least_float32
+from torchcurv.curv.options import STRUCTURE_NAMES, Options
+from torchcurv.curv.statistics.block import Stats
+
+STEP, POSTERIOR = "step", "posterior"  # what a factor is for
 
 
-class Curvature(RunningAverage):
-    """One block: its layers, options, measurements, running average and factor."""
+class Curvature:
+    """One block: what it measures, the running average of that, and its factors.
 
-    def __init__(self, name: str, layers: list[Layer], options: Options) -> None:
-        super().__init__(name, layers, options)
-        self.factor_damping = math.nan  # of the factor; unknown where it came as a tensor
-        self.draws_apart = False  # whether draws have a factor of their own, of another damping than that of the step
-        self.draw_factor: Factor | None = None
-        self.draw_damping = math.nan
-        self.retry = False  # the last factorisation failed: the next is in float64 with more damping
+    kind: which curvature, by the name in the table; None: that of the options. approx: what is kept of it; None: what
+    the options name.
+
+    layout: its layers and how their parameters become coordinates; name, layers, pieces, params and size are those of
+    the layout. pending, average, refresh, health: see their classes. factors: a slot by what its factor is for; one of
+    POSTERIOR is there while draws have another damping than steps.
+    """
+
+    layout: BlockLayout
+    options: Options
+
+    def __init__(
+        self,
+        name: str,
+        layers: list[Layer],
+        options: Options,
+        *,
+        kind: str | None = None,
+        approx: Approximation | None = None,
+    ) -> None:
+        self.place(BlockLayout(name, layers), options)
+        self.kind = options.curv_type if kind is None else kind
+        self.approx: Approximation = approximation_of(name, options, layers) if approx is None else approx
+        self.pending, self.average = Pending(self.approx), RunningAverage(self.approx)
+        self.refresh, self.health = RefreshSchedule(self.approx.statistics), Health()
+        self.factors = {STEP: FactorSlot()}
+
+    def place(self, layout: BlockLayout, options: Options) -> None:
+        """Belong to these layers and options, which a rebuilt model has in the place of equal ones."""
+        self.layout, self.options = layout, options
+        self.name, self.layers, self.size = layout.name, layout.layers, layout.size
+        self.pieces, self.params = layout.pieces, layout.params
 
     @property
-    def has_factor(self) -> bool:
-        return self.factor is not None and self.factor.ready
+    def key(self) -> tuple[Any, ...]:
+        """What makes two blocks the same: the structure and the parameters."""
+        pieces = ((p, rows and rows.start, rows and rows.stop) for p, rows in self.pieces)
+        structure = (getattr(self.options, name) for name in STRUCTURE_NAMES)
+        return self.kind, *structure, self.approx.of_one_step, *pieces
+
+    # ------------------------------------------------------------------------------------ measure
+
+    def measured_kind(self) -> CurvatureKind:
+        """What the next pass measures: where no statistic that is due needs signals, the inputs alone."""
+        kind = kind_of(self.kind, self.options)
+        due = (self.approx.statistics[name] for name in self.refresh.due)
+        return kind if any(one.needs_signals for one in due) else kind.without_signals()
+
+    @torch.no_grad()
+    def measure(self, stats: Stats) -> None:
+        """Add one chunk of signals to what was measured since the last step."""
+        basis = None if self.factor is None else self.factor.basis
+        self.pending.add(self.approx.measure(stats, basis, self.refresh.due))
+
+    @torch.no_grad()
+    def update(
+        self, ema_decay: float, refresh_factor: bool = True, step: int | None = None, track_change: bool = False
+    ) -> None:
+        """Merge what is pending into the running average; see `RunningAverage`.
+
+        refresh_factor: whether the factor takes over what it can; a factorisation that comes next does that anyway.
+        A measurement with a value that is not finite is left out and counted.
+        """
+        new, total = self.pending.take()
+        if self.approx.edited(new):
+            raise RuntimeError(
+                f"the inputs of block {self.name!r} were edited in place between backward() and step(): its "
+                "curvature is found from them in step(). Give every batch a tensor of its own"
+            )
+        if ema_decay and self.approx.forbids_memory:
+            raise ValueError(
+                f"block {self.name!r} was built with ema_decay=0, so that it keeps no running average, and has "
+                f"ema_decay={ema_decay} now: build the optimizer with ema_decay > 0"
+            )
+        self.health.measurements += 1
+        ok = self.average.merge(new, total, self._like(), ema_decay, step, track_change)
+        self.health.note_skipped(~ok)
+        if refresh_factor:
+            self._follow()
+
+    def _follow(self) -> None:
+        """Statistics that are eigenvalues in the basis of the factor, or all of it, reach it at once."""
+        slot = self.factors[STEP]
+        if slot.factor is not None or self.approx.of_one_step:
+            slot.factor = self.approx.follow(self.tensors, slot.factor, self.options.damping_type)
+
+    def _like(self) -> Tensor:
+        """A number on the device of the block, in float32 or better."""
+        p = self.params[0]
+        return p.new_zeros((), dtype=torch.promote_types(p.dtype, torch.float32))
+
+    @property
+    def tensors(self) -> Tensors:
+        """The running averages by key."""
+        return self.average.tensors
+
+    def mean_eigenvalue(self) -> Tensor:
+        """Its magnitude, a 0-d tensor; of what has been measured."""
+        trace = self.approx.trace(self.tensors)
+        return trace.abs().clamp_min(torch.finfo(trace.dtype).tiny * 1e6) / self.size
+
+    # ------------------------------------------------------------------------------------- factor
+
+    @property
+    def factor(self) -> Factor | None:
+        """That of steps."""
+        return self.factors[STEP].factor
 
     @torch.no_grad()
     def refactor(
-        self, damping: float | Tensor, draw_damping: float = math.nan, nominal: float | Tensor | None = None
+        self, damping: float | Tensor, nominal: float | Tensor | None = None, of_draws: float | None = None
     ) -> None:
-        """Compute the factor anew; where that fails the last good one stays, and the failure is counted.
+        """Compute the factors anew; where that fails the last good one stays, and the failure is counted.
 
-        draw_damping: that of `draw_factor`, where draws have one of their own. nominal: the damping as the user
-        gave it; None: the damping itself.
+        nominal: the damping as the user gave it; None: the damping itself. of_draws: that of draws, where they need
+        a factor of their own.
         """
-        old, again, self.retry = self.factor, self.retry, False
-        self.factorisations += 1
-        if self.uses_rows and old is not None:
-            rows, ok = rows_of(old).damped(10 * damping if again else damping, again)
-            assert rows.finite is not None
-            self._count(0, ~rows.finite)
-            self.factor = rows
+        again, self.health.retry = self.health.retry, False
+        self.health.factorisations += 1
+        basis = None if self.factor is None else self.factor.basis
+        new, ok = self._factored(damping, again, basis)
+        self.factors[STEP].put(new, ok, damping if nominal is None else nominal)
+        kept = self.factor
+        assert kept is not None
+        if kept.finite is not None:
+            self.health.note_skipped(~kept.finite)
+        self.average.tensors = self.approx.rebased(self.tensors, kept)
+        if of_draws is None:
+            self.factors.pop(POSTERIOR, None)
         else:
-            new, ok = self._factorise(damping, again)
-            self.factor = new if old is None else _choose(ok, new, old)
-            self.tensors = self.approx.rebased(self.tensors, self.factor)
-            if self.draws_apart:
-                apart, fine = self._factorise(draw_damping, again)
-                self.draw_factor = apart if self.draw_factor is None else _choose(fine, apart, self.draw_factor)
-                self.draw_damping, ok = draw_damping, ok & fine
-        self._count(1, ~ok)
-        self.change_since_factorisation = dict.fromkeys(self.approx.parts, 0.0)
-        nominal = damping if nominal is None else nominal
-        self.factor_damping = math.nan if isinstance(nominal, Tensor) else float(nominal)
+            apart, fine = self._factored(of_draws, again, kept.basis)
+            self.factors.setdefault(POSTERIOR, FactorSlot()).put(apart, fine, of_draws)
+            ok = ok & fine
+        self.health.note_failed(~ok)
+        self.refresh.factored()
 
-    def _factorise(self, damping: float | Tensor, again: bool) -> tuple[Factor, Tensor]:
-        """(the factor of the running average, whether it succeeded); again: in float64 and with more damping."""
-        if not again:
-            return self.approx.factor(self.tensors, damping, self.options.damping_type, self.basis)
-        doubled = {key: value.double() for key, value in self.tensors.items()}
-        basis = None if self.basis is None else (self.basis[0].double(), self.basis[1].double())
-        new, ok = self.approx.factor(doubled, 10 * damping, self.options.damping_type, basis)
-        dtype = next(iter(self.tensors.values())).dtype
-        return with_tensors(new, {key: value.to(dtype) for key, value in new.state().items()}), ok
-
-    def effective_dimension(self, damping: float | Tensor) -> Tensor:
-        """tr C (C + damping I)^-1, a 0-d tensor: in how many directions the curvature outweighs the damping."""
-        if self.factor is None:
-            raise RuntimeError(f"the curvature of block {self.name!r} has not been measured yet")
-        return self.factor.effective_dimension(damping, lambda: self.approx.sides_of(self.tensors))
-
-    def holds_damping(self) -> bool:
-        """Whether the factor holds its damping, so that another damping asks for another factor."""
-        return self.factor is None or self.factor.holds_damping
+    def _factored(self, damping: float | Tensor, again: bool, basis: Any) -> tuple[Factor, Tensor]:
+        """(the factor of the running average, whether it succeeded); again: more carefully, after a failure."""
+        compute = self.approx.factored_again if again else self.approx.factor
+        new, ok = compute(self.tensors, damping, self.options.damping_type, basis)
+        return self.approx.owned(new, self.tensors), ok
 
     def solve(self, tensors: list[Tensor], damping: float | Tensor | None = None) -> list[Tensor]:
         """(C + damping I)^-1 applied to tensors shaped like `pieces` (leading dimensions are a batch)."""
         return self._apply("solve", tensors, damping)
-
-    def direction(self, tensors: list[Tensor], damping: float | Tensor | None = None) -> list[Tensor]:
-        """What a step takes in the place of a gradient: `solve`, and for curv_type="input" λ times that."""
-        solved = self.solve(tensors, damping)
-        if self.options.curv_type != INPUT_COVARIANCE:
-            return solved
-        assert self.factor is not None
-        held = self.factor.damping if damping is None else damping
-        assert held is not None
-        return [x * held for x in solved]
 
     def matvec(self, tensors: list[Tensor]) -> list[Tensor]:
         """C applied to tensors shaped like `pieces`."""
@@ -108,81 +188,45 @@ class Curvature(RunningAverage):
 
     def multiply(self, tensors: list[Tensor]) -> list[Tensor]:
         """`matvec` from the running average itself, without a factor."""
-        if self.uses_rows:
-            return self.matvec(tensors)
-        x = self.flatten(self.join([at_least_float32(t) for t in tensors]))
-        return self.split(self.unflatten(self.approx.product(self.tensors, x)))
-
-    def sample(self, damping: float | Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
-        """One draw from N(0, (C + damping I)^-1), shaped like `pieces`."""
-        assert self.factor is not None
-        params = self.params
-        dtype = torch.promote_types(params[0].dtype, torch.float32)
-        shapes = [layer.shape for layer in self.layers]
-        noise = [torch.randn(s, dtype=dtype, device=params[0].device, generator=generator) for s in shapes]
-        if self.factor.layer_by_layer:
-            return self.split(self.factor.sample(noise, damping))
-        return self.split(self.unflatten(self.factor.sample(self.flatten(noise), damping)))
-
-    def diag(self) -> list[Tensor]:
-        """The diagonal of C, one [g, o, i] per layer."""
-        assert self.factor is not None
-        diagonal = self.factor.diag()
-        if self.factor.layer_by_layer:
-            return diagonal
-        if len(self.layers) > 1:
-            return self.unflatten(diagonal)
-        return [diagonal.reshape(self.layers[0].shape)]
+        layout = self.layout
+        x = layout.flatten(layout.join([at_least_float32(t) for t in tensors]))
+        return layout.split(layout.unflatten(self.approx.product(self.tensors, x)))
 
     def _apply(self, name: str, tensors: list[Tensor], *args: Any) -> list[Tensor]:
         if self.factor is None:
             raise RuntimeError(f"the curvature of block {self.name!r} has not been measured yet")
-        return self.factor.on(self, name, [at_least_float32(t) for t in tensors], *args)
+        return self.factor.on(self.layout, name, [at_least_float32(t) for t in tensors], *args)
 
-    def release_rows(self) -> None:
-        """Rows belong to one step; what they hold must not outlive it."""
-        if self.uses_rows:
-            self.factor = None
+    # -------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Any]:
-        """The running average and the factor as nested dicts of tensors and numbers.
+        """The running average and the factors as nested dicts of tensors and numbers.
 
         The keys and shapes do not depend on what has happened so far, since libraries that load a checkpoint in
         place ask a fresh optimizer for them: what is not known yet is zero, and marked as such.
         """
-        saved: dict[str, Any] = {
-            "size": self.size,
-            "next_update": self.next_update,
-            "next_refactor": self.next_refactor,
-            "reported_skipped": self.reported[0],
-            "reported_failed": self.reported[1],
-            "measured_at": {part: self.measured_at.get(part, -1) for part in self.approx.parts},
-            "measurements": self.measurements,
-            "factorisations": self.factorisations,
-            "factor_damping": self.factor_damping,
-            "paces": {part: pace.state() for part, pace in self.paces.items()},
-            "drifts": dict(self.change_since_factorisation),
-        }
-        p = self.params[0]
-        saved["flags"] = p.new_zeros(2, dtype=torch.int32) if self.flags is None else self.flags
-        if self.input_rows:
-            saved["next_update"] = saved["next_refactor"] = 0  # whoever resumes measures at once
-        if self.uses_rows or self.input_rows:
-            return saved
-        tensors, weights, factor = self.tensors, self.weights, self.factor
-        if factor is None or ("moments" not in tensors and self.options.approx == "ekfac"):
-            like = p.new_empty((), dtype=torch.promote_types(p.dtype, torch.float32))
+        saved: dict[str, Any] = {"size": self.size, "factor_damping": self.factors[STEP].damping}
+        saved |= self.refresh.state() | self.average.state() | self.health.state(self.params[0])
+        if self.approx.of_one_step:  # whoever resumes measures at once
+            return saved | {"next_update": 0, "next_refactor": 0}
+        tensors, factor, like = dict(self.tensors), self.factor, self._like()
+        if factor is None or not self._averages <= tensors.keys():
             tensors = {**self.approx.empty(self.layers, like), **tensors}
-            weights = {key: weights.get(key, like.new_zeros(())) for key in tensors}
+        weights = {key: self.average.weights.get(key, like.clone()) for key in tensors}
         if factor is None:
             factor = self.approx.factor(tensors, 1.0, self.options.damping_type)[0]
-        saved["known"] = {**{key: int(key in self.tensors) for key in tensors}, "factor": int(self.factor is not None)}
-        saved["tensors"], saved["weights"], saved["factor"] = dict(tensors), dict(weights), factor.state()
-        if self.draws_apart:
-            saved["draw_factor"] = (self.draw_factor or factor).state()
-            saved["known"]["draw_factor"] = int(self.draw_factor is not None)
-            saved["draw_damping"] = self.draw_damping
+        known = {key: int(key in self.tensors) for key in tensors} | {"factor": int(self.factor is not None)}
+        saved |= {"tensors": tensors, "weights": weights, "factor": factor.state(), "known": known}
+        draws = self.factors.get(POSTERIOR)
+        if draws is not None:
+            known["draw_factor"] = int(draws.factor is not None)
+            saved |= {"draw_factor": (draws.factor or factor).state(), "draw_damping": draws.damping}
         return saved
+
+    @cached_property
+    def _averages(self) -> set[str]:
+        """The keys that the running averages have in the end."""
+        return set(self.approx.empty(self.layers, self._like().to("meta")))
 
     def load_state(self, saved: dict[str, Any]) -> None:
         """Continue from what `state` returned; from nothing if it is empty."""
@@ -191,32 +235,20 @@ class Curvature(RunningAverage):
                 f"block {self.name!r} was saved with {saved['size']} parameters and has {self.size} now: freeze the "
                 "same parameters, and choose the same groups, as in the run that was saved"
             )
-        self.forget_pending()
-        self.next_update, self.next_refactor = int(saved.get("next_update", 0)), int(saved.get("next_refactor", 0))
-        self.paces = {part: AdaptiveInterval(**saved.get("paces", {}).get(part, {})) for part in self.approx.parts}
-        self.change_since_factorisation = {
-            part: saved.get("drifts", {}).get(part, math.inf) for part in self.approx.parts
-        }
-        self.flags = saved.get("flags")
-        self.reported = int(saved.get("reported_skipped", 0)), int(saved.get("reported_failed", 0))
-        self.measured_at = {part: int(t) for part, t in saved.get("measured_at", {}).items() if t >= 0}
-        self.measurements, self.factorisations = (int(saved.get(k, 0)) for k in ("measurements", "factorisations"))
+        self.pending.forget()
+        self.refresh.load_state(saved)
+        self.average.load_state(saved)
+        self.health.load_state(saved)
         known = saved.get("known", {})
-        self.tensors = {key: value for key, value in saved.get("tensors", {}).items() if known[key]}
-        self.weights = {key: value for key, value in saved.get("weights", {}).items() if known[key]}
-        self.factor = self._factor_from(saved["factor"]) if known.get("factor") else None
-        self.factor_damping = float(saved.get("factor_damping", math.nan))
-        self.draw_factor = self._factor_from(saved["draw_factor"]) if known.get("draw_factor") else None
-        self.draws_apart, self.draw_damping = "draw_factor" in known, float(saved.get("draw_damping", math.nan))
+        self.factors = {STEP: FactorSlot(self._restored(saved, "factor"), float(saved.get("factor_damping", math.nan)))}
+        if "draw_factor" in known:
+            damping = float(saved.get("draw_damping", math.nan))
+            self.factors[POSTERIOR] = FactorSlot(self._restored(saved, "draw_factor"), damping)
 
-    def _factor_from(self, state: dict[str, Tensor]) -> Factor:
-        return self.approx.restored(factor_from_state(state, self.layers[0].shape[1:]))
-
-    def memory(self) -> int:
-        """Bytes held by the running average and the factor."""
-        held = [*self.tensors.values(), *(() if self.factor is None else self.factor.state().values())]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
-        return sum(storages.values())
+    def _restored(self, saved: dict[str, Any], name: str) -> Factor | None:
+        if not saved.get("known", {}).get(name):
+            return None
+        return self.approx.restored(saved[name], self.layers, self.options.damping_type)
 
 
 def partition(chosen: Iterable[tuple[Layer, Options, int]]) -> Iterator[tuple[str, list[Layer], Options]]:
@@ -236,14 +268,3 @@ def partition(chosen: Iterable[tuple[Layer, Options, int]]) -> Iterator[tuple[st
         name = options.approx if options.approx not in names else f"{options.approx}:{layers[0].name}"
         names.add(name)
         yield name, layers, options
-
-
-def _choose(ok: Tensor, new: Factor, old: Factor) -> Factor:
-    """new if ok else old, without a host sync on an accelerator."""
-    if on_cpu(ok):
-        return new if ok else old
-    kept, fresh = old.state(), new.state()
-    if type(new) is not type(old) or {k: x.shape for k, x in kept.items()} != {k: x.shape for k, x in fresh.items()}:
-        return new
-    chosen = {key: torch.where(ok, value, kept[key]) for key, value in fresh.items()}
-    return with_tensors(new, chosen)

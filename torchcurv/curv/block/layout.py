@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.layers.layer import Layer
+from torchcurv.curv.layers.layer import Layer, ParamSlice
 
 
 class BlockLayout:
@@ -59,7 +60,7 @@ class BlockLayout:
             piece.of(whole[piece.param]).copy_(part)
         return list(whole.values())
 
-    def _coordinates(self, tensors: list[Tensor]) -> Tensor:
+    def coordinates(self, tensors: list[Tensor]) -> Tensor:
         """The inverse of `of_parameters`, of what belongs to the block."""
         by_param = dict(zip(self.params, tensors, strict=True))
         joined = self.join([piece.of(by_param[piece.param]) for piece in self.pieces])
@@ -72,7 +73,13 @@ class BlockLayout:
         return "curvature" if rows is None else f"curvature:{rows.start}"
 
 
-def gathered(by_block: Iterable[tuple[BlockLayout, list[Tensor]]]) -> dict[Tensor, Tensor]:
+class HasPieces(Protocol):
+    """What has the pieces of a layout."""
+
+    pieces: list[ParamSlice]
+
+
+def gathered(by_block: Iterable[tuple[HasPieces, list[Tensor]]]) -> dict[Tensor, Tensor]:
     """By parameter, from tensors shaped like the pieces of blocks (leading dimensions are a batch)."""
     out: dict[Tensor, Tensor] = {}
     for block, parts in by_block:

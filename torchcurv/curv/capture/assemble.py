@@ -162,13 +162,13 @@ class StatisticsAssembler:
         if block.approx.propagated == "diag":
             uses = self.uses(k, lambda call: [at_calls.get(id(call))])
             for use in uses:
-                block.add(block.approx.of_diagonal(use))
+                block.pending.add(block.approx.of_diagonal(use))
             return
 
         def matrix(sharing: str) -> Tensor:
             return torch.stack([_output_side(call, at_calls[id(call)], sharing) for call in reached]).sum(0)
 
-        block.add(block.approx.of_mean_matrix(self.inputs(reached), matrix, self.n))
+        block.pending.add(block.approx.of_mean_matrix(self.inputs(reached), matrix, self.n))
 
     def _check_propagated(self, calls: list[Call], block: Curvature) -> None:
         name = self.layers[calls[0].layer].name

@@ -17,8 +17,6 @@ from torchcurv.curv.capture.verify import GradientCheck
 from torchcurv.curv.graph import Edge
 from torchcurv.curv.hessian.tape import Tape
 from torchcurv.curv.kinds.base import CurvatureKind
-from torchcurv.curv.kinds.inputs import InputCovariance
-from torchcurv.curv.kinds.table import kind_of
 from torchcurv.curv.losses.loss import Loss
 from torchcurv.curv.losses.terms import Terms
 from torchcurv.curv.numerics import full_precision
@@ -107,7 +105,7 @@ class PassContext:
 
     def kind_of(self, block: Curvature) -> CurvatureKind:
         """What the next pass measures of a block."""
-        return InputCovariance() if block.inputs_alone else kind_of(block.kind, block.options)
+        return block.measured_kind()
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Draws that a resumed run repeats, and that leave the global generators alone."""

@@ -91,7 +91,7 @@ class Recorder:
         self.context.tapes.clear()
         self.set_due(due)
         for block in self.blocks:
-            block.forget_pending()
+            block.pending.forget()
 
     def remove(self) -> None:
         """Take every hook away."""
@@ -185,7 +185,7 @@ class Recorder:
         due = [block for block in self.blocks if block.name in self.due]
         reached = [block for block in due if not layers.isdisjoint(context.layers_of(block))]
         blocks = [block for block in reached if _accumulates(block.params)]
-        held = any(block.captured and any(p.grad is not None for p in block.params) for block in blocks)
+        held = any(block.pending and any(p.grad is not None for p in block.params) for block in blocks)
         if trigger.measured_in == context.step and held:
             return []
         trigger.measured_in = context.step

@@ -50,7 +50,7 @@ class CurvaturePass(SignalSource):
         if self.terms.empty:
             return
         for block in self.blocks:
-            block.begin(backward_id())
+            block.pending.begin(backward_id(), block.params)
         with self.context.running(self.event.f.device):
             self.sampled().verify()
             for kind, blocks in self._by_kind().items():

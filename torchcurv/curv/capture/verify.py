@@ -127,7 +127,7 @@ class GradientCheck:
                 "supported with the plain gradient"
             )
         self.excluded.add(block.name)
-        block.forget_pending()
+        block.pending.forget()
 
     def gradient_mismatch_message(self, block: Curvature, params: list[str]) -> str:
         uses = [self.unknown_uses[p] for p in block.params if p in self.unknown_uses]

@@ -19,14 +19,11 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.hessian.operation import Key
-from torchcurv.curv.hessian.products import CurvatureVectorProduct, OutputLoss
+from torchcurv.curv.hessian.products import OutputLoss
 from torchcurv.curv.hessian.tape import Tape
 from torchcurv.curv.losses.terms import Terms
-from torchcurv.curv.options import HESSIAN as HESSIAN
-from torchcurv.curv.options import INPUT_COVARIANCE as INPUT_COVARIANCE
 
-# Names in the table that callers outside of it ask for.
-GRADIENT_SHARES = "gradient"
+GRADIENT_SHARES = "gradient"  # the name of a kind that no user can ask for
 
 
 class KindOptions(Protocol):
@@ -48,8 +45,9 @@ class Block(Protocol):
     """What a kind asks of a block."""
 
     params: list[Tensor]
-
-    def differentiate(self, products: CurvatureVectorProduct, generator: torch.Generator | None = None) -> None: ...
+    layout: Any
+    approx: Any
+    pending: Any
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,8 @@ class CurvatureKind(ABC):
         gradient, which the first pass checks.
     second_order: whether C has the term with the second derivatives of the network, so that the graph is
         differentiated twice. needs_tape: whether the functions of the forward pass are noted.
-    indefinite: whether C may have negative eigenvalues.
+    indefinite: whether C may have negative eigenvalues. of_the_loss: whether C has the units of the loss.
+    by_passes: whether passes measure it. approximations: the only ones it is known as; None: any.
     """
 
     name: ClassVar[str] = ""  # in messages; by default that of the class
@@ -133,6 +132,9 @@ class CurvatureKind(ABC):
     needs_double_backward: ClassVar[bool] = False
     needs_tape: ClassVar[bool] = False
     indefinite: ClassVar[bool] = False
+    of_the_loss: ClassVar[bool] = True
+    by_passes: ClassVar[bool] = True
+    approximations: ClassVar[tuple[str, ...] | None] = None
 
     def __init_subclass__(cls) -> None:
         if "name" not in vars(cls):
@@ -147,6 +149,15 @@ class CurvatureKind(ABC):
     def measure(self, source: SignalSource, blocks: Sequence[Block]) -> None:
         """Give the blocks what they measure of the loss."""
 
+    @property
+    def drawn(self) -> int | None:
+        """How many signals are drawn; None: nothing is."""
+        return None
+
+    def without_signals(self) -> CurvatureKind:
+        """The kind for blocks of which only the inputs of their layers are due."""
+        return self
+
     def output_matvec(self, loss: OutputLoss, v: Tensor) -> Tensor:
         """M v for v like the output f, where C = J^T M J (+ the term of second order): what an operator asks."""
         raise NotImplementedError(_no_matrix_free_form(self.name))
@@ -156,6 +167,18 @@ class CurvatureKind(ABC):
         """Raise if the kind that is registered under this name has no product with vectors."""
         if cls.output_matvec is CurvatureKind.output_matvec:
             raise ValueError(_no_matrix_free_form(name))
+
+
+@dataclass(frozen=True)
+class InputCovariance(CurvatureKind):
+    """The A of K-FAC: mean a a^T of what came into the layers, over samples and positions; no signal is sent."""
+
+    name: ClassVar[str] = "input"
+    of_the_loss: ClassVar[bool] = False
+    approximations: ClassVar[tuple[str, ...] | None] = ("kfac",)
+
+    def measure(self, source: SignalSource, blocks: Sequence[Block]) -> None:
+        source.deliver_inputs(blocks)
 
 
 @dataclass(frozen=True)
@@ -177,6 +200,13 @@ class SignalKind(CurvatureKind):
     @abstractmethod
     def signals(self, terms: Terms, generator: torch.Generator) -> Signals:
         """What is sent back from f: signals [n, t, c] of c, which are weighted by sqrt(w) afterwards."""
+
+    @property
+    def drawn(self) -> int | None:
+        return None if self.rides else self.samples
+
+    def without_signals(self) -> CurvatureKind:
+        return InputCovariance()
 
     def measure(self, source: SignalSource, blocks: Sequence[Block]) -> None:
         if self.rides and source.listen(blocks):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from torchcurv.curv.hessian.products import OutputLoss
+from torchcurv.curv.hessian.products import CurvatureVectorProduct, OutputLoss
 from torchcurv.curv.hessian.propagate import propagate
 from torchcurv.curv.kinds.base import Block, CurvatureKind, KindOptions, SignalSource
+from torchcurv.curv.numerics import random_signs
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Hessian(CurvatureKind):
 
 @dataclass(frozen=True)
 class DifferentiatedHessian(Hessian):
-    """By products that autograd finds: with unit vectors, or with random signs, as the block asks for them."""
+    """By products that autograd finds, as the approximation of each block asks for them."""
 
     name: ClassVar[str] = "hessian"
     needs_double_backward: ClassVar[bool] = True
@@ -41,7 +43,34 @@ class DifferentiatedHessian(Hessian):
         for block in blocks:
             with source.differentiated() as loss:
                 products = loss.products(block.params, self.output_matvec, self.second_order)
-                block.differentiate(products, source.generator())
+                for measured in self.statistics(block, products, source.generator()):
+                    block.pending.add(measured)
+
+    def statistics(
+        self, block: Block, products: CurvatureVectorProduct, generator: torch.Generator
+    ) -> Iterator[dict[str, Any]]:
+        """What one block keeps of the Hessian of one loss."""
+        yield from block.approx.from_hessian(products, block.layout, generator)
+
+
+@dataclass(frozen=True)
+class HutchinsonHessian(DifferentiatedHessian):
+    """Its diagonal, estimated by the mean of z ∘ Hz over random signs z; draws: how many."""
+
+    name: ClassVar[str] = "hessian"
+    draws: int = 1
+
+    @property
+    def drawn(self) -> int:
+        return self.draws
+
+    def statistics(
+        self, block: Block, products: CurvatureVectorProduct, generator: torch.Generator
+    ) -> Iterator[dict[str, Any]]:
+        layout = block.layout
+        z = random_signs(products.first[0].new_empty(self.draws, layout.size), generator)
+        product = layout.coordinates(products(layout.of_parameters(z, products.params)))
+        yield block.approx.of_diagonal_estimate((z * product).mean(0).reshape(layout.factor_shape))
 
 
 @dataclass(frozen=True)
@@ -75,6 +104,7 @@ class PriceHessian(Hessian):
     """An estimate over draws of a posterior, from their gradients: no pass measures it."""
 
     name: ClassVar[str] = "hessian"
+    by_passes: ClassVar[bool] = False
 
     def measure(self, source: SignalSource, blocks: Sequence[Block]) -> None:
         raise ValueError('hessian_method="price" is an estimate over draws of a posterior: use VIOptimizer')
@@ -87,7 +117,7 @@ def _propagated(options: KindOptions) -> CurvatureKind:
 
 METHODS: dict[str, Callable[[KindOptions], CurvatureKind]] = {
     "exact": lambda options: DifferentiatedHessian(),
-    "hutchinson": lambda options: DifferentiatedHessian(),
+    "hutchinson": lambda options: HutchinsonHessian(options.samples or 1),
     "propagate": _propagated,
     "price": lambda options: PriceHessian(),
 }

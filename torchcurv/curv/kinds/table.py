@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from torchcurv.curv.kinds.base import GRADIENT_SHARES, HESSIAN, INPUT_COVARIANCE, CurvatureKind, KindOptions
+from torchcurv.curv.kinds.base import GRADIENT_SHARES, CurvatureKind, InputCovariance, KindOptions
 from torchcurv.curv.kinds.first_order import GGN, EmpiricalFisher, Fisher, GradientShares
 from torchcurv.curv.kinds.hessian import METHODS, Hessian
-from torchcurv.curv.kinds.inputs import InputCovariance
 from torchcurv.curv.options import allow
 
-KINDS: dict[str, type[CurvatureKind]] = {
-    "ggn": GGN,
-    "fisher": Fisher,
-    "empirical_fisher": EmpiricalFisher,
-    HESSIAN: Hessian,  # type: ignore[type-abstract]  # whose `of` chooses one of its own
-    INPUT_COVARIANCE: InputCovariance,
-}
+KINDS: dict[str, type[CurvatureKind]] = {}
 _INTERNAL: dict[str, type[CurvatureKind]] = {GRADIENT_SHARES: GradientShares}  # no user can ask for them
-
 
 allow("curv_type", KINDS)
 allow("hessian_method", METHODS)
@@ -41,3 +33,10 @@ def register_kind(name: str, kind: type[CurvatureKind]) -> None:
 def kind_of(name: str, options: KindOptions) -> CurvatureKind:
     """The kind under a name of the table, as the options of a block ask for it."""
     return (KINDS.get(name) or _INTERNAL[name]).of(options)
+
+
+register_kind("ggn", GGN)
+register_kind("fisher", Fisher)
+register_kind("empirical_fisher", EmpiricalFisher)
+register_kind("hessian", Hessian)  # type: ignore[type-abstract]  # whose `of` chooses one of its own
+register_kind("input", InputCovariance)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchcurv.curv.approximations.factor import has_two_sides
 from torchcurv.curv.approximations.factors import Eigen
 from torchcurv.curv.approximations.rows import each_of_batch
-from torchcurv.curv.block.block import Curvature
+from torchcurv.curv.block.block import POSTERIOR, STEP, Curvature
 from torchcurv.curv.block.layout import gathered
 from torchcurv.curv.numerics import at_least_float32
 
@@ -50,10 +50,11 @@ class GaussianBlock:
 
     @property
     def factor(self) -> Any:
-        factor = self.block.draw_factor if self.block.draws_apart else self.block.factor
+        slots = self.block.factors
+        factor = slots.get(POSTERIOR, slots[STEP]).factor
         if factor is not None:
             return factor
-        like = at_least_float32(self.block.params[0].detach()).new_zeros(self.block.factor_shape)
+        like = at_least_float32(self.block.params[0].detach()).new_zeros(self.block.layout.factor_shape)
         return Eigen(like + self.start)
 
     def sample(self, generator: torch.Generator | None = None, count: int | None = None) -> list[Tensor]:
@@ -91,21 +92,21 @@ class GaussianBlock:
         def draw(generator: torch.Generator | None) -> list[Tensor]:
             signed = half * _random_signs(signs, half, generator)
             x = factor.left_of_sample(signed) if by_rows else factor.right_of_sample(signed)
-            return self.block.split(self.block.unflatten(x.reshape(noise.shape)))
+            return self.block.layout.split(self.block.layout.unflatten(x.reshape(noise.shape)))
 
         return draw
 
     def precision_times(self, x: list[Tensor]) -> list[Tensor]:
         """Σ^-1 x."""
-        joined = self.block.join([at_least_float32(part) for part in x])
+        joined = self.block.layout.join([at_least_float32(part) for part in x])
         return [y * self.scale for y in self._apply(lambda factor, x: factor.damped_matvec(x, self.damping), joined)]
 
     def covariance_times(self, x: list[Tensor]) -> list[Tensor]:
         """Σ x."""
-        joined = self.block.join([at_least_float32(part) for part in x])
+        joined = self.block.layout.join([at_least_float32(part) for part in x])
         if self.factor.layer_by_layer:  # one inverse for all of them
             rows, _ = self.factor.damped(self.damping)
-            solved = self.block.split(each_of_batch(rows.solve, joined))
+            solved = self.block.layout.split(each_of_batch(rows.solve, joined))
         else:
             solved = self._apply(lambda factor, x: factor.solve(x, self.damping), joined)
         return [y / self.scale for y in solved]
@@ -126,16 +127,17 @@ class GaussianBlock:
 
     def variances(self) -> list[Tensor]:
         """The diagonal of Σ."""
-        block, diagonal = self.block, self.factor.inverse_diag(self.damping)
-        joined = diagonal if isinstance(diagonal, list) else block.unflatten(diagonal.reshape(block.factor_shape))
-        return [x / self.scale for x in block.split(joined)]
+        diagonal = self.factor.inverse_diag(self.damping)
+        layout = self.block.layout
+        joined = diagonal if isinstance(diagonal, list) else layout.unflatten(diagonal.reshape(layout.factor_shape))
+        return [x / self.scale for x in layout.split(joined)]
 
     def _apply(self, f: Callable[..., Tensor], joined: list[Tensor]) -> list[Tensor]:
         """f(factor, x) for x [..., g, o, i] of each layer."""
-        block, factor = self.block, self.factor
+        layout, factor = self.block.layout, self.factor
         if factor.layer_by_layer:
-            return block.split(each_of_batch(lambda x: f(factor, x), joined))  # type: ignore[arg-type, return-value]
-        return block.split(block.unflatten(f(factor, block.flatten(joined))))
+            return layout.split(each_of_batch(lambda x: f(factor, x), joined))  # type: ignore[arg-type, return-value]
+        return layout.split(layout.unflatten(f(factor, layout.flatten(joined))))
 
 
 class Gaussian:

@@ -71,7 +71,8 @@ def covariance_of_rows(part: GaussianBlock, rows: JacobianRows) -> Tensor:
     if simple and is_eigenform_over(factor, layer.shape):
         return _factored(part, factor, rows, uses)
     J = torch.cat([stats.layer_rows(0).reshape(*stats.shape, *layer.shape) for stats in rows.stats]).transpose(0, 1)
-    solved = block.join(part.covariance_times(block.split([J.flatten(0, 1)])))[0]
+    layout = block.layout
+    solved = layout.join(part.covariance_times(layout.split([J.flatten(0, 1)])))[0]
     return J.flatten(2) @ solved.reshape(*J.shape[:2], -1).mT
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchcurv.curv.block.block import STEP
+from torchcurv.curv.block.reading import effective_dimension_of
 from torchcurv.optim.control.quadratic_model import Evaluation, Vector
 from torchcurv.optim.engine.damping import is_of_the_loss
 from torchcurv.optim.update import dot, levenberg_marquardt
@@ -85,6 +87,6 @@ def effective_dimension(optimizer: Any, like: Tensor) -> Tensor:
     """Σ tr C (C + λ)^-1 over the blocks whose C is that of the loss."""
     total = torch.zeros_like(like, dtype=torch.float64)
     for block, group in optimizer.engine.by_group():
-        if is_of_the_loss(group) and block.has_factor:
-            total += block.effective_dimension(optimizer.engine.shift(block, group)).to(total.device)
+        if is_of_the_loss(group) and block.factors[STEP].ready:
+            total += effective_dimension_of(block, optimizer.engine.shift(block, group)).to(total.device)
     return total

@@ -140,7 +140,7 @@ def shifts(optimizer: Any) -> tuple[dict[Tensor, float], dict[Tensor, Tensor]]:
         own = group["damping"] if group["damping_scale"] == "absolute" else 0.0
         fixed.update(dict.fromkeys(group["params"], own + group["l2"]))
     for block, group in optimizer.engine.by_group():
-        if group["damping_scale"] == "relative" and is_of_the_loss(group) and block.measured:
+        if group["damping_scale"] == "relative" and is_of_the_loss(group) and block.average:
             relative.update(dict.fromkeys(block.params, group["damping"] * block.mean_eigenvalue()))
     return fixed, relative
 

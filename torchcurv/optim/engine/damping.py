@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from torchcurv.curv.block.block import Curvature
-from torchcurv.curv.kinds.base import INPUT_COVARIANCE
+from torchcurv.curv.kinds.table import KINDS
 
 Group = dict[str, Any]
 Number = float | Tensor
@@ -73,7 +73,8 @@ class PosteriorDamping:
 
 def is_of_the_loss(group: Group) -> bool:
     """Whether the curvature of a group is that of a loss, in its units."""
-    return group["curv_type"] != INPUT_COVARIANCE
+    kind = KINDS.get(group["curv_type"])  # an unknown name is refused where options are checked
+    return kind is None or kind.of_the_loss
 
 
 def _l2(group: Group) -> float:

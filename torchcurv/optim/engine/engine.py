@@ -8,11 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from torchcurv.curv.block.block import Curvature
-from torchcurv.curv.block.refresh import AdaptiveInterval
+from torchcurv.curv.block.block import POSTERIOR, STEP, Curvature
+from torchcurv.curv.block.slot import FactorSlot
 from torchcurv.curv.capture.recorder import Recorder
+from torchcurv.curv.kinds.table import kind_of
 from torchcurv.optim.engine.building import Blueprint, same
-from torchcurv.optim.engine.damping import DampingPolicy, Group, has_changed
+from torchcurv.optim.engine.damping import DampingPolicy, Group, has_changed, is_of_the_loss
 from torchcurv.optim.engine.report import warn_of_failures
 from torchcurv.optim.engine.witness import check_captured, check_unfrozen
 
@@ -95,17 +96,16 @@ class CurvatureEngine:
         for block, index in fresh:
             self._check_rows(block, index)
             kept = old.get(block.key, block)
-            kept.name, kept.layers, kept.options = block.name, block.layers, block.options
-            kept.draws_apart = kept.draws_apart or (
-                kept.factor is None and self.damping.of_draws(groups[index], self.step) is not None
-            )
+            kept.place(block.layout, block.options)
+            if kept.factor is None and self.damping.of_draws(groups[index], self.step) is not None:
+                kept.factors.setdefault(POSTERIOR, FactorSlot())
             self.pairs.append((kept, index))
         self._trained = [p.requires_grad for p in self.params()]
-        known = {(block.params[0], block.state_key) for block in self.blocks}
+        known = {(block.params[0], block.layout.state_key) for block in self.blocks}
         for p, own in state.items():
             for key in [key for key in own if key.startswith("curvature") and (p, key) not in known]:
                 del own[key]
-        self.unsaved = [b for b in self.blocks if b.state_key not in state.get(b.params[0], {})]
+        self.unsaved = [b for b in self.blocks if b.layout.state_key not in state.get(b.params[0], {})]
         self.recorder = Recorder(
             self.blueprint.model, self.blocks, **self.recording, unsupported=self.blueprint.unsupported
         )
@@ -114,7 +114,7 @@ class CurvatureEngine:
 
     def _check_rows(self, block: Curvature, index: int) -> None:
         each = all(self.schedule.constant(index, key) == 1 for key in ("update_every", "refactor_every"))
-        if block.uses_rows and not each:
+        if block.approx.of_one_step and not each:
             raise ValueError(
                 f"block {block.name!r} has {block.size} parameters, more than rows_limit={block.options.rows_limit}, "
                 "and is solved through its rows, which belong to one step: set update_every=1 and refactor_every=1 for "
@@ -146,9 +146,9 @@ class CurvatureEngine:
 
     def _due(self) -> list[str]:
         for block, index in self.pairs:
-            block.select_due(self._own_step(index))
-        measured = [block for block in self.blocks if block.by_passes]
-        return [block.name for block in measured if self.warming_up or self.step >= block.next_update]
+            block.refresh.select_due(self._own_step(index))
+        measured = [block for block in self.blocks if kind_of(block.kind, block.options).by_passes]
+        return [block.name for block in measured if self.warming_up or self.step >= block.refresh.next_update]
 
     def refresh(self) -> bool:
         """Merge what was captured and factor what is due. False: there is nothing to step on."""
@@ -159,15 +159,15 @@ class CurvatureEngine:
             check_unfrozen(self)
         self.schedule.apply(self.step)
         reached = [pair for pair in self.pairs if any(p.grad is not None for p in pair[0].params)]
-        missing = [block for block, _ in reached if self.step >= block.next_update and not block.captured]
+        missing = [block for block, _ in reached if self.step >= block.refresh.next_update and not block.pending]
         if missing and not check_captured(self, missing):
             self.only_zeros = True
             return False
         for block, index in reached:
-            if block.captured:
+            if block.pending:
                 self._update_average(block, index)
         self._check_shared(reached)
-        changed = [pair for pair in reached if pair[0].changes]
+        changed = [pair for pair in reached if pair[0].average.changes]
         self._decide(changed)
         if self.factors and not self.warming_up:
             self._factorise(reached, changed)
@@ -180,27 +180,27 @@ class CurvatureEngine:
     def _update_average(self, block: Curvature, index: int) -> None:
         adaptive = self.schedule.adaptive(index, "update_every")
         track_change = adaptive or self.schedule.adaptive(index, "refactor_every")
-        group = self.groups[index]
-        block.refresh_tol, block.refresh_cap = group["refresh_tol"], group["refresh_cap"]
-        block.refresh_warmup = group["refresh_warmup"]
-        decay = self.groups[index]["ema_decay"] if block.by_passes else 0.0
+        averages = kind_of(block.kind, block.options).by_passes  # what is made of draws is an average already
+        decay = self.groups[index]["ema_decay"] if averages else 0.0
         block.update(decay, not self._is_due(block, index), self.step, track_change)
         if not adaptive:
-            block.next_update = self.step + self.schedule.interval(index, "update_every", self.step)
-            if any(pace.next for pace in block.paces.values()):  # it was adaptive before
-                block.paces = {part: AdaptiveInterval() for part in block.paces}
+            block.refresh.next_update = self.step + self.schedule.interval(index, "update_every", self.step)
+            if block.refresh.adapted:
+                block.refresh.restart()
         self.unsaved.append(block)
 
     def _decide(self, changed: list[tuple[Curvature, int]]) -> None:
         """Let blocks of adaptive intervals see how far they moved: a host read where one was measured."""
-        moves = [(block, part, change) for block, _ in changed for part, change in block.changes.items()]
+        moves = [(block, part, change) for block, _ in changed for part, change in block.average.changes.items()]
         if not moves:
             return
         device = moves[0][2].device
         read = torch.stack([change.to(device, torch.float64) for _, _, change in moves]).tolist()
         for block, index in changed:
             own = {part: value for (other, part, _), value in zip(moves, read, strict=True) if other is block}
-            block.decide(self._own_step(index), own)
+            block.average.changes = {}
+            limits = (self.groups[index][key] for key in ("refresh_tol", "refresh_cap", "refresh_warmup"))
+            block.refresh.decide(self._own_step(index), own, *limits)
 
     def _factorise(self, reached: list[tuple[Curvature, int]], changed: list[tuple[Curvature, int]]) -> None:
         """Factors of what is stale; what went wrong before is read first, and only then."""
@@ -210,29 +210,28 @@ class CurvatureEngine:
         warn_of_failures([block for block, _ in stale if block not in read])
         for block, index in stale:
             group = self.groups[index]
-            of_draws = self.damping.of_draws(group, self.step)
-            block.draws_apart = of_draws is not None
-            nominal = self.damping.nominal(group, self.step)
-            block.refactor(self.damping.shift(block, group, self.step), 0.0 if of_draws is None else of_draws, nominal)
+            nominal, of_draws = self.damping.nominal(group, self.step), self.damping.of_draws(group, self.step)
+            block.refactor(self.damping.shift(block, group, self.step), nominal, of_draws)
             if not self.schedule.adaptive(index, "refactor_every"):
-                block.next_refactor = self.step + self.schedule.interval(index, "refactor_every", self.step)
+                block.refresh.next_refactor = self.step + self.schedule.interval(index, "refactor_every", self.step)
             self.unsaved.append(block)
 
     def _is_due(self, block: Curvature, index: int) -> bool:
         """Whether a factorisation is due whatever was measured."""
-        if not block.has_factor:
+        slot, draws, group = block.factors[STEP], block.factors.get(POSTERIOR), self.groups[index]
+        if not slot.ready:
             return True
-        if not self.schedule.adaptive(index, "refactor_every") and self.step >= block.next_refactor:
+        if not self.schedule.adaptive(index, "refactor_every") and self.step >= block.refresh.next_refactor:
             return True
-        group = self.groups[index]
-        if block.holds_damping() and has_changed(self.damping.nominal(group, self.step), block.factor_damping):
+        if slot.holds_damping and has_changed(self.damping.nominal(group, self.step), slot.damping):
             return True
         of_draws = self.damping.of_draws(group, self.step)
-        return block.draws_apart and of_draws is not None and has_changed(of_draws, block.draw_damping)
+        return draws is not None and of_draws is not None and has_changed(of_draws, draws.damping)
 
     def _is_stale(self, block: Curvature, index: int) -> bool:
-        moved = self.schedule.adaptive(index, "refactor_every") and (block.has_drifted or block.retry)
-        return block.measured and (moved or self._is_due(block, index))
+        drifted = block.refresh.has_drifted(self.groups[index]["refresh_tol"]) or block.health.retry
+        moved = self.schedule.adaptive(index, "refactor_every") and drifted
+        return bool(block.average) and (moved or self._is_due(block, index))
 
     def _check_shared(self, pairs: list[tuple[Curvature, int]]) -> None:
         """A block over several groups has one damping and one schedule."""
@@ -259,14 +258,13 @@ class CurvatureEngine:
         """(C + λ I)^-1 applied to the gradients of the covered parameters, in float32 or better."""
         solved: dict[Tensor, Tensor] = {}
         for block, group in self.by_group():
-            if not block.has_factor or not any(p in gradients for p in block.params):
+            if not block.factors[STEP].ready or not any(p in gradients for p in block.params):
                 continue
             given = [
                 piece.of(gradients[p] if (p := piece.param) in gradients else torch.zeros_like(p))
                 for piece in block.pieces
             ]
-            damping = None if block.holds_damping() else self.shift(block, group)
-            for piece, x in zip(block.pieces, block.direction(given, damping), strict=True):
+            for piece, x in zip(block.pieces, self._direction(block, group, given), strict=True):
                 p = piece.param
                 if p in gradients and piece.rows is None:
                     solved[p] = x
@@ -274,22 +272,36 @@ class CurvatureEngine:
                     piece.of(solved.setdefault(p, gradients[p].to(x.dtype, copy=True))).copy_(x)
         return solved
 
+    def _direction(self, block: Curvature, group: Group, gradients: list[Tensor]) -> list[Tensor]:
+        """(C + λ I)^-1 g, and λ times that where C is none of the loss, so that the step has the units of g."""
+        factor = block.factor
+        assert factor is not None
+        damping = None if factor.holds_damping else self.shift(block, group)
+        solved = block.solve(gradients, damping)
+        if is_of_the_loss(group):
+            return solved
+        held = factor.damping if damping is None else damping
+        assert held is not None
+        return [x * held for x in solved]
+
     def forget(self) -> None:
         """Gradients are gone, and what was captured for them."""
         for block in self.blocks:
-            block.forget_pending()
+            block.pending.forget()
 
     def save(self, state: dict[Any, dict[str, Any]]) -> None:
         """The blocks that changed into the state of their first parameter."""
         for block in dict.fromkeys(self.unsaved):
-            block.release_rows()
-            state[block.params[0]][block.state_key] = block.state()
+            if block.approx.keeps_inputs:
+                block.average.forget()
+                block.factors = {STEP: FactorSlot()}
+            state[block.params[0]][block.layout.state_key] = block.state()
         self.unsaved = []
 
     def load(self, state: dict[Any, dict[str, Any]]) -> None:
         """The inverse of `save`."""
         for block in self.blocks:
-            block.load_state(state.get(block.params[0], {}).get(block.state_key, {}))
+            block.load_state(state.get(block.params[0], {}).get(block.layout.state_key, {}))
         self.begin_step()
 
 

@@ -8,18 +8,21 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from torchcurv.curv.block.average import read_flags
 from torchcurv.curv.block.block import Curvature
-from torchcurv.curv.kinds.base import GRADIENT_SHARES, INPUT_COVARIANCE
+from torchcurv.curv.block.health import read_flags
+from torchcurv.curv.block.reading import memory_of, sizes_of
+from torchcurv.curv.kinds.base import GRADIENT_SHARES
+from torchcurv.curv.kinds.table import kind_of
 from torchcurv.optim.engine.damping import Group
 from torchcurv.optim.update import norm_of
 
 
 def warn_of_failures(blocks: list[Curvature]) -> None:
     """Read what went wrong since the last factorisation: the only host read, and only when one is due."""
-    for block, counts in zip(blocks, read_flags(blocks), strict=True):
-        skipped, failed = (now - before for now, before in zip(counts, block.reported, strict=True))
-        block.reported, block.retry = counts, failed > 0
+    healths = [block.health for block in blocks]
+    for block, health, counts in zip(blocks, healths, read_flags(healths), strict=True):
+        skipped, failed = (now - before for now, before in zip(counts, health.reported, strict=True))
+        health.reported, health.retry = counts, failed > 0
         if skipped:
             _warn(f"block {block.name!r}: {skipped} curvature measurements were not finite and were left out")
         if failed:
@@ -39,10 +42,10 @@ def metrics_of(
     """Counts, and 0-d tensors as plain numbers: one host read for all of them."""
     counts = {
         "step": step,
-        "measurements": sum(block.measurements for block in blocks),
-        "factorisations": sum(block.factorisations for block in blocks),
+        "measurements": sum(block.health.measurements for block in blocks),
+        "factorisations": sum(block.health.factorisations for block in blocks),
     }
-    flags = [block.flags for block in blocks if block.flags is not None]
+    flags = [block.health.flags for block in blocks if block.health.flags is not None]
     params = [p for group in groups for p in group["params"]]
     device = params[0].device
     bad = torch.stack([flag.to(device) for flag in flags]).sum(0) if flags else torch.zeros(2, device=device)
@@ -74,7 +77,7 @@ def summary_of(blocks: Sequence[Curvature], params: Iterable[Tensor], names: dic
 
 
 def _cells(block: Curvature, p: Tensor) -> tuple[str, str, str, str, str]:
-    options, memory = block.options, f"{block.memory():,}" if p is block.params[0] else '"'
-    draws = options.samples is not None and options.curv_type not in ("empirical_fisher", INPUT_COVARIANCE)
-    kind = f"{options.curv_type}({options.samples})" if draws else options.curv_type
-    return block.name, kind, str(options.approx), block.sizes(), memory
+    options, memory = block.options, f"{memory_of(block):,}" if p is block.params[0] else '"'
+    drawn = kind_of(block.kind, options).drawn
+    kind = options.curv_type if drawn is None else f"{options.curv_type}({drawn})"
+    return block.name, kind, str(options.approx), sizes_of(block), memory

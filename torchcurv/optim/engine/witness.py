@@ -46,10 +46,10 @@ def check_captured(engine: Watched, missing: list[Curvature]) -> bool:
     False: all gradients are zero, as in the step that a checkpoint library takes to make the state exist.
     """
     refuses = engine.blueprint.unsupported == "error"
-    if not refuses and any(block.next_update for block in engine.blocks):
+    if not refuses and any(block.refresh.next_update for block in engine.blocks):
         return True
     names = [b.name for b in missing if any(p.grad.any() for p in b.params if p.grad is not None)]
-    nothing = not any(block.captured for block in engine.blocks)
+    nothing = not any(block.pending for block in engine.blocks)
     if not names:
         return not nothing
     used = _unknown_uses(engine, missing)

@@ -1,0 +1,124 @@
+"""Statistics of an approximation: what is measured on its own, and what becomes of it until a step.
+
+The answers here are right for what adds up over signals, micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from torchcurv.curv.numerics import on_cpu
+
+Tensors = dict[str, Any]  # by key: tensors, or rows that are read later
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """What is measured on its own, when it is due.
+
+    keys: those it may consist of. scales_with_loss: whether they are multiplied where the loss is. needs_signals:
+    whether they are made of gradients at the layer's outputs; else the layer's inputs are enough.
+    """
+
+    keys: tuple[str, ...]
+    scales_with_loss: bool
+    needs_signals: bool
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """Running averages with a measurement merged in.
+
+    tensors: those that have changed. ok: whether the measurement was finite; else they are as before, or zero.
+    changes: by key, norm(new - old) / norm(old), infinite for the first measurement; where it was asked for.
+    """
+
+    tensors: Tensors
+    ok: Tensor
+    changes: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Refusing:
+    """What has answers that may be refused by name."""
+
+    def _refused(self, why: str) -> NotImplementedError:
+        return NotImplementedError(f"the approximation {type(self).__name__} {why}")
+
+
+class Averaging(Refusing):
+    """How statistics are added up between steps, and averaged over them."""
+
+    keeps_inputs: ClassVar[bool] = False  # whether the averages refer to inputs, which must not outlive the step
+
+    @property
+    def statistics(self) -> Mapping[str, Statistic]:
+        """What is measured on its own where intervals are adaptive, by name; {"": Statistic(...)} where it is one."""
+        raise self._refused("does not say what it keeps: define `statistics`")
+
+    def statistic_of(self, key: str) -> str:
+        """The name of the statistic that a key belongs to."""
+        for name, statistic in self.statistics.items():
+            if key in statistic.keys:
+                return name
+        raise self._refused(f"measures {key!r}, which is none of the keys of its `statistics`: add it to one of them")
+
+    def collected(self, held: Tensors, new: Tensors) -> Tensors:
+        """What was measured so far with what was measured now; both may be changed."""
+        for key, value in new.items():
+            held[key] = held[key] + value if key in held else value
+        return held
+
+    def scaled(self, tensors: Tensors, factor: Tensor | float) -> Tensors:
+        """The statistics of a multiple of the loss."""
+        scaling = {
+            key for statistic in self.statistics.values() if statistic.scales_with_loss for key in statistic.keys
+        }
+        return {key: value * factor if key in scaling else value for key, value in tensors.items()}
+
+    def measured_keys(self, new: Tensors) -> Collection[str]:
+        """The keys of the averages that a measurement changes."""
+        return new.keys()
+
+    def averaged(
+        self, old: Tensors, new: Tensors, total: Tensor | None, shares: Mapping[str, Tensor], track_change: bool
+    ) -> Averaged:
+        """X + share (X_new - X), for what was measured; X may be changed in place.
+
+        total: a sum of all of `new`, finite if it is. shares: those of the new in the sum of weights, by key.
+        track_change: whether `changes` are asked for.
+        """
+        assert total is not None
+        ok, tensors, changes = torch.isfinite(total), Tensors(), dict[str, Tensor]()
+        for key, value in self.normalised_measurement(new).items():
+            before = old[key] if key in old else torch.zeros_like(value)
+            if track_change and value.dim():
+                moved = shares[key] * torch.dist(value, before) / before.norm()
+                changes[key] = torch.where(before.any(), moved, torch.inf)
+            if on_cpu(ok):
+                tensors[key] = before.lerp_(value, shares[key]) if ok else before
+            else:
+                tensors[key] = torch.where(ok, before.lerp(value, shares[key]), before)
+        return Averaged(tensors, ok, changes)
+
+    def normalised_measurement(self, tensors: Tensors) -> Tensors:
+        """What was measured for one step, with as much weight in an average as that of any other."""
+        return tensors
+
+    def edited(self, pending: Tensors) -> bool:
+        """Whether inputs that are read later were edited in place since they were kept."""
+        return False
+
+    @property
+    def of_one_step(self) -> bool:
+        """Whether it holds what one step measured: no average, nothing to save."""
+        return False
+
+    @property
+    def forbids_memory(self) -> bool:
+        """Whether it was built for ema_decay=0, and has another form with a running average."""
+        return False

@@ -1,0 +1,55 @@
+"""What was measured for a block since the last step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import Tensor
+
+from torchcurv.curv.approximations.base import Approximation, Tensors
+from torchcurv.curv.numerics import sum_of
+
+
+class Pending:
+    """Statistics of the passes since the last step, as the approximation collects them.
+
+    total: the sum of all that was added: finite if they are; None where rows are kept, which are read later.
+    task: the backward call that the last measurement belongs to.
+    """
+
+    def __init__(self, approx: Approximation) -> None:
+        self.approx = approx
+        self.tensors: Tensors = {}
+        self.total: Tensor | None = None
+        self.task: int | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.tensors)
+
+    def begin(self, task: int, params: Collection[Tensor]) -> None:
+        """A pass of backward call `task` starts: forget what was measured for gradients that are gone since
+        (zero_grad, a step that a GradScaler skipped)."""
+        if task != -1 and self.task != task and all(p.grad is None for p in params):
+            self.forget()
+        self.task = task
+
+    def add(self, measured: Tensors) -> None:
+        """Add statistics to those that are here."""
+        values = [value for value in measured.values() if isinstance(value, Tensor)]
+        if values:
+            total = sum_of(values)  # here, where they are still in the cache
+            self.total = total if self.total is None else self.total + total
+        self.tensors = self.approx.collected(self.tensors, measured)
+
+    def scale(self, factor: Tensor | float) -> None:
+        """Multiply the statistics that scale with the loss."""
+        self.tensors = self.approx.scaled(self.tensors, factor)
+
+    def forget(self) -> None:
+        self.tensors, self.total = {}, None
+
+    def take(self) -> tuple[Tensors, Tensor | None]:
+        """(the statistics, their total); nothing is left."""
+        tensors, total = self.tensors, self.total
+        self.forget()
+        return tensors, total
