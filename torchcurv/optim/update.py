@@ -64,7 +64,8 @@ def levenberg_marquardt(actual: float, predicted: float, omega: float, noise: fl
     """What the damping is multiplied by, given how a step has changed the loss and how a quadratic model said it would:
     1/ω for ρ = actual / predicted < ¼, NaN, or where the model itself rises; ω for ρ > ¾; else 1.
 
-    noise: changes up to this, from rounding, say nothing.
+    noise: changes up to this, from rounding, say nothing. Source of ¼ and ¾: Martens, Grosse, "Optimizing neural
+    networks with Kronecker-factored approximate curvature" (2015), section 6.5.
     """
     if abs(predicted) <= noise and abs(actual) <= noise:
         return 1.0
@@ -74,7 +75,7 @@ def levenberg_marquardt(actual: float, predicted: float, omega: float, noise: fl
 
 
 def trust_ratio(p: Tensor, step: Tensor) -> Tensor:
-    """norm(p) / norm(step) where norm(p) > 1e-2, else 1."""
+    """norm(p) / norm(step) where norm(p) > 1e-2, else 1: a bias that starts at zero could not grow."""
     size, length = p.norm(), step.norm()
     tiny = torch.finfo(length.dtype).tiny
     return torch.where((size > 1e-2) & (length > 0), size.to(length.dtype) / length.clamp_min(tiny), 1.0)

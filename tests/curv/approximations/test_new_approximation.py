@@ -6,8 +6,9 @@ from typing import ClassVar
 import cases
 import pytest
 import torch
-import torchcurv
 from torch import Tensor, nn
+
+import torchcurv
 from torchcurv.curv.approximations.factor import Factor
 from torchcurv.curv.approximations.table import APPROXIMATIONS
 from torchcurv.curv.block.reading import draw_from
@@ -167,7 +168,9 @@ def test_a_state_of_another_form_is_refused():
     block = optimizer.engine.blocks[0]
     saved = block.state()
     saved["factor"] = {"values": saved["factor"]["d"]}
-    with pytest.raises(ValueError, match=r"has a factor of \['values'\], and Squares .* makes one of \['d', 'damping'\]"):
+    with pytest.raises(
+        ValueError, match=r"has a factor of \['values'\], and Squares .* makes one of \['d', 'damping'\]"
+    ):
         block.load_state(saved)
 
 

@@ -192,7 +192,7 @@ def _pairs(gram: Tensor, signs: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     With S S^T = Y diag(d) Y^T, the eigenvectors are S^T Y diag(d)^-1/2 z for those z of
     diag(d)^1/2 Y^T diag(signs) Y diag(d)^1/2.
     """
-    d, Y = eigh(gram)
+    d, Y = eigh(gram)  # backward stable: eigenvalues are right to len(d) roundings of the largest
     known = d > d.amax() * len(d) * torch.finfo(d.dtype).eps
     root = torch.where(known, d, 0).sqrt()
     values, Z = eigh(root[:, None] * (Y.mT @ (signs[:, None] * Y)) * root)

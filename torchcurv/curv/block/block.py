@@ -135,7 +135,8 @@ class Curvature:
     def mean_eigenvalue(self) -> Tensor:
         """Its magnitude, a 0-d tensor; of what has been measured."""
         trace = self.approx.trace(self.tensors)
-        return trace.abs().clamp_min(torch.finfo(trace.dtype).tiny * 1e6) / self.size
+        least = torch.finfo(trace.dtype).tiny * 1e6  # times a damping below 1 it must not become 0
+        return trace.abs().clamp_min(least) / self.size
 
     # ------------------------------------------------------------------------------------- factor
 

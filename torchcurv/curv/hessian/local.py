@@ -132,6 +132,7 @@ def congruent(op: Op, slot: int, H: Tensor, now: Propagation) -> Tensor:
     probe = torch.linspace(1, 2, len(H), dtype=H.dtype, device=H.device).expand(_by_sample(op, local.out, n).shape)
     alone, together = pull(torch.cat([probe[:1], torch.zeros_like(probe[1:])])), pull(probe)
     wrong = torch.cat([alone[1:], together - alone[:1]])
+    # A map that mixes samples is off by about itself, float32 rounds to 1e-6: a thousandth is far from both.
     if (wrong.abs() > 1e-3 * together.abs().amax()).any():
         raise op.refused('its map mixes samples, or differs between them; approx="diag" can do that')
 

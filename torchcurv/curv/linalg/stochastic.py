@@ -154,9 +154,11 @@ def xdiag(C: Symmetric, products: int = 60, generator: Generator = None) -> Esti
     Y = C.times(z)
     Q, R = torch.linalg.qr(Y)
     U, values, Wt = torch.linalg.svd(R)
+    # an SVD of K columns is right to about K roundings of the largest value; eight times that is clear of them
     kept = values > values.amax() * K * torch.finfo(values.dtype).eps * 8
     Q, values, W = Q @ U[:, kept], values[kept], Wt[kept].mT  # Y = Q diag(values) W^T
     CQ = C.times(Q)
+    # 1 - norm² loses half of the digits
     needed = 1 - W.square().sum(1) < torch.finfo(W.dtype).eps ** 0.5  # else the others span as much without it
     s = W / values * needed.unsqueeze(1)
     s = torch.nn.functional.normalize(s, dim=1, eps=torch.finfo(s.dtype).tiny).mT  # [kept, K]

@@ -18,7 +18,9 @@ from torchcurv.optim.engine.damping import Group, is_of_the_loss
 
 INTERVALS = ("update_every", "refactor_every")
 VALUES = ("damping", "ema_decay")  # which may be functions of the step, too
-AUTO_INTERVAL = 10  # what "auto" stands for, after as many steps in each of which curvature is measured
+# What "auto" stands for, after as many steps in each of which curvature is measured: one early measurement is wrong
+# for the next ten steps, and ReLU units did not come back from it. Ten costs a tenth of a measurement per step.
+AUTO_INTERVAL = 10
 SINGLE_BATCH = ("full", "block")  # which are made of the rows of one batch where these are few
 # What torch and its schedulers write into groups.
 _TORCH_KEYS = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")
