@@ -15,6 +15,7 @@ import inspect
 import re
 from pathlib import Path
 
+import options_page
 import pytest
 import torch
 
@@ -95,6 +96,11 @@ def test_every_option_is_explained(name):
     options = named | optimizer.table.keys()
     missing = sorted(option for option in options if f"`{option}`" not in page)
     assert not missing, f"docs/reference/options.md says nothing of {', '.join(missing)}"
+
+
+def test_the_tables_of_options_are_those_of_the_declarations():
+    page = (ROOT / "docs" / "reference" / "options.md").read_text()
+    assert page == options_page.with_tables(page), "run PYTHONPATH=. python tests/support/options_page.py --write"
 
 
 # ------------------------------------------------------------------------------------------- FAQ

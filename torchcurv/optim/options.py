@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypedDict
 from torch import Tensor, nn
 
 from torchcurv.curv.checks import anything, check_count, check_number, count, flag, number, one_of
-from torchcurv.curv.options import LIVE, OPTIMIZER, BlockOptions, MainOptions, Option, table_of
+from torchcurv.curv.options import LIVE, OPTIMIZER, BlockOptions, Option
 
 
 def _lr(name: str, value: Any) -> None:
@@ -216,12 +216,3 @@ class PreconditionerOptions(BlockOptions, LossOptions):
 
 class VariationalOptions(BlockOptions, PosteriorOptions, DrawOptions, LossOptions):
     """What VIOptimizer takes beside the keywords that it names."""
-
-
-def reference(*topics: Any) -> str:
-    """A table in Markdown of the options of some typed dicts; of all by default."""
-    every = (MainOptions, BlockOptions, MainStepOptions, StepOptions, KLClipOption, ControlOptions)
-    rows = ["| option | default | scope | meaning |", "|---|---|---|---|"]
-    for name, option in table_of(*(topics or (*every, PosteriorOptions, DrawOptions, LossOptions))).items():
-        rows.append(f"| `{name}` | `{option.default!r}` | {option.scope} | {option.doc} |")
-    return "\n".join(rows)
