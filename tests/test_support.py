@@ -5,6 +5,7 @@ python tests/test_support.py      writes the names of all of them into that page
 
 import sys
 import textwrap
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))  # it is a program as well
 import cases
+from cover import pairwise
 
 from torchcurv import SecondOrderOptimizer
 
@@ -171,15 +173,15 @@ def test_the_page_names_every_layer_kind_and_approximation():
     assert shown == names(), "the lists changed: run python tests/test_support.py"
 
 
+@pytest.mark.parametrize("chosen", [pairwise, pytest.param(product, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("row", ROWS)
-def test_every_pair_takes_steps_on_every_layer(row):
+def test_every_pair_takes_steps_on_every_layer(row, chosen):
+    """All triples of layer, approximation and kind are slow; of them those run that have every pair."""
     assert ROWS[row]
     failed = [
         f"{case.id}: {kind}, {approx}"
-        for case in ROWS[row]
-        for approx, options in APPROXIMATIONS.items()
-        for kind, drawn in KINDS.items()
-        if not takes_steps(case, {**drawn, **options})
+        for case, approx, kind in chosen(ROWS[row], list(APPROXIMATIONS), list(KINDS))
+        if not takes_steps(case, {**KINDS[kind], **APPROXIMATIONS[approx]})
     ]
     assert not failed
 
