@@ -5,7 +5,8 @@ The answers here are right for what adds up over signals, micro-batches and rank
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -80,7 +81,7 @@ class Averaging(Refusing):
         }
         return {key: value * factor if key in scaling else value for key, value in tensors.items()}
 
-    def measured_keys(self, new: Tensors) -> Collection[str]:
+    def measured_keys(self, new: Tensors) -> AbstractSet[str]:
         """The keys of the averages that a measurement changes."""
         return new.keys()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,9 +46,9 @@ class ByRows(Approximation):
     def scaled(self, tensors: Tensors, factor: Tensor | float) -> Tensors:
         return {key: tuple(stats.scaled(factor) for stats in kept) for key, kept in tensors.items()}
 
-    def measured_keys(self, new: Tensors) -> Collection[str]:
+    def measured_keys(self, new: Tensors) -> AbstractSet[str]:
         """None: what one step measured has no weight."""
-        return ()
+        return set()
 
     def averaged(
         self, old: Tensors, new: Tensors, total: Tensor | None, shares: Mapping[str, Tensor], track_change: bool

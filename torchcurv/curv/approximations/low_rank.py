@@ -8,6 +8,7 @@ Gauss-Newton's low-rank structure", 2106.02624).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,8 +85,8 @@ class LowRank(Approximation):
             found["values"] = tensors["values"] * factor
         return found
 
-    def measured_keys(self, new: Tensors) -> Collection[str]:
-        return ("values", "vectors")
+    def measured_keys(self, new: Tensors) -> AbstractSet[str]:
+        return {"values", "vectors"}
 
     def averaged(
         self, old: Tensors, new: Tensors, total: Tensor | None, shares: Mapping[str, Tensor], track_change: bool

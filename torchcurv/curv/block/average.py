@@ -35,14 +35,15 @@ class RunningAverage:
     ) -> Tensor:
         """Merge a measurement; whether it was finite, a 0-d bool tensor: else it is left out.
 
-        total: see `Pending`. like: a tensor with the device of the block, in float32 or better. decay: ρ.
+        total: see `Pending`. like: a parameter of the block. decay: ρ.
         step: of the optimizer; without, k = 1. track_change: whether `changes` is found.
         """
         if self.approx.of_one_step:
             self.forget()
         keys = self.approx.measured_keys(new)
-        zero = like.new_zeros(())
-        decayed = {key: self.weights.get(key, zero) * decay ** self._since(key, step) for key in keys}
+        for key in keys - self.weights.keys():
+            self.weights[key] = like.new_zeros((), dtype=torch.promote_types(like.dtype, torch.float32))
+        decayed = {key: self.weights[key] * decay ** self._since(key, step) for key in keys}
         grown = {key: weight + 1 for key, weight in decayed.items()}
         shares = {key: 1 / weight for key, weight in grown.items()}
         merged = self.approx.averaged(self.tensors, new, total, shares, track_change)

@@ -111,7 +111,7 @@ class Curvature:
                 f"ema_decay={ema_decay} now: build the optimizer with ema_decay > 0"
             )
         self.health.measurements += 1
-        ok = self.average.merge(new, total, self._like(), ema_decay, step, track_change)
+        ok = self.average.merge(new, total, self.params[0], ema_decay, step, track_change)
         self.health.note_skipped(~ok)
         if refresh_factor:
             self._follow()
@@ -210,10 +210,10 @@ class Curvature:
         saved |= self.refresh.state() | self.average.state() | self.health.state(self.params[0])
         if self.approx.of_one_step:  # whoever resumes measures at once
             return saved | {"next_update": 0, "next_refactor": 0}
-        tensors, factor, like = dict(self.tensors), self.factor, self._like()
+        tensors, weights, factor = dict(self.tensors), dict(self.average.weights), self.factor
         if factor is None or not self._averages <= tensors.keys():
-            tensors = {**self.approx.empty(self.layers, like), **tensors}
-        weights = {key: self.average.weights.get(key, like.clone()) for key in tensors}
+            tensors = {**self.approx.empty(self.layers, self._like()), **tensors}
+            weights = {key: weights[key] if key in weights else self._like() for key in tensors}
         if factor is None:
             factor = self.approx.factor(tensors, 1.0, self.options.damping_type)[0]
         known = {key: int(key in self.tensors) for key in tensors} | {"factor": int(self.factor is not None)}
