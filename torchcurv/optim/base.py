@@ -31,7 +31,7 @@ from torchcurv.optim.engine.groups import GroupOptions, GroupRule
 from torchcurv.optim.engine.report import metrics_of, summary_of
 from torchcurv.optim.rules import damped, indefinite_is_mapped
 
-RECORDING = ("loss_fn", "reduction", "class_dim", "output_fn", "grad_scaler", "seed")
+RECORDING = ("loss_fn", "reduction", "class_dim", "output_fn", "grad_scaler", "loss_factor", "seed")
 
 C = TypeVar("C", bound=Companion)
 

@@ -59,6 +59,11 @@ def _scaler(name: str, value: Any) -> None:
         raise TypeError(f"{name}={value!r}; pass a torch.amp.GradScaler, or anything with get_scale()")
 
 
+def _loss_factor(name: str, value: Any) -> None:
+    if not callable(value):
+        check_number(name, value, lambda x: 0 < x < math.inf, "a number > 0, or a function that returns one")
+
+
 class MainStepOptions(TypedDict, total=False):
     """What a constructor names itself."""
 
@@ -194,6 +199,16 @@ class LossOptions(TypedDict, total=False):
         Callable[[Any], Tensor] | None, Option(None, anything, OPTIMIZER, "from the model's output to the loss's input")
     ]
     grad_scaler: Annotated[Any, Option(None, _scaler, OPTIMIZER, "the torch.amp.GradScaler that scales the loss")]
+    loss_factor: Annotated[
+        float | Callable[[], float],
+        Option(
+            1.0,
+            _loss_factor,
+            OPTIMIZER,
+            "what a loss given by name is multiplied by (1/k for k micro-batches), or a function that says it; used "
+            "where the gradient does not tell it: squared errors and soft labels",
+        ),
+    ]
     unsupported: Annotated[
         str,
         Option(

@@ -8,6 +8,7 @@ import gc
 import io
 import os
 import weakref
+from contextlib import nullcontext
 
 import cases
 import oracles
@@ -424,7 +425,9 @@ def test_a_gradient_penalty_in_the_loss_leaves_the_curvature_of_the_loss(trigger
     output = opt.model(x)
     (slope,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
     (lost(opt, trigger, output, y) + slope.square().sum()).backward()
-    close(measured(opt), truth(opt, CE, x.detach(), y))
+    said = pytest.warns(UserWarning, match="ResidualNewton") if trigger == "module" else nullcontext()
+    with said:
+        close(measured(opt), truth(opt, CE, x.detach(), y))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -460,13 +463,14 @@ def truth_of(model, x, y, loss=CE, kind=oracles.ggn):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trigger", TRIGGERS)
-def test_one_output_counts_once_per_step_and_again_for_new_gradients(trigger, kind):
+def test_one_output_counts_as_often_as_its_gradient_and_again_for_new_gradients(trigger, kind):
     opt, (x, y) = made(trigger, nn.Sequential(mlp()[0], mlp()[2]), curv_type=kind), batch()
     loss = lost(opt, trigger, opt.model(x), y)
     expected = truth(opt, CE, x, y, kind)
     loss.backward(retain_graph=True)
-    loss.backward(retain_graph=True)
     close(dense(opt, "pending"), expected)
+    loss.backward(retain_graph=True)
+    close(dense(opt, "pending"), 2 * expected)
     for forget in (opt.zero_grad, opt.model.zero_grad):
         forget()
         loss.backward(retain_graph=True)

@@ -236,22 +236,16 @@ def one_hot(y):
 MISMATCHES = {
     "mse under cross_entropy": ("cross_entropy", None, lambda f, y: F.mse_loss(f, one_hot(y))),
     "bce under cross_entropy": ("cross_entropy", None, lambda f, y: F.binary_cross_entropy_with_logits(f, one_hot(y))),
-    "sum under mean": ("cross_entropy", None, lambda f, y: F.cross_entropy(f, y, reduction="sum")),
-    "bce sum under mean": (
-        "bce_with_logits",
-        None,
-        lambda f, y: F.binary_cross_entropy_with_logits(f, one_hot(y), reduction="sum"),
-    ),
     "class weights": ("cross_entropy", None, lambda f, y: F.cross_entropy(f, y, weight=cases.CLASS_WEIGHTS)),
-    "a factor above 1": ("cross_entropy", None, lambda f, y: 3 * F.cross_entropy(f, y)),
-    "a factor below 1": ("cross_entropy", None, lambda f, y: F.cross_entropy(f, y) / 2),
-    "bce with a factor below 1": (
-        "bce_with_logits",
+    "dice": (
+        "cross_entropy",
         None,
-        lambda f, y: F.binary_cross_entropy_with_logits(f, one_hot(y)) / 4,
+        lambda f, y: 1 - 2 * (f.softmax(-1) * one_hot(y)).sum() / (f.softmax(-1).sum() + len(y)),
     ),
-    "mean under sum": ("cross_entropy", "sum", F.cross_entropy),
+    "advantages": ("cross_entropy", None, lambda f, y: (F.cross_entropy(f, y, reduction="none") * WEIGHTS).mean()),
+    "a negative factor": ("cross_entropy", None, lambda f, y: -F.cross_entropy(f, y)),
 }
+WEIGHTS = cases.randn(N).sigmoid()
 
 
 @pytest.mark.parametrize("name", MISMATCHES)
@@ -262,6 +256,67 @@ def test_a_gradient_that_is_not_that_of_the_named_loss_raises_with_the_remedy(na
     with pytest.raises(ValueError, match=r"Pass the loss module you call as loss_fn=.*observe\("):
         backward()
     opt.remove()
+
+
+FACTORS = {
+    "cross_entropy": nn.CrossEntropyLoss(),
+    "bce_with_logits": lambda f, y: F.binary_cross_entropy_with_logits(f, one_hot(y)),
+    "nll": nn.NLLLoss(),
+    "half ignored": lambda f, y: F.cross_entropy(f, y.where(y > 0, -100)),
+    "under another reduction": lambda f, y: F.cross_entropy(f, y, reduction="sum"),
+}
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.01, 10.0, 65536.0])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FACTORS)
+def test_of_hard_labels_any_factor_is_taken_from_the_gradient(name, kind, factor):
+    """Of the loss by its name: accumulation, num_items_in_batch, weights, at every step another one."""
+    end = nn.LogSoftmax(-1) if name == "nll" else nn.Identity()
+    model, x, y = cases.seeded(lambda: nn.Sequential(nn.Linear(4, V), end)), cases.randn(N, 4), labels(N)
+    opt = optimizer(model, name if name in ("bce_with_logits", "nll") else "cross_entropy", curv_type=kind)
+    once = FACTORS[name](model(x), y)
+    once.backward()
+    expected = measured(opt)
+    for own in (factor, 0.5, factor):
+        opt.zero_grad()
+        (own * FACTORS[name](model(x), y)).backward()
+        close(measured(opt), own * expected)
+
+
+@pytest.mark.parametrize("said", [0.25, lambda: 0.25])
+@pytest.mark.parametrize(("name", "loss"), [
+    ("mse", lambda f, y: F.mse_loss(f, one_hot(y))),
+    ("cross_entropy", lambda f, y: F.cross_entropy(f, y, label_smoothing=0.3)),
+])  # fmt: skip
+def test_of_other_targets_the_factor_is_said(name, loss, said):
+    model, x, y = cases.seeded(lambda: nn.Linear(4, V)), cases.randn(N, 4), labels(N)
+    known = optimizer(model, name)
+    loss(model(x), y).backward()
+    expected = measured(known)
+    known.remove()
+    opt = optimizer(model, name, loss_factor=said)
+    opt.zero_grad()
+    (loss(model(x), y) / 4).backward()
+    close(measured(opt), expected / 4)
+    opt.remove()
+
+
+@pytest.mark.parametrize("said", [0, -1.0, "half", float("inf")])
+def test_a_factor_that_is_none_is_refused(said):
+    with pytest.raises((TypeError, ValueError), match=r"loss_factor=.*a number > 0, or a function"):
+        optimizer(nn.Linear(4, V), "mse", loss_factor=said)
+
+
+def test_each_backward_is_checked_against_the_name():
+    """A loss that fits at first and not later: all is well until then."""
+    model, x, y = cases.seeded(lambda: nn.Linear(4, V)), cases.randn(N, 4), labels(N)
+    opt = optimizer(model, "cross_entropy")
+    F.cross_entropy(model(x), y).backward()
+    opt.step()
+    opt.zero_grad()
+    with pytest.raises(ValueError, match="is not that of loss_fn='cross_entropy'"):
+        F.mse_loss(model(x), one_hot(y)).backward()
 
 
 MATCHES = {

@@ -7,14 +7,15 @@ from collections.abc import Collection
 from torch import Tensor
 
 from torchcurv.curv.approximations.base import Approximation, Tensors
-from torchcurv.curv.numerics import sum_of
+from torchcurv.curv.numerics import on_cpu, sum_of
 
 
 class Pending:
     """Statistics of the passes since the last step, as the approximation collects them.
 
     total: the sum of all that was added: finite if they are; None where rows are kept, which are read later.
-    task: the backward call that the last measurement belongs to.
+    task: the backward call that the last measurement belongs to. objection: why it cannot be used. remark: what is
+    missing in it. doubts: (whether so, why it cannot be used), which an accelerator has not told yet.
     """
 
     def __init__(self, approx: Approximation) -> None:
@@ -22,6 +23,9 @@ class Pending:
         self.tensors: Tensors = {}
         self.total: Tensor | None = None
         self.task: int | None = None
+        self.objection: str | None = None
+        self.remark: str | None = None
+        self.doubts: list[tuple[Tensor, str]] = []
 
     def __bool__(self) -> bool:
         return bool(self.tensors)
@@ -45,8 +49,21 @@ class Pending:
         """Multiply the statistics that scale with the loss."""
         self.tensors = self.approx.scaled(self.tensors, factor)
 
+    def object_if(self, wrong: Tensor, message: str) -> None:
+        """What was measured is not to be used if `wrong`, a 0-d bool tensor: the step that would use it raises."""
+        if not on_cpu(wrong):
+            self.doubts.append((wrong, message))
+        elif wrong:
+            self.objection = message
+
+    def doubt_if(self, missing: Tensor, message: str) -> None:
+        """What was measured lacks something if `missing`; on an accelerator that is not asked."""
+        if on_cpu(missing) and missing:
+            self.remark = message
+
     def forget(self) -> None:
-        self.tensors, self.total = {}, None
+        self.tensors, self.total, self.objection, self.remark = {}, None, None, None
+        self.doubts = []
 
     def take(self) -> tuple[Tensors, Tensor | None]:
         """(the statistics, their total); nothing is left."""

@@ -63,6 +63,7 @@ class Capture:
     n: the batch size. shape: of the tensor.
     forward: one object per forward pass of the model; None for layers that were called outside one.
     parts: the captures that this one joins. explicit: whether `observe` dealt with it.
+    witness: of what arrives at it; None where there is none yet.
     mixed: whether samples meet in it (batch statistics), which a pass of our own cuts and the user's backward does not.
     """
 
@@ -73,6 +74,7 @@ class Capture:
     parts: list[Capture] = field(default_factory=list)
     explicit: bool = False
     mixed: bool = False
+    witness: Any = None
 
     def count_loss(self) -> None:
         """One more loss uses something that was computed from the calls."""
@@ -82,6 +84,8 @@ class Capture:
     def deal(self) -> None:
         """`observe` was told of it."""
         self.explicit = True
+        if self.witness is not None:
+            self.witness.covered = True
         for part in self.parts:
             part.deal()
 

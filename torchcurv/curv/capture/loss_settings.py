@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from torchcurv.curv.checks import check_number
 from torchcurv.curv.graph import age_of
 from torchcurv.curv.losses.loss import Loss
 from torchcurv.curv.losses.table import loss_of
@@ -18,7 +20,8 @@ class LossSettings:
     """loss_fn: a loss module, the name of a loss, or None (then only `observe` starts a pass).
 
     reduction, class_dim: as in `loss_of`. output_fn: from the model's output to the tensor that a named loss is
-    applied to. grad_scaler: what scales the loss before backward().
+    applied to. grad_scaler: what scales the loss before backward(). loss_factor: what a named loss is multiplied by,
+    where its gradient does not say it; a number, or a function without arguments.
     """
 
     loss_fn: nn.Module | str | None
@@ -26,6 +29,7 @@ class LossSettings:
     class_dim: int | None = None
     output_fn: Callable[[Any], Tensor] | None = None
     grad_scaler: Any = None
+    loss_factor: float | Callable[[], float] = 1.0
 
     def __post_init__(self) -> None:
         if self.loss_fn is not None:
@@ -62,6 +66,12 @@ class LossSettings:
         read = getattr(scaler, "_get_scale_async", None)
         scale = read() if read is not None else None
         return scaler.get_scale() if scale is None else scale
+
+    def factor(self) -> float:
+        """What a named loss is multiplied by now, as the user says."""
+        value = self.loss_factor() if callable(self.loss_factor) else self.loss_factor
+        check_number("loss_factor", value, lambda x: 0 < x < math.inf, "a number > 0, or a function that returns one")
+        return float(value)
 
     def outputs(self, output: Any) -> list[Tensor]:
         """The tensors of a model's output that the loss may be applied to; of a named loss the one that it is."""

@@ -21,10 +21,13 @@ from torchcurv.curv.capture.hooks import Hook, argument, is_internal_forward
 from torchcurv.curv.capture.loss_settings import LossSettings
 from torchcurv.curv.capture.signal_pass import CurvaturePass
 from torchcurv.curv.capture.triggers import LossModule, NamedOutput, Observed, Trigger
+from torchcurv.curv.capture.witness import OF_ANOTHER_OUTPUT, OutputWitness
 from torchcurv.curv.graph import Edge, age_of, backward_id, edge_of, frozen, will_run
 from torchcurv.curv.kinds.table import kind_of
+from torchcurv.curv.losses.formula import LabelFactor
 from torchcurv.curv.losses.loss import Loss
 from torchcurv.curv.losses.terms import Terms
+from torchcurv.curv.numerics import on_cpu
 
 # Rows per row and column of a factor that is made of a part of the batch: with k of them the eigenvalues of a sample
 # covariance spread by 2 / sqrt(k), half of their size. With fewer the autoencoder of benchmarks/defaults.py, whose
@@ -36,7 +39,7 @@ class Recorder:
     """Hooks on a model and its loss that feed curvature blocks.
 
     blocks: what is fed; a block takes part in a forward pass while its name is in `due`.
-    loss_fn, reduction, class_dim, output_fn, grad_scaler: see `LossSettings`.
+    loss_fn, reduction, class_dim, output_fn, grad_scaler, loss_factor: see `LossSettings`.
     unsupported: "error" raises where a parameter is used in a way its layer does not explain; "gradient" stops
         feeding its block.
 
@@ -54,10 +57,11 @@ class Recorder:
         class_dim: int | None = None,
         output_fn: Callable[[Any], Tensor] | None = None,
         grad_scaler: Any = None,
+        loss_factor: Any = 1.0,
         seed: int = 0,
         unsupported: str = "error",
     ) -> None:
-        self.settings = LossSettings(loss_fn, reduction, class_dim, output_fn, grad_scaler)
+        self.settings = LossSettings(loss_fn, reduction, class_dim, output_fn, grad_scaler, loss_factor)
         self.blocks, self.loss_fn = blocks, loss_fn
         self.context = PassContext(model, blocks, self._gather, seed, unsupported)
         self.forward = self.context.forward
@@ -130,8 +134,27 @@ class Recorder:
                     own.append((call, at))
             capture = Capture(own, out.shape[0], out.shape, forward, mixed=self.forward.mixed)
             self.forward.notes.at(edge).capture = capture
+            if isinstance(self.loss_fn, nn.Module):
+                self._witness(capture, edge)
             if self.settings.named:
                 NamedOutput(self, capture, edge.number, edge.shape, frozen(out)).arm(edge.node)
+
+    def _witness(self, capture: Capture, edge: Edge) -> None:
+        """Compare what arrives at an output with what the watched losses send there."""
+        capture.witness = OutputWitness(self, edge.number, frozenset(call.layer for call, _ in capture.calls))
+        edge.node.register_prehook(capture.witness)
+
+    @property
+    def inside(self) -> bool:
+        """Whether a pass of our own runs."""
+        return self.forward.inside
+
+    def unexplained(self, layers: frozenset[int], gradient: Tensor) -> None:
+        """The loss depends on an output whose loss is not watched."""
+        for block in self.blocks if self.due else ():
+            own = block.name in self.due and not layers.isdisjoint(self.context.layers_of(block))
+            if own and _accumulates(block.params):
+                block.pending.doubt_if((gradient != 0).any(), OF_ANOTHER_OUTPUT)
 
     def _on_loss_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
         if is_internal_forward() or not isinstance(loss, Tensor) or not loss.requires_grad:
@@ -145,9 +168,15 @@ class Recorder:
         found = self.capture_of(f) if isinstance(f, Tensor) and f.grad_fn is not None else None
         if found is None:
             return
-        found[0].count_loss()
+        capture, output_edge = found
+        capture.count_loss()
+        if capture.witness is None:
+            self._witness(capture, output_edge)
+        for part in capture.parts:
+            if part.witness is not None:
+                part.witness.covered = True
         edge = edge_of(loss)
-        LossModule(self, found[0], edge.number, found[1], f, target).arm(edge.node)
+        LossModule(self, capture, edge.number, output_edge, f, target).arm(edge.node)
 
     def observe(self, output: Tensor, target: Tensor, loss_fn: nn.Module | str | None, weight: float | Tensor) -> None:
         """Note the loss of one output; its pass starts when the backward reaches that output."""
@@ -177,10 +206,7 @@ class Recorder:
     # ---------------------------------------------------------------------------------- backward
 
     def fed_by(self, trigger: Trigger) -> list[Curvature]:
-        """The due blocks into whose gradients the running backward accumulates; none if they have this loss already.
-
-        What was captured lives as long as the gradient: after step() or zero_grad() the same loss counts again.
-        """
+        """The due blocks into whose gradients the running backward accumulates: a loss counts as often as it does."""
         context, capture = self.context, trigger.capture
         if self.forward.inside or not self.due or not capture.n:
             return []
@@ -188,18 +214,19 @@ class Recorder:
         due = [block for block in self.blocks if block.name in self.due]
         reached = [block for block in due if not layers.isdisjoint(context.layers_of(block))]
         blocks = [block for block in reached if _accumulates(block.params)]
-        held = any(block.pending and any(p.grad is not None for p in block.params) for block in blocks)
-        if trigger.measured_in == context.step and held:
-            return []
-        trigger.measured_in = context.step
         return blocks
 
-    def check_named(self, loss: Loss, f: Tensor, arriving: Tensor, terms: Terms) -> None:
-        """Raise if what arrives at f cannot be the gradient of the loss that is known by its name; first use only."""
+    def check_named(self, loss: Loss, f: Tensor, arriving: Tensor, terms: Terms, found: LabelFactor | None) -> None:
+        """Raise if what arrives at f cannot be the gradient of the loss that is known by its name.
+
+        found: what it says of labels. On an accelerator, where asking is a host sync, the first pass asks alone.
+        """
         check = self.context.check
-        if not check.name_fits and not terms.empty:
+        if (check.name_fits and not on_cpu(f)) or terms.empty:
+            return
+        if found is None or (bool(found.known) and not bool(found.fits)):
             loss.check_arriving(f, arriving, terms)
-            check.name_fits = True
+        check.name_fits = True
 
     def measure(self, event: LossEvent, blocks: list[Curvature]) -> None:
         """Feed the blocks by one loss."""

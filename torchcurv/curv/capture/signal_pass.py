@@ -103,7 +103,8 @@ class CurvaturePass(SignalSource):
         """The gradients are loss_scale * factor * R times the signals of L / R, whose square is to count factor * R."""
         event, capture = self.event, self.event.capture
         own_loss_only = self.terms.uniform and not capture.explicit and backward_id() != -1
-        if not own_loss_only or capture.mixed or any(call.losses > 1 for call in event.calls):
+        differentiated = capture.witness is not None and capture.witness.differentiated
+        if not own_loss_only or differentiated or capture.mixed or any(call.losses > 1 for call in event.calls):
             return False
         scale = torch.as_tensor(event.factor * self.terms.reduction * event.loss_scale**2, device=event.f.device)
         scale = torch.where(scale == 0, 0, 1 / scale)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
@@ -19,7 +19,9 @@ from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.calls import Capture
 from torchcurv.curv.capture.context import LossEvent
 from torchcurv.curv.capture.loss_settings import LossSettings
+from torchcurv.curv.capture.witness import Expected, expected_from
 from torchcurv.curv.graph import Edge, Frozen, edge_of, running_node
+from torchcurv.curv.losses.formula import LabelFactor
 from torchcurv.curv.losses.loss import Loss
 from torchcurv.curv.losses.terms import Terms
 from torchcurv.curv.numerics import at_least_float32
@@ -34,7 +36,7 @@ class Listener(Protocol):
         """The blocks that a gradient at this trigger feeds."""
         ...
 
-    def check_named(self, loss: Loss, f: Tensor, arriving: Tensor, terms: Terms) -> None:
+    def check_named(self, loss: Loss, f: Tensor, arriving: Tensor, terms: Terms, found: LabelFactor | None) -> None:
         """Raise if what arrives at f cannot be the gradient of a loss that is known by its name."""
         ...
 
@@ -54,7 +56,6 @@ class Trigger(ABC):
     listener: Listener
     capture: Capture
     number: int
-    measured_in: int = field(default=-1, init=False)
     observed: ClassVar[bool] = False
 
     def arm(self, node: Node) -> None:
@@ -67,7 +68,14 @@ class Trigger(ABC):
             return
         blocks = self.listener.fed_by(self)
         if blocks:
-            self.listener.measure(self.event(gradient), blocks)
+            event, witness = self.event(gradient), self.capture.witness
+            if witness is not None and not witness.covered and not event.terms.empty:
+                witness.expected += self.sent(event, blocks)
+            self.listener.measure(event, blocks)
+
+    def sent(self, event: LossEvent, blocks: list[Curvature]) -> list[Expected]:
+        """What this loss sends to the output of its capture, where that is known."""
+        return []
 
     @abstractmethod
     def event(self, gradient: Tensor) -> LossEvent:
@@ -97,6 +105,9 @@ class LossModule(Trigger):
         factor = 1.0 if unreduced else reached
         return LossEvent(loss, terms, factor, f.detach(), edge_of(f), capture, self.output_edge, scale)
 
+    def sent(self, event: LossEvent, blocks: list[Curvature]) -> list[Expected]:
+        return [expected_from(event, self.f, blocks)]
+
 
 @dataclass(eq=False)
 class AtOutput(Trigger):
@@ -119,9 +130,10 @@ class NamedOutput(AtOutput):
         edge, f = self.edge, self.f.read()
         loss, scale = self.listener.settings.loss(), self.listener.settings.scale()
         arrived = gradient.reshape(f.shape)
-        terms = loss.terms_from_gradient(f, arrived, self.capture.n, scale)
-        self.listener.check_named(loss, f, arrived, terms)
-        return LossEvent(loss, terms, 1.0, f, edge, self.capture, edge, scale, gradient)
+        said = self.listener.settings.factor()
+        terms, factor, found = loss.terms_from_gradient(f, arrived, self.capture.n, scale, said)
+        self.listener.check_named(loss, f, arrived, terms, found)
+        return LossEvent(loss, terms, factor, f, edge, self.capture, edge, scale, gradient)
 
 
 @dataclass(eq=False)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchcurv.curv.losses.distributions import misfit, moderated
-from torchcurv.curv.losses.formula import Layout, LossFormula, Target
+from torchcurv.curv.losses.distributions import label_factor, misfit, moderated
+from torchcurv.curv.losses.formula import LabelFactor, Layout, LossFormula, Target
 
 
 class BinaryCrossEntropy(LossFormula):
@@ -57,6 +57,10 @@ class BinaryCrossEntropy(LossFormula):
         factor = 1 + (pos - 1) * y
         weights = factor if read.weights is None else read.weights * factor
         return Target(lambda: pos * y / factor.clamp_min(torch.finfo(y.dtype).tiny), weights, read.divisor, False)
+
+    def factor_in(self, f: Tensor, gradient: Tensor, counted: Tensor | None, tolerance: float) -> LabelFactor:
+        p = torch.stack([f.sigmoid(), (-f).sigmoid()], -1)
+        return label_factor(p, torch.stack([gradient, -gradient], -1), None, tolerance)
 
     def check_gradient(self, f: Tensor, gradient: Tensor, tolerance: float) -> str | None:
         p = f.sigmoid()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchcurv.curv.losses.distributions import misfit, moderated
-from torchcurv.curv.losses.formula import Layout, LossFormula, Target, one_hot
+from torchcurv.curv.losses.distributions import label_factor, misfit, moderated, row_factors
+from torchcurv.curv.losses.formula import LabelFactor, Layout, LossFormula, Target, one_hot
 
 
 class CrossEntropy(LossFormula):
@@ -33,6 +33,9 @@ class CrossEntropy(LossFormula):
 
     def gradient(self, f: Tensor, y: Tensor) -> Tensor:
         return f.softmax(-1) - y
+
+    def arriving_gradient(self, f: Tensor, y: Tensor) -> Tensor:
+        return self._p(f) - y
 
     def root(self, f: Tensor, y: Any, v: Tensor) -> Tensor:
         """sqrt(p) v - p (sqrt(p) · v)."""
@@ -95,10 +98,17 @@ class CrossEntropy(LossFormula):
         saturated = f.softmax(-1).amax(-1) > 1 - 2 * torch.finfo(gradient.dtype).eps
         return ((gradient != 0).any(-1) | saturated).to(f.dtype)
 
+    def _p(self, f: Tensor) -> Tensor:
+        """What the gradient is larger than -y by."""
+        return torch.zeros_like(f) if self.of_log_probabilities else f.softmax(-1)
+
+    def factor_in(self, f: Tensor, gradient: Tensor, counted: Tensor | None, tolerance: float) -> LabelFactor:
+        return label_factor(self._p(f), gradient, counted, tolerance)
+
     def check_gradient(self, f: Tensor, gradient: Tensor, tolerance: float) -> str | None:
-        p = torch.zeros_like(f) if self.of_log_probabilities else f.softmax(-1)
+        p = self._p(f)
         kept = (gradient != 0).any(-1)
-        return misfit(p[kept], gradient[kept], tolerance)
+        return misfit(p[kept], gradient[kept], tolerance) or row_factors(p[kept], gradient[kept], tolerance)
 
     def predictive(self, f: Tensor, variance: Tensor) -> Tensor:
         return moderated(f, variance).softmax(-1)

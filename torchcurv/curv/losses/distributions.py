@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchcurv.curv.losses.formula import LabelFactor
+
 
 def misfit(p: Tensor, gradient: Tensor, tolerance: float) -> str | None:
     """Why a gradient [rows, c] is not p - q of distributions q; None if it may be.
@@ -36,6 +38,52 @@ def _shrunk(p: Tensor, gradient: Tensor) -> float | None:
     imitation = (1 - c) * float(spread.std())
     # a tenth of the spread that smoothing would have: far from it on both sides; factors above 0.99 change little
     return c if c < 0.99 and float((ratio - c).abs().max()) < 0.1 * imitation else None
+
+
+def label_factor(p: Tensor, gradient: Tensor, counted: Tensor | None, tolerance: float) -> LabelFactor:
+    """k for which a gradient [..., c] is k (p - y) for labels y: Σ |gradient| / Σ |p - y| over the rows that count."""
+    gap = _to_labels(p, gradient)
+    if counted is not None:
+        gap = gap * counted.unsqueeze(-1)
+    size = gap.abs().sum()
+    value = gradient.abs().sum() / size  # of the same units as reduction times factor
+    # p is right to a rounding per row: with a thousand times that in all, k is right to a thousandth
+    known = size > 1e3 * torch.finfo(p.dtype).eps * gradient[..., 0].numel()
+    close = (gradient - value * gap).abs().amax() <= tolerance * value
+    # Where p is uniform, labels smoothed by ε look like hard ones times 1 - ε. Above one half that is more likely.
+    uniform = (p - 1 / p.shape[-1]).abs().amax() <= tolerance
+    smoothed = uniform & (value > 0.5) & (value < 1) if p.shape[-1] > 1 else torch.zeros_like(known)
+    known = known & torch.isfinite(value)
+    return LabelFactor(value, known, known & close & ~smoothed)
+
+
+def row_factors(p: Tensor, gradient: Tensor, tolerance: float) -> str | None:
+    """Why rows [rows, c] seem to be k (p - y) for labels y and a k of their own each; None if they do not.
+
+    Of two classes every gradient is of this form.
+    """
+    if p.shape[-1] < 3:
+        return None
+    gap = _to_labels(p, gradient)
+    size = gap.abs().sum(-1, keepdim=True)
+    kept = (size > tolerance).squeeze(-1) & torch.isfinite(gradient).all(-1)
+    gradient, gap, size = gradient[kept], gap[kept], size[kept]
+    k = gradient.abs().sum(-1, keepdim=True) / size
+    uniform = (p[kept] - 1 / p.shape[-1]).abs().amax() <= tolerance if len(k) else True
+    if len(k) < 2 or uniform or bool(((gradient - k * gap).abs() > tolerance * k).any()):
+        return None
+    low, high = float(k.amin()), float(k.amax())
+    return f"its terms seem to be multiplied by weights from {low:.4g} to {high:.4g}" if high > 1.01 * low else None
+
+
+def _to_labels(p: Tensor, gradient: Tensor) -> Tensor:
+    """p - y for the labels y that a gradient shows, where it is negative. A row in which it is not is right and
+    saturated: its label is the most probable class.
+
+    The label is not looked up (`one_hot` reads the largest on the host).
+    """
+    label = torch.where(gradient.amin(-1) < 0, gradient.argmin(-1), p.argmax(-1))
+    return p.scatter_add(-1, label.unsqueeze(-1), -torch.ones_like(p[..., :1]))
 
 
 def moderated(f: Tensor, variance: Tensor) -> Tensor:

@@ -36,6 +36,18 @@ class Target(NamedTuple):
     uniform: bool
 
 
+class LabelFactor(NamedTuple):
+    """What a gradient says of the factor of a loss whose targets are labels.
+
+    value: a 0-d tensor. known: whether the terms determine it: where all are right and saturated they do not.
+    fits: whether it is known, and the gradient is that of labels times this value. 0-d bool tensors.
+    """
+
+    value: Tensor
+    known: Tensor
+    fits: Tensor
+
+
 class LossFormula(ABC):
     """c(f, y) of a loss, up to a constant in f.
 
@@ -103,6 +115,10 @@ class LossFormula(ABC):
             total += self.column(f, y, k).square()
         return total
 
+    def arriving_gradient(self, f: Tensor, y: Tensor) -> Tensor:
+        """What backward brings to f: dc/df, unless f is kept to a surface, where c stands for another function."""
+        return self.gradient(f, y)
+
     # -------------------------------------------------------------------------- one call of a loss
 
     def for_module(self, module: nn.Module) -> LossFormula:
@@ -133,8 +149,15 @@ class LossFormula(ABC):
         """w [n, t] of the terms that the gradient at f shows to count (1) or not (0); None: all count."""
         return None
 
+    def factor_in(self, f: Tensor, gradient: Tensor, counted: Tensor | None, tolerance: float) -> LabelFactor | None:
+        """The factor k > 0 for which `gradient` is k dc/df at targets that are labels, from all terms together.
+
+        counted: as it is returned above. None: the gradient of this loss tells no factor.
+        """
+        return None
+
     def check_gradient(self, f: Tensor, gradient: Tensor, tolerance: float) -> str | None:
-        """Why `gradient` cannot be dc/df at any target; None if it can. Reads numbers: first use only.
+        """Why `gradient` cannot be dc/df at any target; None if it can. Reads numbers.
 
         tolerance: what rounding makes of a probability.
         """

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchcurv.curv.losses.formula import LossFormula
+from torchcurv.curv.losses.formula import LabelFactor, LossFormula
 from torchcurv.curv.losses.terms import Terms
 from torchcurv.curv.numerics import at_least_float32
 
@@ -98,29 +98,50 @@ class Loss:
                 "gradient does not tell: pass the loss module, or loss_fn=None and call optimizer.observe"
             )
 
-    def terms_from_gradient(self, f: Tensor, arriving: Tensor, n: int, loss_scale: Tensor | float = 1.0) -> Terms:
-        """Terms of a loss that was named, not seen: the gradient that arrived at the output stands for the target."""
+    def terms_from_gradient(
+        self, f: Tensor, arriving: Tensor, n: int, loss_scale: Tensor | float = 1.0, loss_factor: float = 1.0
+    ) -> tuple[Terms, Tensor | float, LabelFactor | None]:
+        """(terms, factor, found) of a loss that was named, not seen: the gradient that arrived stands for the target.
+
+        factor: what the loss was multiplied by. Where the targets are labels, the gradient says it, as `found` tells
+        (None: that of this loss never does). Elsewhere it is `loss_factor`.
+        """
         canonical = at_least_float32(self.layout(f.detach(), n)[0])
+        reached = at_least_float32(self.layout(arriving, n)[0]) / loss_scale
         weights = self.formula.counted(canonical, self.layout(arriving, n)[0])
         elements = canonical.numel() if self.formula.elementwise else canonical.shape[:2].numel()
         count = elements if weights is None else weights.sum()
         reduction = self.formula.factor / self._divisor(count)
+        found = self.formula.factor_in(canonical, reached, weights, self._tolerance(f, arriving))
+        factor: Tensor | float = loss_factor
+        if found is not None:
+            said = found.value / reduction
+            # a few roundings of either tensor are no factor: what is 1 stays 1
+            eps = max(1e3 * torch.finfo(canonical.dtype).eps, 4 * torch.finfo(arriving.dtype).eps)
+            said = torch.where((said - loss_factor).abs() <= eps * loss_factor, loss_factor, said)
+            factor = torch.where(found.fits, said, loss_factor)
+        terms = Terms(
+            self.formula, canonical, reduction, weights, True, None, lambda: reached / (reduction * factor), count
+        )
+        return terms, factor, found
 
-        def arrived() -> Tensor:
-            return at_least_float32(self.layout(arriving, n)[0]) / loss_scale / reduction
-
-        return Terms(self.formula, canonical, reduction, weights, True, None, arrived, count)
+    def _tolerance(self, f: Tensor, arriving: Tensor) -> float:
+        """A thousandth of a probability is more than float32 loses and less than another loss is off by; a coarser
+        type may lose a few roundings of either tensor, 32 of them in a softmax and a sum over classes."""
+        return max(1e-3, 32 * max(torch.finfo(arriving.dtype).eps, torch.finfo(f.dtype).eps))
 
     def check_arriving(self, f: Tensor, arriving: Tensor, terms: Terms) -> None:
-        """Raise if the gradient at the output cannot be that of the named loss. Reads numbers: first use only."""
-        # A thousandth of a probability is more than float32 loses and less than another loss is off by; a coarser
-        # type may lose a few roundings of either tensor, 32 of them in a softmax and a sum over classes.
-        tolerance = max(1e-3, 32 * max(torch.finfo(arriving.dtype).eps, torch.finfo(f.dtype).eps))
-        why = self.formula.check_gradient(terms.f, terms.gradient(), tolerance)
+        """Raise if the gradient at the output, which is not that of labels, cannot be that of the named loss at other
+        targets. Reads numbers."""
+        gradient = terms.gradient()
+        if not bool(torch.isfinite(gradient).all() & torch.isfinite(terms.f).all()):
+            return  # it is left out and counted when it is averaged
+        why = self.formula.check_gradient(terms.f, gradient, self._tolerance(f, arriving))
         if why is not None:
             raise ValueError(
                 f"the gradient that arrived at the model's output is not that of loss_fn={self.name!r} with "
                 f"reduction={self.reduction!r}, no class weights and factor 1: {why}. Pass the loss module you call "
-                "as loss_fn=, name the loss and the reduction= you use (and grad_scaler=, if one scales the loss), or "
-                "call optimizer.observe(output, target, loss_fn, weight) before backward()"
+                "as loss_fn=, name the loss and the reduction= you use (with loss_factor=, if it is multiplied, and "
+                "grad_scaler=, if one scales it), or call optimizer.observe(output, target, loss_fn, weight) before "
+                "backward()"
             )

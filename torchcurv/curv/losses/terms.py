@@ -83,6 +83,11 @@ class Terms:
         assert self.target is not None
         return self.formula.gradient(self.f, self.target())
 
+    def arriving_gradient(self) -> Tensor:
+        """What backward brings to f of c [n, t, c], where the target is known."""
+        assert self.target is not None
+        return self.formula.arriving_gradient(self.f, self.target())
+
     def draw(self, generator: torch.Generator | None) -> Tensor:
         """S r [n, t, c] for random signs r."""
         return self.formula.draw(self.f, self._y(), generator)

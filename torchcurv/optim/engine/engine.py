@@ -14,8 +14,8 @@ from torchcurv.curv.capture.recorder import Recorder
 from torchcurv.curv.kinds.table import kind_of
 from torchcurv.optim.engine.building import Blueprint, same
 from torchcurv.optim.engine.damping import DampingPolicy, Group, has_changed, is_of_the_loss
-from torchcurv.optim.engine.report import warn_of_failures
-from torchcurv.optim.engine.witness import check_captured, check_unfrozen
+from torchcurv.optim.engine.report import warn, warn_of_failures
+from torchcurv.optim.engine.witness import check_captured, check_objections, check_unfrozen, remarks_on
 
 # Options that all groups under one block must agree on at each step.
 _SHARED = (
@@ -67,6 +67,7 @@ class CurvatureEngine:
         self.hint = hint
         self.unsaved: list[Curvature] = []
         self.only_zeros = False  # whether the last refresh found gradients of zeros and nothing that was captured
+        self.said: set[str] = set()  # warnings that were given once
         self.hooked = False
         self._trained: list[bool] = []  # which parameters were trainable when the blocks were built
 
@@ -159,10 +160,14 @@ class CurvatureEngine:
             check_unfrozen(self)
         self.schedule.apply(self.step)
         reached = [pair for pair in self.pairs if any(p.grad is not None for p in pair[0].params)]
+        check_objections([block for block, _ in reached])
         missing = [block for block, _ in reached if self.step >= block.refresh.next_update and not block.pending]
         if missing and not check_captured(self, missing):
             self.only_zeros = True
             return False
+        for remark in remarks_on([block for block, _ in reached]) - self.said:
+            self.said.add(remark)
+            warn(remark)
         for block, index in reached:
             if block.pending:
                 self._update_average(block, index)

@@ -24,15 +24,15 @@ def warn_of_failures(blocks: list[Curvature]) -> None:
         skipped, failed = (now - before for now, before in zip(counts, health.reported, strict=True))
         health.reported, health.retry = counts, failed > 0
         if skipped:
-            _warn(f"block {block.name!r}: {skipped} curvature measurements were not finite and were left out")
+            warn(f"block {block.name!r}: {skipped} curvature measurements were not finite and were left out")
         if failed:
-            _warn(
+            warn(
                 f"block {block.name!r}: {failed} factorisations failed; the last good factor was kept, and the next "
                 "one is computed in float64 with ten times the damping"
             )
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
     warnings.warn(message, stacklevel=8)  # the line that calls step(), through torch's own wrappers of it
 
 

@@ -40,6 +40,18 @@ def check_unfrozen(engine: Watched) -> None:
         )
 
 
+def check_objections(blocks: list[Curvature]) -> None:
+    """Raise if what was measured is not the curvature of the loss whose gradient is there."""
+    for block in blocks:
+        if block.pending.objection is not None:
+            raise RuntimeError(block.pending.objection)
+
+
+def remarks_on(blocks: list[Curvature]) -> set[str]:
+    """What is missing in what was measured."""
+    return {block.pending.remark for block in blocks if block.pending and block.pending.remark is not None}
+
+
 def check_captured(engine: Watched, missing: list[Curvature]) -> bool:
     """A gradient whose curvature was not captured is an error, or trains as it is if the user said so.
 

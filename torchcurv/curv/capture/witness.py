@@ -1,0 +1,140 @@
+"""The gradient that arrives at a model's output, as the witness of what the loss is.
+
+A loss module is watched: what it was given and what it returned. That the gradient is the one of its formula, and that
+nothing else depends on the same output, is taken from no one: on each pass that measures, what arrives at the output is
+compared with what the watched losses send there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from torchcurv.curv.block.block import Curvature
+from torchcurv.curv.capture.context import LossEvent
+from torchcurv.curv.graph import backward_id
+from torchcurv.curv.numerics import at_least_float32
+
+
+class Judge(Protocol):
+    """Who is told what a witness saw."""
+
+    @property
+    def inside(self) -> bool:
+        """Whether the backward that runs is one of our own."""
+        ...
+
+    def unexplained(self, layers: frozenset[int], gradient: Tensor) -> None:
+        """A gradient arrived at an output whose losses were not seen."""
+        ...
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one watched loss sends to an output in one backward call.
+
+    gradient: at the output's edge. rounding: a bound of what rounding makes of its norm.
+    """
+
+    task: int
+    gradient: Tensor
+    rounding: Tensor
+    blocks: list[Curvature]
+    loss: str
+
+
+@dataclass(eq=False)
+class OutputWitness:
+    """A pre-hook on the node of one output. It refers to no node, and so it lives in the graph.
+
+    number: of the node's input. layers: the numbers of those that the output depends on.
+    covered: whether someone else answers for what arrives: `observe`, or an output that was joined with others.
+    differentiated: whether derivatives of the output were taken that can be differentiated again.
+    """
+
+    judge: Judge
+    number: int
+    layers: frozenset[int]
+    covered: bool = False
+    differentiated: bool = False
+    expected: list[Expected] = field(default_factory=list)
+
+    def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
+        gradient = grads[self.number]
+        if gradient is None or self.judge.inside:
+            return
+        self.differentiated |= torch.is_grad_enabled()  # which it is in a hook where create_graph=True
+        task, noted = backward_id(), self.expected
+        expected = [one for one in noted if one.task == task]
+        self.expected = [one for one in noted if one.task != task]  # one backward may run inside of another
+        if self.covered:
+            return
+        if expected:
+            self._compare(at_least_float32(gradient), expected)
+        else:
+            self.judge.unexplained(self.layers, gradient)
+
+    @torch.no_grad()
+    def _compare(self, gradient: Tensor, expected: list[Expected]) -> None:
+        """Object to what the losses measured, where their sum is not what arrives; one that is not finite is let pass,
+        since its measurements are left out."""
+        total = sum((one.gradient for one in expected[1:]), expected[0].gradient).reshape(gradient.shape)
+        rounding = sum((one.rounding for one in expected[1:]), expected[0].rounding)
+        # Another loss or a missing term is off by per cents and more. Rounding leaves 1e-6 in float32 and a few units
+        # of a coarser type, and where f and y nearly cancel, `rounding`.
+        tolerance = max(1e-3, 8 * torch.finfo(gradient.dtype).eps)
+        wrong = (gradient - total).norm() > tolerance * total.norm() + rounding
+        name = " and ".join(dict.fromkeys(one.loss for one in expected))
+        for block in {id(block): block for one in expected for block in one.blocks}.values():
+            if self.differentiated:
+                block.pending.doubt_if(wrong, OF_DERIVATIVES)
+            else:
+                block.pending.object_if(wrong, _of_another_loss(name))
+
+
+def expected_from(event: LossEvent, at: Tensor, blocks: list[Curvature]) -> Expected:
+    """What a loss sends to the output of its capture; at: what it was given, f in its graph."""
+    loss, terms, f = event.loss, event.terms, event.f
+    scale = torch.as_tensor(event.factor * terms.reduction * event.loss_scale, device=f.device).to(terms.f.dtype)
+    weights = terms.f.new_ones(1, 1) if terms.weights is None else terms.weights
+    weights = weights.unsqueeze(-1) if weights.dim() == 2 else weights
+    canonical = terms.arriving_gradient() * weights * scale
+    sent = loss.layout(f, len(terms.f))[1](canonical).to(f.dtype)
+    for start in (get_gradient_edge(at), event.f_edge.public):  # a view lies above the output, its base may lie below
+        if (start.node, start.output_nr) == event.output_edge[:2]:
+            break
+        ends, given = [event.output_edge.public], [sent.reshape(at.shape)]
+        (below,) = torch.autograd.grad([start], ends, given, retain_graph=True, allow_unused=True)
+        if below is not None:
+            sent = below
+            break
+    # dc/df is a difference, of f and y or of p and y, each right to a rounding: of f itself, or of 1
+    size = (terms.f.norm() + terms.f.numel() ** 0.5) * weights.abs().amax() * scale.abs()
+    rounding = 4 * torch.finfo(f.dtype).eps * size
+    return Expected(backward_id(), at_least_float32(sent), rounding, blocks, loss.name)
+
+
+def _of_another_loss(name: str) -> str:
+    return (
+        f"what arrives at the model's output is not what the watched loss ({name}) sends there: the loss module "
+        "computes something else (a subclass with a forward of its own), or other terms of the loss depend on the same "
+        "output (an entropy, a penalty, a second loss). Register what the module computes with "
+        "torchcurv.register_loss(type, formula=), or call optimizer.observe(output, target, loss_fn, weight) before "
+        "backward() for what is to be measured: the rest is then left out"
+    )
+
+
+OF_DERIVATIVES = (
+    "the loss has terms that are made of derivatives of the network (a residual of a differential equation, a gradient "
+    "penalty), whose curvature is not measured: only that of the watched loss is. For a loss of residuals "
+    "torchcurv.optim.ResidualNewton takes the whole of it"
+)
+OF_ANOTHER_OUTPUT = (
+    "the loss depends on an output of the model in another way than through the loss module given as loss_fn=: the "
+    "curvature of that part is not measured. Call optimizer.observe(output, target, loss_fn, weight) before backward() "
+    "for each output that counts"
+)
