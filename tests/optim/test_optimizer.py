@@ -569,7 +569,7 @@ def test_a_refresh_reads_all_its_flags_at_once(approx, accelerator, monkeypatch)
     backward(model, 2)
     with Syncs() as syncs:
         optimizer.step()
-    assert reads == [(6, 2)] and not syncs.found
+    assert len(reads) == 1 and not syncs.found
 
 
 def test_adaptive_intervals_read_their_moves_at_once_and_nothing_while_they_rest(accelerator, monkeypatch):

@@ -31,7 +31,7 @@ from torchcurv.optim.engine.groups import GroupOptions, GroupRule
 from torchcurv.optim.engine.report import metrics_of, summary_of
 from torchcurv.optim.rules import damped, indefinite_is_mapped
 
-RECORDING = ("loss_fn", "reduction", "class_dim", "output_fn", "grad_scaler", "loss_factor", "seed")
+RECORDING = ("loss_fn", "reduction", "class_dim", "output_fn", "grad_scaler", "loss_factor", "negative", "seed")
 
 C = TypeVar("C", bound=Companion)
 
@@ -47,6 +47,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     model: nn.Module | None = None
     _engine: CurvatureEngine | None = None
     _companions: Mapping[type[Companion], Companion] = MappingProxyType({})
+    _scaled = False  # whether a GradScaler calls `step` now
     _last: dict[str, Tensor]  # what is known of the last step, 0-d
     settings: Mapping[str, Any] = MappingProxyType({})  # options of the whole optimizer that are its own
 
@@ -152,6 +153,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         closure: recomputes the loss, and is called first. What else it does, the docstring of the class says.
         """
         engine = self.engine
+        self._check_scaler()
         loss = self.run_closure(closure)
         self._last = {"loss": loss.detach()} if isinstance(loss, Tensor) and not loss.dim() else {}
         if engine.refresh():
@@ -160,6 +162,21 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         elif engine.only_zeros:
             self._save()
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Read by a GradScaler alone, just before it calls `step`: so one that was not named is noticed."""
+        self._scaled = True
+        return False
+
+    def _check_scaler(self) -> None:
+        scaled, self._scaled = self._scaled, False
+        recording = self.engine.recording
+        if scaled and recording["grad_scaler"] is None and recording["loss_fn"] is not None:
+            raise RuntimeError(
+                "a GradScaler steps this optimizer, and its scale is in the loss whose curvature was measured: pass it "
+                "as grad_scaler= when you build the optimizer"
+            )
 
     def run_closure(self, closure: Callable[[], Any] | None) -> Any:
         """Run the closure, if there is one, so that gradients lie in `.grad`."""

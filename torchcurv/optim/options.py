@@ -209,6 +209,16 @@ class LossOptions(TypedDict, total=False):
             "where the gradient does not tell it: squared errors and soft labels",
         ),
     ]
+    negative: Annotated[
+        str,
+        Option(
+            "error",
+            one_of("error", "abs", "model"),
+            OPTIMIZER,
+            'of a loss, or of terms, that are multiplied by a negative number: "error"; "abs" counts absolute values; '
+            '"model" counts every term once in the mean, whatever it is multiplied by: the Fisher of policy gradients',
+        ),
+    ]
     unsupported: Annotated[
         str,
         Option(

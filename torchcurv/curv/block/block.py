@@ -99,6 +99,7 @@ class Curvature:
         refresh_factor: whether the factor takes over what it can; a factorisation that comes next does that anyway.
         A measurement with a value that is not finite is left out and counted.
         """
+        self.health.take_doubts(self.pending.doubts)
         new, total = self.pending.take()
         if self.approx.edited(new):
             raise RuntimeError(

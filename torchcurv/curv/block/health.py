@@ -15,7 +15,8 @@ class Health:
 
     measurements, factorisations: how many there were, on the host. flags: [measurements that were not finite,
     factorisations that failed], on the device; None: none was. reported: what was last read of them. retry: whether
-    the last factorisation failed, so that the next is in float64 with more damping.
+    the last factorisation failed, so that the next is in float64 with more damping. doubts: see `Pending`; of what has
+    been averaged since they were last read.
     """
 
     def __init__(self) -> None:
@@ -23,6 +24,7 @@ class Health:
         self.flags: Tensor | None = None
         self.reported = (0, 0)
         self.retry = False
+        self.doubts: dict[str, Tensor] = {}
 
     def note_skipped(self, skipped: Tensor) -> None:
         """A measurement may have been left out; skipped: a 0-d bool tensor."""
@@ -31,6 +33,11 @@ class Health:
     def note_failed(self, failed: Tensor) -> None:
         """A factorisation may have failed; failed: a 0-d bool tensor."""
         self._count(1, failed)
+
+    def take_doubts(self, doubts: dict[str, Tensor]) -> None:
+        """Keep those of a measurement that has been averaged, until they are read."""
+        for why, flag in doubts.items():
+            self.doubts[why] = flag | self.doubts[why] if why in self.doubts else flag
 
     def _count(self, which: int, bad: Tensor) -> None:
         if on_cpu(bad) and not bad:
@@ -56,7 +63,18 @@ class Health:
 
 
 def read_flags(healths: Sequence[Health]) -> list[tuple[int, int]]:
-    """(measurements that were not finite, factorisations that failed) of each block; one host sync."""
+    """(measurements that were not finite, factorisations that failed) of each block; one host sync.
+
+    Raises RuntimeError where a doubt about what was measured turns out to be right.
+    """
+    doubts = {id(flag): (flag, why) for health in healths for why, flag in health.doubts.items()}
     flags = [health.flags for health in healths if health.flags is not None]
+    flags += [torch.stack([flag, flag]).to(torch.int32) for flag, _ in doubts.values()]
     counts = iter(torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else ())
-    return [(0, 0) if health.flags is None else tuple(next(counts)) for health in healths]
+    read = [(0, 0) if health.flags is None else tuple(next(counts)) for health in healths]
+    for health in healths:
+        health.doubts = {}
+    for (wrong, _), (_, why) in zip(counts, doubts.values(), strict=True):
+        if wrong:
+            raise RuntimeError(why)
+    return read

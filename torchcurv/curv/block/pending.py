@@ -15,7 +15,7 @@ class Pending:
 
     total: the sum of all that was added: finite if they are; None where rows are kept, which are read later.
     task: the backward call that the last measurement belongs to. objection: why it cannot be used. remark: what is
-    missing in it. doubts: (whether so, why it cannot be used), which an accelerator has not told yet.
+    missing in it. doubts: by why it cannot be used, whether so, where an accelerator has not told yet.
     """
 
     def __init__(self, approx: Approximation) -> None:
@@ -25,7 +25,7 @@ class Pending:
         self.task: int | None = None
         self.objection: str | None = None
         self.remark: str | None = None
-        self.doubts: list[tuple[Tensor, str]] = []
+        self.doubts: dict[str, Tensor] = {}
 
     def __bool__(self) -> bool:
         return bool(self.tensors)
@@ -52,7 +52,7 @@ class Pending:
     def object_if(self, wrong: Tensor, message: str) -> None:
         """What was measured is not to be used if `wrong`, a 0-d bool tensor: the step that would use it raises."""
         if not on_cpu(wrong):
-            self.doubts.append((wrong, message))
+            self.doubts[message] = wrong | self.doubts[message] if message in self.doubts else wrong
         elif wrong:
             self.objection = message
 
@@ -63,7 +63,7 @@ class Pending:
 
     def forget(self) -> None:
         self.tensors, self.total, self.objection, self.remark = {}, None, None, None
-        self.doubts = []
+        self.doubts = {}
 
     def take(self) -> tuple[Tensors, Tensor | None]:
         """(the statistics, their total); nothing is left."""

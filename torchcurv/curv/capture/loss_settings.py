@@ -21,7 +21,7 @@ class LossSettings:
 
     reduction, class_dim: as in `loss_of`. output_fn: from the model's output to the tensor that a named loss is
     applied to. grad_scaler: what scales the loss before backward(). loss_factor: what a named loss is multiplied by,
-    where its gradient does not say it; a number, or a function without arguments.
+    where its gradient does not say it; a number, or a function without arguments. negative: see `with_signs`.
     """
 
     loss_fn: nn.Module | str | None
@@ -30,6 +30,7 @@ class LossSettings:
     output_fn: Callable[[Any], Tensor] | None = None
     grad_scaler: Any = None
     loss_factor: float | Callable[[], float] = 1.0
+    negative: str = "error"
 
     def __post_init__(self) -> None:
         if self.loss_fn is not None:

@@ -20,6 +20,7 @@ from torchcurv.curv.capture.context import LossEvent, PassContext
 from torchcurv.curv.capture.hooks import Hook, argument, is_internal_forward
 from torchcurv.curv.capture.loss_settings import LossSettings
 from torchcurv.curv.capture.signal_pass import CurvaturePass
+from torchcurv.curv.capture.signs import with_signs
 from torchcurv.curv.capture.triggers import LossModule, NamedOutput, Observed, Trigger
 from torchcurv.curv.capture.witness import OF_ANOTHER_OUTPUT, OutputWitness
 from torchcurv.curv.graph import Edge, age_of, backward_id, edge_of, frozen, will_run
@@ -39,7 +40,7 @@ class Recorder:
     """Hooks on a model and its loss that feed curvature blocks.
 
     blocks: what is fed; a block takes part in a forward pass while its name is in `due`.
-    loss_fn, reduction, class_dim, output_fn, grad_scaler, loss_factor: see `LossSettings`.
+    loss_fn, reduction, class_dim, output_fn, grad_scaler, loss_factor, negative: see `LossSettings`.
     unsupported: "error" raises where a parameter is used in a way its layer does not explain; "gradient" stops
         feeding its block.
 
@@ -58,10 +59,11 @@ class Recorder:
         output_fn: Callable[[Any], Tensor] | None = None,
         grad_scaler: Any = None,
         loss_factor: Any = 1.0,
+        negative: str = "error",
         seed: int = 0,
         unsupported: str = "error",
     ) -> None:
-        self.settings = LossSettings(loss_fn, reduction, class_dim, output_fn, grad_scaler, loss_factor)
+        self.settings = LossSettings(loss_fn, reduction, class_dim, output_fn, grad_scaler, loss_factor, negative)
         self.blocks, self.loss_fn = blocks, loss_fn
         self.context = PassContext(model, blocks, self._gather, seed, unsupported)
         self.forward = self.context.forward
@@ -232,6 +234,9 @@ class Recorder:
         """Feed the blocks by one loss."""
         if event.terms.empty:
             return
+        for block in blocks:
+            block.pending.begin(backward_id(), block.params)
+        event = with_signs(event, self.settings.negative, blocks)
         self._count(event, blocks)
         excluded = len(self.context.check.excluded)
         CurvaturePass(self.context, event, blocks, self._part_of(event)).run()

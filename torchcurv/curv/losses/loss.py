@@ -77,7 +77,7 @@ class Loss:
         reached = arriving.detach().to(canonical.dtype).reshape(n, *terms.f.shape[1:2], -1)
         reached = reached if self.formula.elementwise else reached.squeeze(-1)
         weights = reached if terms.weights is None else terms.weights * reached
-        largest = weights.amax().clamp_min(torch.finfo(weights.dtype).tiny)
+        largest = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
         return replace(terms, reduction=terms.reduction * largest, weights=weights / largest, uniform=False)
 
     def _divisor(self, count: Tensor | float) -> Tensor | float:
