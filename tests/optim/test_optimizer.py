@@ -354,7 +354,8 @@ def test_a_bad_row_does_not_reach_the_parameters_and_is_counted():
     backward(model)
     optimizer.engine.blocks[0].pending.tensors["kept"][0].uses[0][0].s[0, 0] = torch.nan
     optimizer.step()
-    close(before - flat(model.parameters()), flat(p.grad for p in model.parameters()) / 0.5)
+    gradient = flat(p.grad for p in model.parameters())
+    close(before - flat(model.parameters()), gradient / gradient.norm().clamp_min(1))
     assert optimizer.metrics()["skipped_measurements"] == 1
     with pytest.warns(UserWarning, match="block 'full': 1 curvature measurements were not finite"):
         train(model, optimizer, [1])

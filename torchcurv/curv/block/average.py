@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.approximations.base import Approximation, Tensors
-from torchcurv.curv.numerics import chosen
+from torchcurv.curv.numerics import chosen, on_cpu
 
 
 class RunningAverage:
@@ -26,9 +26,20 @@ class RunningAverage:
         self.weights: dict[str, Tensor] = {}
         self.measured_at: dict[str, int] = {}
         self.changes: dict[str, Tensor] = {}
+        self._known = False  # whether `known` was true, where reading it costs nothing
 
     def __bool__(self) -> bool:
         return bool(self.tensors)
+
+    @property
+    def known(self) -> Tensor | None:
+        """Whether a measurement has been let in, a 0-d bool tensor; None where that is beyond doubt."""
+        weight = next(iter(self.weights.values()), None)
+        if weight is None or self._known:
+            return None
+        known = weight > 0
+        self._known = on_cpu(known) and bool(known)
+        return None if self._known else known
 
     def merge(
         self, new: Tensors, total: Tensor | None, like: Tensor, decay: float, step: int | None, track_change: bool
@@ -63,14 +74,14 @@ class RunningAverage:
         return 1 if step is None or last is None else max(1, step - last)
 
     def forget(self) -> None:
-        self.tensors, self.weights = {}, {}
+        self.tensors, self.weights, self._known = {}, {}, False
 
     def state(self) -> dict[str, Any]:
         """The steps of the last measurements; the tensors are saved with what is not known yet (`Curvature.state`)."""
         return {"measured_at": {name: self.measured_at.get(name, -1) for name in self.approx.statistics}}
 
     def load_state(self, saved: dict[str, Any]) -> None:
-        known = saved.get("known", {})
+        self._known, known = False, saved.get("known", {})
         self.measured_at = {name: int(t) for name, t in saved.get("measured_at", {}).items() if t >= 0}
         self.tensors = {key: value for key, value in saved.get("tensors", {}).items() if known[key]}
         self.weights = {key: value for key, value in saved.get("weights", {}).items() if known[key]}

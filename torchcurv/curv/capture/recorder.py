@@ -20,9 +20,8 @@ from torchcurv.curv.capture.context import LossEvent, PassContext
 from torchcurv.curv.capture.hooks import Hook, argument, is_internal_forward
 from torchcurv.curv.capture.loss_settings import LossSettings
 from torchcurv.curv.capture.signal_pass import CurvaturePass
-from torchcurv.curv.capture.signs import with_signs
 from torchcurv.curv.capture.triggers import LossModule, NamedOutput, Observed, Trigger
-from torchcurv.curv.capture.witness import OF_ANOTHER_OUTPUT, OutputWitness
+from torchcurv.curv.capture.witness import OF_ANOTHER_OUTPUT, OutputWitness, with_signs
 from torchcurv.curv.graph import Edge, age_of, backward_id, edge_of, frozen, will_run
 from torchcurv.curv.kinds.table import kind_of
 from torchcurv.curv.losses.formula import LabelFactor

@@ -14,6 +14,7 @@ from torchcurv.curv.capture.recorder import Recorder
 from torchcurv.curv.kinds.table import kind_of
 from torchcurv.optim.engine.building import Blueprint, same
 from torchcurv.optim.engine.damping import DampingPolicy, Group, has_changed, is_of_the_loss
+from torchcurv.optim.engine.fallback import usable_direction
 from torchcurv.optim.engine.report import warn, warn_of_failures
 from torchcurv.optim.engine.witness import check_captured, check_objections, check_unfrozen, remarks_on
 
@@ -269,7 +270,8 @@ class CurvatureEngine:
                 piece.of(gradients[p] if (p := piece.param) in gradients else torch.zeros_like(p))
                 for piece in block.pieces
             ]
-            for piece, x in zip(block.pieces, self._direction(block, group, given), strict=True):
+            found = usable_direction(block, given, self._direction(block, group, given))
+            for piece, x in zip(block.pieces, found, strict=True):
                 p = piece.param
                 if p in gradients and piece.rows is None:
                     solved[p] = x

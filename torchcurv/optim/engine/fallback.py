@@ -1,0 +1,37 @@
+"""What a step takes where a block's curvature gives no direction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchcurv.curv.block.block import Curvature
+from torchcurv.curv.kinds.table import kind_of
+from torchcurv.curv.numerics import at_least_float32, on_cpu, sum_of
+
+
+def usable_direction(block: Curvature, gradients: list[Tensor], found: list[Tensor]) -> list[Tensor]:
+    """The direction of a block, if it is finite and something was measured; else its gradient, of length 1 at the
+    most, or nothing where that is not finite.
+
+    (C + λ I)^-1 g with an unknown C would be g / λ, a step of any length. Length 1 is a choice, not a measurement: lr
+    and the KL clip shorten it further. A direction that is not finite although the gradient is counts as a failed
+    factorisation.
+    """
+    finite = torch.isfinite(sum_of(found))
+    factor, known = block.factor, block.average.known
+    if factor is not None and factor.finite is not None:
+        known = factor.finite if known is None else known & factor.finite
+    if not kind_of(block.kind, block.options).of_the_loss:  # λ (0 + λ I)^-1 g is the gradient
+        known = None
+    usable = finite if known is None else finite & known
+    if on_cpu(usable) and usable:
+        return found
+    plain = [at_least_float32(g) for g in gradients]
+    length = torch.stack([g.norm() for g in plain]).norm()
+    there = torch.isfinite(length)
+    block.health.note_failed(~finite & there)
+    scale = length.clamp_min(1)
+    return [
+        torch.where(usable, x, torch.where(there, g / scale, 0).to(x.dtype)) for x, g in zip(found, plain, strict=True)
+    ]
