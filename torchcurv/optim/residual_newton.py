@@ -17,14 +17,13 @@ from torchcurv.curv.options import LIVE, Option, table_of
 from torchcurv.optim.control.residuals import MatrixFreeLeastSquares, Weights, residual_vector
 from torchcurv.optim.control.trials import (
     FIRST_DAMPING,
-    GROWTH,
     Path,
     Point,
     System,
     Trial,
     check_repeats,
+    damping_factor,
     half_square,
-    nielsen,
     scaled,
 )
 from torchcurv.optim.engine.groups import GroupOptions
@@ -68,7 +67,7 @@ class ResidualNewton(torch.optim.Optimizer):
             entry of the diagonal of J^T J at the first step.
         reduction: "sum", or "mean": L = ½ Σ_k w_k mean(r_k²).
         damping_rule: "lm" changes λ after each trial by the gain ratio ρ, the actual change of L over that of
-            ½ norm(r + J d)²: max(1/3, 1 - (2ρ - 1)³) for ρ > 0, else 2, 4, 8... in a row. λ of all groups change by one
+            ½ norm(r + J d)²: λ/10 for ρ > 1/4, 4 λ for ρ <= 0, which is a rejected step. λ of all groups change by one
             factor, and λ never shrinks below the rounding of J^T J. "fixed" keeps λ, and with line_search=0 takes
             every finite step.
         acceleration: with "lm", the step is d + c, c solved like d with half of the second derivative of r along d in
@@ -247,7 +246,7 @@ class ResidualNewton(torch.optim.Optimizer):
             d = scaled(d, lr)
             self._last |= {"rank": rank, "trial_damping": damping}
             if not self._compares:
-                if not point.move(d):
+                if not point.move(d, to_stay=True):
                     self._count("rejected")
                 return
             try:
@@ -259,7 +258,7 @@ class ResidualNewton(torch.optim.Optimizer):
             if adapts and not settled:
                 self._adapt(full, point.system)
             if best.actual < 0:
-                point.move(path.at(best.length))
+                point.move(path.at(best.length), to_stay=True)
                 accepted = best
                 break
             self._count("rejected")
@@ -281,8 +280,7 @@ class ResidualNewton(torch.optim.Optimizer):
                 group["damping"] = FIRST_DAMPING * largest
 
     def _adapt(self, trial: Trial, system: System) -> None:
-        counts, now, largest = self._counts, self._damping(), float(system.largest_square)
-        factor, counts["growth"] = nielsen(trial.ratio, counts["growth"])
+        now, largest, factor = self._damping(), float(system.largest_square), damping_factor(trial.ratio)
         if now == 0:
             if factor > 1:
                 for group in self.param_groups:
@@ -301,7 +299,7 @@ class ResidualNewton(torch.optim.Optimizer):
         """Numbers that a checkpoint holds, in the state of the first parameter."""
         counts = self.state[self.param_groups[0]["params"][0]]
         if not counts:
-            counts.update(step=0, rejected=0, skipped=0, growth=GROWTH)
+            counts.update(step=0, rejected=0, skipped=0)
         return counts
 
     def _count(self, name: str) -> None:

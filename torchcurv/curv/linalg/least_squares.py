@@ -12,6 +12,7 @@ so that the smaller of the two Gram matrices is the one that is factored, once f
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,20 +44,25 @@ def jacobian(r: Tensor, params: list[Tensor], chunk: int | None = None) -> Tenso
 
 def _products(r: Tensor, params: list[Tensor], v: Tensor) -> Tensor:
     """v J [k, P] for v [k, m]."""
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    found: Sequence[Tensor | None]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
         try:
             found = torch.autograd.grad(r, params, v, is_grads_batched=True, **options)
         except RuntimeError:  # of vmap; what else is wrong raises again here
             each = [torch.autograd.grad(r, params, x, **options) for x in v]
-            found = tuple(torch.stack([_dense(g) for g in parts]) for parts in zip(*each, strict=True))
-    device = params[0].device
-    return torch.cat([g.flatten(1).to(device) for g in found], 1)
+            found = [_stacked(rows) for rows in zip(*each, strict=True)]
+    k, device = len(v), params[0].device
+    blank = [p.new_zeros(()).expand(k, p.numel()) if g is None else g for g, p in zip(found, params, strict=True)]
+    return torch.cat([g.reshape(k, -1).to(device) for g in blank], 1)
 
 
-def _dense(g: Tensor) -> Tensor:
-    return g.to_dense() if g.is_sparse else g
+def _stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
+    like = next((g for g in rows if g is not None), None)
+    if like is None:
+        return None
+    return torch.stack([torch.zeros_like(like) if g is None else g for g in rows]).to_dense()
 
 
 class DampedLeastSquares:
