@@ -342,6 +342,15 @@ def test_cholesky_singular_values_and_the_dense_system_agree(m, scale):
         torch.testing.assert_close(system.step(damping)[0], d, rtol=1e-8, atol=1e-9)
 
 
+def test_autocast_does_not_reach_the_solve():
+    J, r = randn(4, 7, seed=1, dtype=torch.float32), randn(4, seed=2, dtype=torch.float32)
+    plain = DampedLeastSquares(J, r, None, torch.float32)
+    expected, moved = plain.step(0.1)[0], plain.times(plain.gradient)
+    with torch.autocast("cpu", torch.bfloat16):
+        system = DampedLeastSquares(J, r, None, torch.float32)
+        assert torch.equal(system.step(0.1)[0], expected) and torch.equal(system.times(system.gradient), moved)
+
+
 class Unbatched(torch.autograd.Function):
     """A square that vmap refuses."""
 
@@ -401,6 +410,26 @@ def test_the_damping_of_groups_changes_by_one_factor():
         optimizer.step(lambda: model(x) - y)
     one, other = (group["damping"] for group in optimizer.param_groups)
     assert one != 0.5 and one / other == pytest.approx(5)
+
+
+def test_a_group_that_comes_later_has_the_damping_of_the_others():
+    model, (x, y) = net(), data(9)
+    optimizer = ResidualNewton(model[0].parameters())
+    optimizer.step(lambda: model(x) - y)
+    now = optimizer.metrics()["damping"]
+    optimizer.add_param_group({"params": model[2].parameters()})
+    optimizer.step(lambda: model(x) - y)
+    assert optimizer.metrics()["trial_damping"] >= now > 0
+    assert len({group["damping"] for group in optimizer.param_groups}) == 1
+
+
+def test_a_first_step_without_slope_leaves_the_damping_open():
+    theta = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = ResidualNewton([theta])
+    optimizer.step(lambda: theta * 0 + 1)
+    assert optimizer.param_groups[0]["damping"] is None and theta.tolist() == [1.0, 1.0]
+    optimizer.step(lambda: theta * 2)
+    assert optimizer.metrics()["trial_damping"] == pytest.approx(4e-3) and optimizer.metrics()["actual"] < 0
 
 
 def test_frozen_parameters_stay_and_take_part_when_they_are_free():
@@ -591,7 +620,7 @@ def test_bad_groups_are_refused():
     with pytest.raises(TypeError, match="complex64"):
         ResidualNewton([nn.Parameter(torch.ones(1, dtype=torch.complex64))])
     optimizer = ResidualNewton([{"params": [one], "damping": 0.0}, {"params": [other], "damping": 1.0}])
-    with pytest.raises(ValueError, match="all zero, all None or all positive"):
+    with pytest.raises(ValueError, match="all zero or all positive"):
         optimizer.step(lambda: one + other)
     optimizer.param_groups[0]["lr"] = -1.0
     with pytest.raises(ValueError, match=r"lr=-1\.0"):

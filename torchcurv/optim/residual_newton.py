@@ -58,13 +58,13 @@ class ResidualNewton(torch.optim.Optimizer):
 
     A step is tried: if the loss does not fall or is not finite, parameters are put back as they were, λ is raised and
     the step is solved again, up to `max_trials` times. So the callable runs once or more per step, and must compute the
-    same residuals each time: draw points before the step.
+    same residuals each time: draw points before the step. Each trial reads its loss from the device.
 
     Args:
         model_or_params: a module, or parameters, or groups of them as in torch.optim. Frozen ones are left alone.
         lr: what the step is multiplied by, per group.
-        damping: λ >= 0, per group, in units of L; all zero, or all positive. None, the default, is 1e-3 of the largest
-            entry of the diagonal of J^T J at the first step.
+        damping: λ >= 0, per group, in units of L; all zero, or all positive. None, the default, is that of the
+            other groups, or 1e-3 of the largest entry of the diagonal of J^T J at the first step.
         reduction: "sum", or "mean": L = ½ Σ_k w_k mean(r_k²).
         damping_rule: "lm" changes λ after each trial by the gain ratio ρ, the actual change of L over that of
             ½ norm(r + J d)²: λ/10 for ρ > 1/4, 4 λ for ρ <= 0, which is a rejected step. λ of all groups change by one
@@ -175,6 +175,7 @@ class ResidualNewton(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         if not params:
             raise ValueError("every parameter is frozen: nothing to optimize")
+        self._set_damping(self._damping())
         evaluate = partial(self._residuals, residuals, weights)
         r = evaluate()
         loss = half_square(r)
@@ -184,7 +185,7 @@ class ResidualNewton(torch.optim.Optimizer):
             return self._skipped(loss, "the residuals")
         if not math.isfinite(float(system.largest_square)) or not bool(system.gradient.isfinite().all()):
             return self._skipped(loss, "derivatives of the residuals")
-        self._set_first_damping(float(system.largest_square))
+        self._set_damping(FIRST_DAMPING * float(system.largest_square))
         if self._counts["step"] == self._counts["skipped"] and self._compares:
             check_repeats(r.detach(), evaluate().detach())
         self._count("step")
@@ -206,7 +207,7 @@ class ResidualNewton(torch.optim.Optimizer):
         if len({g["damping"] for g in groups}) > 1:
             if any(g["damping"] in (None, 0) for g in groups):
                 raise ValueError(
-                    f"the groups have damping {[g['damping'] for g in groups]}; pass all zero, all None or all positive"
+                    f"the groups have damping {[g['damping'] for g in groups]}; pass all zero or all positive"
                 )
             scale = self._by_element([g["damping"] / top for g in self.param_groups], params[0], dtype)
         if self.settings["solver"] == "cg":
@@ -274,10 +275,11 @@ class ResidualNewton(torch.optim.Optimizer):
         found = [g["damping"] for g in self.param_groups if any(p.requires_grad for p in g["params"])]
         return max((x for x in found if x is not None), default=0.0)
 
-    def _set_first_damping(self, largest: float) -> None:
+    def _set_damping(self, value: float) -> None:
+        """Of groups that have none yet."""
         for group in self.param_groups:
-            if group["damping"] is None:
-                group["damping"] = FIRST_DAMPING * largest
+            if group["damping"] is None and value > 0:
+                group["damping"] = value
 
     def _adapt(self, trial: Trial, system: System) -> None:
         now, largest, factor = self._damping(), float(system.largest_square), damping_factor(trial.ratio)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchcurv.curv.numerics import on_cpu
+from torchcurv.curv.numerics import full_precision, on_cpu
 
 # Elements of the rows of a Jacobian that are made at once: on a CPU what stays in its cache beside the graph's own.
 CHUNK, CHUNK_ON_CPU = 1 << 24, 1 << 18
@@ -79,10 +79,11 @@ class DampedLeastSquares:
         self.root = None if scale is None else scale.to(dtype).rsqrt()
         self.by_rows = J.shape[0] < J.shape[1] if form is None else form == "rows"
         self.A = self.J if self.root is None else self.J * self.root
-        self.gradient = self.J.mT @ self.r
-        squares = self.A.square().sum(0)
-        self.largest_square = squares.max()  # the largest entry of the diagonal of A^T A
-        self.rounding = ROUNDING * torch.finfo(dtype).eps * squares.sum()
+        with full_precision(J.device.type):
+            self.gradient = self.J.mT @ self.r
+        norms = torch.linalg.vector_norm(self.A, dim=0)
+        self.largest_square = norms.max().square()  # the largest entry of the diagonal of A^T A
+        self.rounding = ROUNDING * torch.finfo(dtype).eps * norms.square().sum()
         self._gram: Tensor | None = None
         self._svd: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -93,26 +94,23 @@ class DampedLeastSquares:
         the singular values of A in float64: those up to max(m, P) eps times the largest count as zero, so that d is
         the shortest solution; the directions are then the others.
         """
-        r, e, rank = self.r if r is None else r.to(self.r), None, min(self.A.shape)
-        if damping > float(self.rounding):
-            e = self._by_cholesky(damping, r)
-            rank = len(self.gram)
-        if e is None:
-            e, rank = self._by_svd(damping, r)
+        r, e, rank = self.r if r is None else r.to(self.r), None, len(self.A) if self.by_rows else self.A.shape[1]
+        with full_precision(r.device.type):
+            if damping > float(self.rounding):
+                e = self._by_cholesky(damping, r)
+            if e is None:
+                e, rank = self._by_svd(damping, r)
         return (e if self.root is None else e * self.root), rank
 
     def times(self, d: Tensor) -> Tensor:
         """J d [m]."""
-        return self.J @ d
-
-    @property
-    def gram(self) -> Tensor:
-        if self._gram is None:
-            self._gram = self.A @ self.A.mT if self.by_rows else self.A.mT @ self.A
-        return self._gram
+        with full_precision(d.device.type):
+            return self.J @ d
 
     def _by_cholesky(self, damping: float, r: Tensor) -> Tensor | None:
-        damped = self.gram.clone()
+        if self._gram is None:
+            self._gram = self.A @ self.A.mT if self.by_rows else self.A.mT @ self.A
+        damped = self._gram.clone()
         damped.diagonal().add_(damping)
         root, info = torch.linalg.cholesky_ex(damped)
         if int(info):
