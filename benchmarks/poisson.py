@@ -9,8 +9,9 @@ ends. The relative L2 error of u is taken at 1,001 points, off the clock.
 
 Adam is torch's fused one with a cosine schedule; its rate, the length of its schedule and w are the best of a grid.
 ResidualNewton is at its defaults; its w is the best of the same values. The best has the fewest steps to the target in
-the median, since steps of one optimizer take equal time. Adam's target is the looser one; a third row is Adam on
-its way to the other, with the longest schedule. The two run in turns, several rounds for each seed, and the median of the seconds counts.
+the median, since steps of one optimizer take equal time. Adam's target is the looser one; a third row is Adam on its
+way to the other, with the longest schedule. The two run in turns, several rounds for each seed, and the median of the
+seconds counts.
 """
 
 import argparse
