@@ -7,7 +7,9 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from torchcurv import SecondOrderOptimizer
 from torchcurv.curv.linalg.least_squares import DampedLeastSquares, jacobian
 from torchcurv.optim import ResidualNewton
 from torchcurv.optim.control.trials import damping_factor
@@ -625,3 +627,52 @@ def test_bad_groups_are_refused():
     optimizer.param_groups[0]["lr"] = -1.0
     with pytest.raises(ValueError, match=r"lr=-1\.0"):
         optimizer.step(lambda: one + other)
+
+
+# --- what other optimizers say of such losses -----------------------------------------------------------------------
+
+
+def u_and_slope(model, x):
+    u = model(x)
+    (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    return u, slope
+
+
+MSE = nn.MSELoss()
+LOSSES = {
+    "equation": lambda u, slope, x: (slope - torch.cos(x)).square().mean(),
+    "equation by the module": lambda u, slope, x: MSE(slope, torch.cos(x)),
+    "sobolev": lambda u, slope, x: F.mse_loss(u, torch.sin(x)) + F.mse_loss(slope, torch.cos(x)),
+    "sobolev by the module": lambda u, slope, x: MSE(u, torch.sin(x)) + MSE(slope, torch.cos(x)),
+    "gradient penalty": lambda u, slope, x: MSE(u, torch.sin(x)) + (slope.norm(dim=1) - 1).square().mean(),
+}
+
+
+@pytest.mark.parametrize("loss_fn", ["mse", MSE, None])
+@pytest.mark.parametrize("name", LOSSES)
+def test_layer_wise_curvature_names_the_way_that_works(name, loss_fn):
+    """Without it the curvature of the other part was used in silence, or parameters were said to be used elsewhere."""
+    model, x = net(inputs=1), torch.linspace(-2, 2, 8, dtype=torch.float64)[:, None].requires_grad_()
+    optimizer = SecondOrderOptimizer(model, loss_fn=loss_fn)
+    u, slope = u_and_slope(model, x)
+    if loss_fn is None:
+        optimizer.observe(u, torch.sin(x.detach()), MSE)
+    with pytest.raises(RuntimeError, match=r"torchcurv.ResidualNewton\(model\).step\(residuals\)"):
+        LOSSES[name](u, slope, x.detach()).backward()
+        optimizer.step()
+
+
+def test_other_derivatives_are_not_taken_for_parts_of_the_loss():
+    """Those of another forward pass, those without create_graph, and a backward() that is differentiated itself."""
+    model, x = net(inputs=1), torch.linspace(-2, 2, 8, dtype=torch.float64)[:, None].requires_grad_()
+    optimizer = SecondOrderOptimizer(model, loss_fn="mse")
+    for t in range(3):
+        optimizer.zero_grad()
+        u_and_slope(model, x)
+        u = model(x)
+        torch.autograd.grad(u.sum(), x, retain_graph=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, that create_graph makes a cycle
+            F.mse_loss(u, torch.sin(x.detach())).backward(create_graph=t == 1)
+        optimizer.step()
+    assert optimizer.metrics()["measurements"] > 0
