@@ -657,9 +657,30 @@ def test_layer_wise_curvature_names_the_way_that_works(name, loss_fn):
     u, slope = u_and_slope(model, x)
     if loss_fn is None:
         optimizer.observe(u, torch.sin(x.detach()), MSE)
-    with pytest.raises(RuntimeError, match=r"torchcurv.ResidualNewton\(model\).step\(residuals\)"):
+
+    def step():
         LOSSES[name](u, slope, x.detach()).backward()
         optimizer.step()
+
+    if (loss_fn is None and not name.startswith("equation")) or (loss_fn is MSE and name == "gradient penalty"):
+        step()  # the user has said which term has a curvature
+        assert optimizer.metrics()["measurements"] > 0
+        return
+    with pytest.raises(RuntimeError, match=r"torchcurv.ResidualNewton\(model\).step\(residuals\)"):
+        step()
+
+
+@pytest.mark.parametrize("loss_fn", ["mse", MSE])
+def test_under_unsupported_gradient_such_losses_follow_their_gradient(loss_fn):
+    model, x = net(inputs=1), torch.linspace(-2, 2, 8, dtype=torch.float64)[:, None].requires_grad_()
+    optimizer = SecondOrderOptimizer(model, loss_fn=loss_fn, unsupported="gradient", lr=0.01, momentum=0.0)
+    before = flat(model.parameters())
+    u, slope = u_and_slope(model, x)
+    LOSSES["sobolev by the module"](u, slope, x.detach()).backward()
+    gradient = flat(p.grad for p in model.parameters())
+    optimizer.step()
+    moved = flat(model.parameters()) - before
+    torch.testing.assert_close(moved / moved.norm(), -gradient / gradient.norm())
 
 
 def test_other_derivatives_are_not_taken_for_parts_of_the_loss():

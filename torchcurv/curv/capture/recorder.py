@@ -31,8 +31,8 @@ ROWS = 16  # per row and column of a factor that is made of a part of the batch
 DERIVATIVES = (
     "a derivative of the model's output was taken with create_graph=True, and the curvature knows nothing of a loss "
     "made of it: train a differential equation, gradients to match or a gradient penalty by "
-    "torchcurv.ResidualNewton(model).step(residuals). If the derivative is no part of the loss, take it without "
-    "create_graph, or at an output of its own"
+    "torchcurv.ResidualNewton(model).step(residuals). If the curvature of the other terms is enough, apply a loss "
+    "module to the output, or observe it. If the derivative is no part of the loss, take it without create_graph"
 )
 
 
@@ -222,8 +222,9 @@ class Recorder:
             return
         self._count(event, blocks)
         excluded = len(self.context.check.excluded)
-        if event.capture.differentiated:
-            for block in blocks:
+        # a module or `observe` may be given one term of several; a name stands for all of the loss
+        if event.capture.differentiated and (self.settings.named or event.capture.forward is None):
+            for block in self.blocks:  # a derivative depends on weights whose calls it does not pass
                 self.context.check.exclude(block, DERIVATIVES)
         else:
             CurvaturePass(self.context, event, blocks, self._part_of(event)).run()

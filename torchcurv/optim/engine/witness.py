@@ -61,7 +61,9 @@ def check_captured(engine: Watched, missing: list[Curvature]) -> bool:
             "torchcurv the module with torchcurv.register_view"
         )
     if nothing and engine.recorder is not None and engine.recorder.derivatives:
-        raise RuntimeError(f"there are gradients but no curvature was captured: {DERIVATIVES}")
+        if refuses:
+            raise RuntimeError(f"there are gradients but no curvature was captured: {DERIVATIVES}")
+        return True
     if nothing and not used:
         raise RuntimeError(
             f"there are gradients but no curvature was captured: {_silent_trigger(engine)}. Call the model and the "
