@@ -1,4 +1,4 @@
-"""The race on a differential equation: its residuals vanish at the solution, and both optimizers reach their targets."""
+"""The race on a differential equation: residuals vanish at the solution, and both optimizers reach their targets."""
 
 import math
 
