@@ -172,12 +172,15 @@ def race(name: str, seeds: list[int], tuning_seeds: list[int], rounds: int) -> T
 
 
 def main(argv: list[str] | None = None) -> None:
+    global POINTS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", choices=[*PROBLEMS, "all"], default="all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--tuning-seeds", type=int, nargs="+", default=[10, 11, 12])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--points", type=int, default=POINTS)
     args = parser.parse_args(argv)
+    POINTS = args.points
     for name in PROBLEMS if args.problem == "all" else [args.problem]:
         Console(width=140).print(race(name, args.seeds, args.tuning_seeds, args.rounds))
 

@@ -17,8 +17,8 @@ System = DampedLeastSquares | MatrixFreeLeastSquares
 # The first damping as a part of the largest entry of the diagonal of J^T J: Madsen, Nielsen, Tingleff (2004), 3.2.
 FIRST_DAMPING = 1e-3
 # What λ is multiplied by after a step that is rejected, and after one whose gain ratio is above ENOUGH (Nocedal and
-# Wright, algorithm 4.1). That it shrinks by more than it grows is Transtrum and Sethna's advice (2012); these two took
-# the fewest steps of ten pairs on two equations, ten seeds each (benchmarks/poisson.py).
+# Wright, algorithm 4.1). That it shrinks by more than it grows is Transtrum and Sethna's advice (2012); these two
+# took few steps on both equations of benchmarks/poisson.py, among some fifteen settings, ten seeds each.
 GROWTH, SHRINKING, ENOUGH = 4.0, 0.1, 0.25
 # Units in the last place of the loss, up to which a change of it says nothing.
 NOISE = 8
