@@ -26,7 +26,7 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 examples: $(VENV)/.examples
-	for name in classify uncertainty laplace_posterior spectrum; do $(BIN)/python -m examples.$$name || exit 1; done
+	for name in classify uncertainty laplace_posterior spectrum poisson_1d; do $(BIN)/python -m examples.$$name || exit 1; done
 
 format: $(VENV)/.check
 	$(BIN)/ruff check --fix .

@@ -12,6 +12,7 @@ TINY = {
     "uncertainty": ["--points", "12", "--width", "4", "--steps", "6", "--draws", "3"],
     "laplace_posterior": ["--points", "12", "--width", "3", "--steps", "5", "--rounds", "1"],
     "spectrum": ["--images", "20", "--width", "2", "--steps", "3", "--probes", "1", "--lanczos", "4"],
+    "poisson_1d": ["--points", "8", "--width", "4", "--steps", "2"],
 }
 
 

@@ -14,6 +14,7 @@ from torchcurv.curv.losses.formula import LossFormula
 from torchcurv.curv.losses.table import register_loss
 from torchcurv.laplace import LaplacePosterior, laplace
 from torchcurv.optim.preconditioner import Preconditioner
+from torchcurv.optim.residual_newton import ResidualNewton
 from torchcurv.optim.second_order import SecondOrderOptimizer
 from torchcurv.optim.vi import VIOptimizer
 
@@ -33,6 +34,7 @@ __all__ = [
     "Preconditioner",
     "QuadraticModel",
     "Refresh",
+    "ResidualNewton",
     "SecondOrderOptimizer",
     "SignalKind",
     "Signals",

@@ -486,7 +486,7 @@ def instances():
     found = [blocks, operator, posterior, *directions(made(mlp), "cross_entropy", data).values()]
     found += [operator.trace(10), operator.eigh(1), blocks.spectral_density(), posterior.glm(data[0][0])]
     found += [optimizer_of(CASES[name], made(mlp)) for name in PLAIN.values()]
-    found += [posterior.gaussian]
+    found += [posterior.gaussian, torchcurv.optim.ResidualNewton(made(mlp))]
     return {type(x).__name__: x for x in found}
 
 

@@ -24,6 +24,7 @@ class Call:
 
     shape: of the output. batch_first: from a gradient of that shape to dz [batch, ...] of the site.
     losses: how many losses have used something computed from it.
+    differentiated: whether a derivative of an output that depends on it was taken that may be a part of the loss.
     """
 
     layer: int
@@ -33,6 +34,7 @@ class Call:
     batch: int
     batch_first: Callable[[Tensor], Tensor] | None = None
     losses: int = 0
+    differentiated: bool = False
     superseded: bool = False  # by the gradients of samples of the whole module
 
     def __post_init__(self) -> None:
@@ -80,6 +82,10 @@ class Capture:
         """One more loss uses something that was computed from the calls."""
         for call, _ in self.calls:
             call.losses += 1
+
+    @property
+    def differentiated(self) -> bool:
+        return any(call.differentiated for call, _ in self.calls)
 
     def deal(self) -> None:
         """`observe` was told of it."""

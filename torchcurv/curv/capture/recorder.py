@@ -20,7 +20,7 @@ from torchcurv.curv.capture.context import LossEvent, PassContext
 from torchcurv.curv.capture.hooks import Hook, argument, is_internal_forward
 from torchcurv.curv.capture.loss_settings import LossSettings
 from torchcurv.curv.capture.signal_pass import CurvaturePass
-from torchcurv.curv.capture.triggers import LossModule, NamedOutput, Observed, Trigger
+from torchcurv.curv.capture.triggers import DerivativeTaken, LossModule, NamedOutput, Observed, Trigger
 from torchcurv.curv.capture.witness import OF_ANOTHER_OUTPUT, OutputWitness, with_signs
 from torchcurv.curv.graph import Edge, age_of, backward_id, edge_of, frozen, will_run
 from torchcurv.curv.kinds.table import kind_of
@@ -34,6 +34,13 @@ from torchcurv.curv.numerics import on_cpu
 # layers are wide, was slower than with all of its samples.
 ROWS = 16
 
+DERIVATIVES = (
+    "a derivative of the model's output was taken with create_graph=True, and the curvature knows nothing of a loss "
+    "made of it: train a differential equation, gradients to match or a gradient penalty by "
+    "torchcurv.ResidualNewton(model).step(residuals). If the curvature of the other terms is enough, apply a loss "
+    "module to the output, or observe it. If the derivative is no part of the loss, take it without create_graph"
+)
+
 
 class Recorder:
     """Hooks on a model and its loss that feed curvature blocks.
@@ -46,6 +53,7 @@ class Recorder:
     part: the model's output for some samples, and which they are, where signals start that stand for all of them.
     cut: by the shapes of its arguments, whether the model runs on a part of them.
     summed: terms of the losses of this step that are sums; None: there is no such loss.
+    derivatives: whether a derivative of an output was taken in this step that may be a part of the loss.
     """
 
     def __init__(
@@ -69,6 +77,7 @@ class Recorder:
         self.part: tuple[Tensor, Tensor] | None = None
         self.cut: dict[Any, bool] = {}
         self.summed: Tensor | float | None = None
+        self.derivatives = False
         self._task = -1  # the backward call that the last loss belongs to
         self._loss_hook: Hook | None = None
         self._loss_handle: Any = None
@@ -95,7 +104,7 @@ class Recorder:
 
     def begin_step(self, step: int, due: Iterable[str]) -> None:
         """What was captured lives as long as the gradient: a new step starts with nothing."""
-        self.context.step, self.context.passes, self.summed = step, 0, None
+        self.context.step, self.context.passes, self.summed, self.derivatives = step, 0, None, False
         self.context.tapes.clear()
         self.set_due(due)
         for block in self.blocks:
@@ -135,6 +144,7 @@ class Recorder:
                     own.append((call, at))
             capture = Capture(own, out.shape[0], out.shape, forward, mixed=self.forward.mixed)
             self.forward.notes.at(edge).capture = capture
+            edge.node.register_prehook(DerivativeTaken(self, capture))
             if isinstance(self.loss_fn, nn.Module):
                 self._witness(capture, edge)
             if self.settings.named:
@@ -217,6 +227,14 @@ class Recorder:
         blocks = [block for block in reached if _accumulates(block.params)]
         return blocks
 
+    def derivative_taken(self, capture: Capture) -> None:
+        """Note it, unless a pass of our own takes it, or it is what is accumulated."""
+        params = [p for block in self.blocks for p in block.params]
+        if not self.forward.inside and not _accumulates(params):
+            self.derivatives = True
+            for call, _ in capture.calls:
+                call.differentiated = True
+
     def check_named(self, loss: Loss, f: Tensor, arriving: Tensor, terms: Terms, found: LabelFactor | None) -> None:
         """Raise if what arrives at f cannot be the gradient of the loss that is known by its name.
 
@@ -238,7 +256,12 @@ class Recorder:
         event = with_signs(event, self.settings.negative, blocks)
         self._count(event, blocks)
         excluded = len(self.context.check.excluded)
-        CurvaturePass(self.context, event, blocks, self._part_of(event)).run()
+        # a module or `observe` may be given one term of several; a name stands for all of the loss
+        if event.capture.differentiated and (self.settings.named or event.capture.forward is None):
+            for block in self.blocks:  # a derivative depends on weights whose calls it does not pass
+                self.context.check.exclude(block, DERIVATIVES)
+        else:
+            CurvaturePass(self.context, event, blocks, self._part_of(event)).run()
         if len(self.context.check.excluded) > excluded:
             self.set_due(self.due)
 

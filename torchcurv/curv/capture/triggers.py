@@ -44,6 +44,10 @@ class Listener(Protocol):
         """Feed the blocks by this loss."""
         ...
 
+    def derivative_taken(self, capture: Capture) -> None:
+        """A backward call whose own derivatives are wanted has reached the output of a capture."""
+        ...
+
 
 @dataclass(eq=False)
 class Trigger(ABC):
@@ -80,6 +84,21 @@ class Trigger(ABC):
     @abstractmethod
     def event(self, gradient: Tensor) -> LossEvent:
         """What the gradient says of the loss."""
+
+
+@dataclass(eq=False)
+class DerivativeTaken:
+    """At the model's output: sees derivatives of it by `torch.autograd.grad(..., create_graph=True)`.
+
+    What is then computed of them reaches the parameters past the output, where no trigger sees it.
+    """
+
+    listener: Listener
+    capture: Capture
+
+    def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
+        if torch.is_grad_enabled():
+            self.listener.derivative_taken(self.capture)
 
 
 @dataclass(eq=False)

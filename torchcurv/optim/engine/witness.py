@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from torchcurv.curv.block.block import Curvature
-from torchcurv.curv.capture.recorder import Recorder
+from torchcurv.curv.capture.recorder import DERIVATIVES, Recorder
 from torchcurv.optim.engine.building import Blueprint
 from torchcurv.optim.engine.damping import Group
 
@@ -72,6 +72,10 @@ def check_captured(engine: Watched, missing: list[Curvature]) -> bool:
             'approx="diag" to have its gradients taken sample by sample, or pass unsupported="gradient", or teach '
             "torchcurv the module with torchcurv.register_view"
         )
+    if nothing and engine.recorder is not None and engine.recorder.derivatives:
+        if refuses:
+            raise RuntimeError(f"there are gradients but no curvature was captured: {DERIVATIVES}")
+        return True
     if nothing and not used:
         raise RuntimeError(
             f"there are gradients but no curvature was captured: {_silent_trigger(engine)}. Call the model and the "
