@@ -15,6 +15,7 @@ from torchcurv.optim.control.kl_clip import checked_kl_clip
 from torchcurv.optim.control.step_control import StepControl
 from torchcurv.optim.control.step_rules import STEP_RULES, Descent, with_momentum
 from torchcurv.optim.engine.companion import Momentum
+from torchcurv.optim.engine.damping import is_of_the_loss
 from torchcurv.optim.options import MainLossOption, MainStepOptions, SecondOrderOptions
 from torchcurv.optim.rules import lm_descends_by_numbers, nesterov_has_momentum, no_price, quadratic_is_plain
 
@@ -75,7 +76,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         curv_type: "ggn" (Gauss-Newton), "fisher", "empirical_fisher", "hessian", or "input" (ISAAC).
         approx: "kfac", "ekfac", "diag", "unit" (one block per output unit), "block" (per layer), "full", "lowrank" (the
             `rank` largest eigenpairs), or None.
-        lr: step size, a number or a 0-d tensor. None: 0.1, or 1 for step_rule="quadratic", where it multiplies what
+        lr: step size, a number or a 0-d tensor. None: 0.1, or 0.3 for curv_type="input", or 1 for
+            step_rule="quadratic", where it multiplies what
             the model has chosen.
         momentum: 0 <= momentum < 1; for step_rule="quadratic" any but 0 lets the model choose. nesterov: look ahead.
         momentum_type: "preconditioned" averages V, "raw" averages g before preconditioning.
@@ -195,14 +197,14 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 def resolved(options: dict[str, Any]) -> dict[str, Any]:
     """What "auto" and None stand for, where that follows from other options."""
     quadratic = options["step_rule"] == "quadratic"
-    found = dict(options)
+    found, of_the_loss = dict(options), is_of_the_loss(options)
     if found["lr"] is None:  # it multiplies what the model has chosen
-        found["lr"] = 1.0 if quadratic else 0.1
+        found["lr"] = 1.0 if quadratic else 0.1 if of_the_loss else 0.3
     if found["damping_scale"] == "auto":  # a rule that changes the damping can start from one for any problem
         found["damping_scale"] = "relative" if quadratic and options["damping_rule"] == "lm" else "absolute"
     relative = found["damping_scale"] == "relative"
     if found["damping"] is None:
-        found["damping"] = 0.03 if relative else 0.01
+        found["damping"] = (0.03 if relative else 0.01) if of_the_loss else 1.0
     if found["damping_bounds"] is None:
         found["damping_bounds"] = (1e-4 if relative else 1e-8, 1e8)
     if found["sharing"] is None:  # lengths by a model want the curvature of whole gradients, others the cheaper one

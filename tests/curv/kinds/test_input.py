@@ -520,6 +520,75 @@ def test_it_trains():
     assert CE(model(x), y).item() < 0.5 * before
 
 
+# ------------------------------------------------------------------------------------------- any loss
+
+
+LOSSES = {
+    "huber": lambda f, y: F.huber_loss(f, F.one_hot(y, f.shape[1]).to(f.dtype)),
+    "focal": lambda f, y: (-((1 - f.softmax(-1)) ** 2) * f.log_softmax(-1)).gather(1, y[:, None]).mean(),
+    "negative": lambda f, y: -F.cross_entropy(f, y),
+    "contrastive": lambda f, y: F.cross_entropy(f @ f.T, torch.arange(len(f))),
+    "number": lambda f, y: f.square().sum(),
+}
+
+
+@pytest.mark.parametrize("loss_fn", ["cross_entropy", None, CE])
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_is_asked_for(name, loss_fn):
+    model, (x, y) = make_model(), BATCHES[0]
+    known, opt = (SecondOrderOptimizer(make_model(), loss_fn=CE, curv_type="input", lr=0.0) for _ in range(2))
+    opt = SecondOrderOptimizer(model, loss_fn=loss_fn, curv_type="input", lr=0.0)
+    CE(known.model(x), y).backward()
+    LOSSES[name](model(x), y).backward()
+    known.step()
+    opt.step()
+    for block, expected in zip(opt.engine.blocks, known.engine.blocks, strict=True):
+        A, B = (one.tensors["A"] / one.tensors["count"] for one in (block, expected))
+        close(A, B)
+
+
+def test_several_outputs_need_no_output_fn():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 2), nn.Linear(5, 3)
+
+        def forward(self, x):
+            h = self.body(x).tanh()
+            return {"a": self.a(h), "b": self.b(h)}
+
+    model, x = Two().double(), BATCHES[0][0]
+    opt = SecondOrderOptimizer(model, curv_type="input", lr=0.0)
+    out = model(x)
+    (out["a"].square().mean() + out["b"].abs().mean()).backward()
+    opt.step()
+    for block, inputs in zip(opt.engine.blocks, (x, *[model.body(x).tanh()] * 2), strict=True):
+        A, d = block.tensors["A"][0] / block.tensors["count"], inputs.shape[1]
+        close(A[:d, :d], inputs.T @ inputs / len(x))
+
+
+def test_beside_a_curvature_of_the_loss_the_loss_is_asked_for_that_one():
+    model, (x, y) = make_model(), BATCHES[0]
+    first, rest = list(model[0].parameters()), [p for layer in model[1:] for p in layer.parameters()]
+    groups = [{"params": first, "curv_type": "input", "damping": 1.0}, {"params": rest}]
+    opt = SecondOrderOptimizer(model, groups, loss_fn=CE, lr=0.0)
+    f = model(x)
+    (CE(f, y) + f.square().mean()).backward()
+    with pytest.raises(RuntimeError, match="is not what the watched loss"):
+        opt.step()
+
+
+@pytest.mark.parametrize("seed", [5, 6])
+def test_its_defaults_train(seed):
+    x = cases.randn(200, 4, seed=seed)
+    y = (x @ cases.randn(4, 3, seed=seed + 1)).argmax(1)
+    model = cases.seeded(lambda: nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 3)), seed)
+    optimizer = SecondOrderOptimizer(model, curv_type="input")
+    assert optimizer.param_groups[0]["damping"] == 1.0 and optimizer.param_groups[0]["lr"] == 0.3
+    train(model, optimizer, [(x, y)] * 60)
+    assert CE(model(x), y).item() < 0.3
+
+
 # --------------------------------------------------------------------------------------------- errors
 
 

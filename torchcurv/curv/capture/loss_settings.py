@@ -74,10 +74,13 @@ class LossSettings:
         check_number("loss_factor", value, lambda x: 0 < x < math.inf, "a number > 0, or a function that returns one")
         return float(value)
 
-    def outputs(self, output: Any) -> list[Tensor]:
-        """The tensors of a model's output that the loss may be applied to; of a named loss the one that it is."""
+    def outputs(self, output: Any, every: bool = False) -> list[Tensor]:
+        """The tensors of a model's output that the loss may be applied to; of a named loss the one that it is.
+
+        every: no loss is asked for, so that it may be any of them.
+        """
         outputs = [out for out in _tensors(output) if out.grad_fn is not None and out.dim()]
-        if not self.named:
+        if every or not self.named:
             return outputs
         if self.output_fn is None:
             if len(outputs) > 1:

@@ -20,7 +20,7 @@ from torchcurv.curv.capture.context import LossEvent, PassContext
 from torchcurv.curv.capture.hooks import Hook, argument, is_internal_forward
 from torchcurv.curv.capture.loss_settings import LossSettings
 from torchcurv.curv.capture.signal_pass import CurvaturePass
-from torchcurv.curv.capture.triggers import DerivativeTaken, LossModule, NamedOutput, Observed, Trigger
+from torchcurv.curv.capture.triggers import DerivativeTaken, InputsAlone, LossModule, NamedOutput, Observed, Trigger
 from torchcurv.curv.capture.witness import OF_ANOTHER_OUTPUT, OutputWitness, with_signs
 from torchcurv.curv.graph import Edge, age_of, backward_id, edge_of, frozen, will_run
 from torchcurv.curv.kinds.table import kind_of
@@ -78,6 +78,7 @@ class Recorder:
         self.cut: dict[Any, bool] = {}
         self.summed: Tensor | float | None = None
         self.derivatives = False
+        self._lossless = self._alone = False  # whether blocks are due that no loss concerns, and no others
         self._task = -1  # the backward call that the last loss belongs to
         self._loss_hook: Hook | None = None
         self._loss_handle: Any = None
@@ -97,6 +98,8 @@ class Recorder:
         context.due = set(names) - context.check.excluded
         forward.set_due({k for name in context.due for k in context.members[name]})
         kinds = [context.kind_of(block) for block in self.blocks if block.name in context.due]
+        needs_loss = [kind_of(b.kind, b.options).needs_loss for b in self.blocks if b.name in context.due]
+        self._lossless, self._alone = not all(needs_loss), not any(needs_loss)
         forward.taped = any(kind.needs_tape for kind in kinds)
         forward.twice = any(kind.needs_double_backward for kind in kinds)
         if self._loss_hook is not None:
@@ -129,7 +132,7 @@ class Recorder:
 
     def _gather(self, calls: list[tuple[Call, Edge]], output: Any) -> None:
         """One capture per output, of the calls that came before it: references only go down the graph."""
-        forward, outputs = object(), self.settings.outputs(output)
+        forward, outputs = object(), self.settings.outputs(output, every=self._alone)
         if self.forward.tape is not None:
             self.context.tapes.keep(forward, self.forward.tape)
         numbered = [(age_of(edge.node), call, edge) for call, edge in calls]
@@ -145,9 +148,11 @@ class Recorder:
             capture = Capture(own, out.shape[0], out.shape, forward, mixed=self.forward.mixed)
             self.forward.notes.at(edge).capture = capture
             edge.node.register_prehook(DerivativeTaken(self, capture))
-            if isinstance(self.loss_fn, nn.Module):
+            if isinstance(self.loss_fn, nn.Module) and not self._alone:
                 self._witness(capture, edge)
-            if self.settings.named:
+            if self._lossless:
+                InputsAlone(self, capture, edge.number, edge.shape, frozen(out)).arm(edge.node)
+            if self.settings.named and not self._alone:
                 NamedOutput(self, capture, edge.number, edge.shape, frozen(out)).arm(edge.node)
 
     def _witness(self, capture: Capture, edge: Edge) -> None:
@@ -164,7 +169,7 @@ class Recorder:
         """The loss depends on an output whose loss is not watched."""
         for block in self.blocks if self.due else ():
             own = block.name in self.due and not layers.isdisjoint(self.context.layers_of(block))
-            if own and _accumulates(block.params):
+            if own and kind_of(block.kind, block.options).needs_loss and _accumulates(block.params):
                 block.pending.doubt_if((gradient != 0).any(), OF_ANOTHER_OUTPUT)
 
     def _on_loss_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
@@ -223,6 +228,7 @@ class Recorder:
             return []
         layers = {call.layer for call, _ in capture.calls}
         due = [block for block in self.blocks if block.name in self.due]
+        due = [block for block in due if kind_of(block.kind, block.options).needs_loss == trigger.of_a_loss]
         reached = [block for block in due if not layers.isdisjoint(context.layers_of(block))]
         blocks = [block for block in reached if _accumulates(block.params)]
         return blocks

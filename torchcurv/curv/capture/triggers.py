@@ -23,8 +23,11 @@ from torchcurv.curv.capture.witness import Expected, expected_from
 from torchcurv.curv.graph import Edge, Frozen, edge_of, running_node
 from torchcurv.curv.losses.formula import LabelFactor
 from torchcurv.curv.losses.loss import Loss
+from torchcurv.curv.losses.squared_error import SquaredError
 from torchcurv.curv.losses.terms import Terms
 from torchcurv.curv.numerics import at_least_float32
+
+ANY_LOSS = Loss("any loss", SquaredError())  # which stands for one that is not asked
 
 
 class Listener(Protocol):
@@ -54,13 +57,15 @@ class Trigger(ABC):
     """One loss of one capture, whose gradient is to arrive.
 
     number: of the node's input. measured_in: the step in which the loss was last measured.
-    observed: whether `observe` told of it, so that no other trigger of this capture counts.
+    observed: whether `observe` told of it, so that no other trigger of this capture counts. of_a_loss: whether it feeds
+    blocks whose curvature depends on the loss; else those whose does not.
     """
 
     listener: Listener
     capture: Capture
     number: int
     observed: ClassVar[bool] = False
+    of_a_loss: ClassVar[bool] = True
 
     def arm(self, node: Node) -> None:
         node.register_prehook(self)
@@ -139,6 +144,20 @@ class AtOutput(Trigger):
     def edge(self) -> Edge:
         """Of f, while its node is running."""
         return Edge(running_node(), self.number, self.shape)
+
+
+@dataclass(eq=False)
+class InputsAlone(AtOutput):
+    """At an output of the model, for blocks whose curvature is none of the loss: any gradient that arrives will do."""
+
+    observed: ClassVar[bool] = True
+    of_a_loss: ClassVar[bool] = False
+
+    def event(self, gradient: Tensor) -> LossEvent:
+        edge, f = self.edge, self.f.read()
+        canonical = at_least_float32(ANY_LOSS.layout(f, self.capture.n)[0])
+        terms = Terms(ANY_LOSS.formula, canonical, 1.0, None, True, None)
+        return LossEvent(ANY_LOSS, terms, 1.0, f, edge, self.capture, edge)
 
 
 @dataclass(eq=False)

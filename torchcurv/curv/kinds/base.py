@@ -121,7 +121,8 @@ class CurvatureKind(ABC):
     second_order: whether C has the term with the second derivatives of the network, so that the graph is
         differentiated twice. needs_tape: whether the functions of the forward pass are noted.
     indefinite: whether C may have negative eigenvalues. of_the_loss: whether C has the units of the loss.
-    by_passes: whether passes measure it. approximations: the only ones it is known as; None: any.
+    by_passes: whether passes measure it. needs_loss: whether what is measured depends on the
+        loss. approximations: the only ones it is known as; None: any.
     """
 
     name: ClassVar[str] = ""  # in messages; by default that of the class
@@ -134,6 +135,7 @@ class CurvatureKind(ABC):
     indefinite: ClassVar[bool] = False
     of_the_loss: ClassVar[bool] = True
     by_passes: ClassVar[bool] = True
+    needs_loss: ClassVar[bool] = True
     approximations: ClassVar[tuple[str, ...] | None] = None
 
     def __init_subclass__(cls) -> None:
@@ -175,6 +177,7 @@ class InputCovariance(CurvatureKind):
 
     name: ClassVar[str] = "input"
     of_the_loss: ClassVar[bool] = False
+    needs_loss: ClassVar[bool] = False
     approximations: ClassVar[tuple[str, ...] | None] = ("kfac",)
 
     def measure(self, source: SignalSource, blocks: Sequence[Block]) -> None:
