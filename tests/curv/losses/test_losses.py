@@ -374,3 +374,32 @@ def test_a_target_that_depends_on_the_model_raises():
 def test_an_unknown_loss_module_is_refused_by_name():
     with pytest.raises(TypeError, match=r"SmoothL1Loss.*register_loss"):
         loss_of(nn.SmoothL1Loss())
+
+
+# ------------------------------------------------------------------------------- batches that are not finite
+
+
+FINITE = {"cross_entropy": nn.CrossEntropyLoss(), "bce": nn.BCEWithLogitsLoss(), "mse": nn.MSELoss()}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("by", ["module", "name"])
+@pytest.mark.parametrize("kind", ["ggn", "fisher", "empirical_fisher"])
+@pytest.mark.parametrize("name", FINITE)
+def test_a_batch_that_is_not_finite_is_left_out_and_counted(name, kind, by, value):
+    loss = FINITE[name]
+    named = {"cross_entropy": "cross_entropy", "bce": "bce_with_logits", "mse": "mse"}[name]
+    model, x, y = cases.seeded(lambda: nn.Linear(4, V)), cases.randn(N, 4), labels(N)
+    y = y if name == "cross_entropy" else one_hot(y)
+    opt = optimizer(model, loss if by == "module" else named, curv_type=kind, samples=1, ema_decay=0.9)
+    loss(model(x), y).backward()
+    before = measured(opt)
+    bad = x.clone()
+    bad[1, 2] = value
+    opt.zero_grad()
+    loss(model(bad), y).backward()
+    for p in model.parameters():
+        p.grad.nan_to_num_(0, 0, 0)
+    with pytest.warns(UserWarning, match="1 curvature measurements were not finite"):
+        close(measured(opt), before)
+    assert opt.metrics()["skipped_measurements"] == 1

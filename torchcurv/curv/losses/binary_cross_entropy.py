@@ -47,7 +47,8 @@ class BinaryCrossEntropy(LossFormula):
 
     def label_gradient(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
         p = f.sigmoid()
-        return p - torch.bernoulli(p, generator=generator)
+        sure = torch.where(torch.isfinite(p), p, 0.5)  # bernoulli raises on others; the gradient stays not finite
+        return p - torch.bernoulli(sure, generator=generator)
 
     def read(self, f: Tensor, target: Tensor, layout: Layout, options: Mapping[str, Any]) -> Target:
         read, pos_weight = super().read(f, target, layout, options), options.get("pos_weight")

@@ -59,7 +59,8 @@ class CrossEntropy(LossFormula):
 
     def label_gradient(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
         p = f.softmax(-1)
-        drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator).reshape(*p.shape[:-1], 1)
+        sure = torch.where(torch.isfinite(p), p, 1)  # multinomial raises on others; the gradient stays not finite
+        drawn = torch.multinomial(sure.flatten(0, -2), 1, generator=generator).reshape(*p.shape[:-1], 1)
         return p.scatter_add(-1, drawn, -torch.ones_like(p[..., :1]))
 
     def read(self, f: Tensor, target: Tensor, layout: Layout, options: Mapping[str, Any]) -> Target:
