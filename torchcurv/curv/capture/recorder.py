@@ -19,6 +19,7 @@ from torchcurv.curv.capture.calls import Call, Capture
 from torchcurv.curv.capture.context import LossEvent, PassContext
 from torchcurv.curv.capture.hooks import Hook, argument, is_internal_forward
 from torchcurv.curv.capture.loss_settings import LossSettings
+from torchcurv.curv.capture.rows import numbered
 from torchcurv.curv.capture.signal_pass import CurvaturePass
 from torchcurv.curv.capture.triggers import LossModule, NamedOutput, Observed, Trigger
 from torchcurv.curv.graph import Edge, age_of, backward_id, edge_of, frozen, will_run
@@ -146,7 +147,14 @@ class Recorder:
         edge = edge_of(loss)
         LossModule(self, found[0], edge.number, found[1], f, target).arm(edge.node)
 
-    def observe(self, output: Tensor, target: Tensor, loss_fn: nn.Module | str | None, weight: float | Tensor) -> None:
+    def observe(
+        self,
+        output: Tensor,
+        target: Tensor,
+        loss_fn: nn.Module | str | None,
+        weight: float | Tensor,
+        samples: Tensor | None = None,
+    ) -> None:
         """Note the loss of one output; its pass starts when the backward reaches that output."""
         loss = self.settings.observed(loss_fn)
         if not isinstance(output, Tensor) or not output.dim():
@@ -168,7 +176,8 @@ class Recorder:
         edge = edge_of(output)
         below = None if edge[:2] == output_edge[:2] else output_edge  # a node must not refer to itself
         terms = partial(loss.terms, target=target, n=capture.batch_of(output))
-        trigger = Observed(self, capture, edge.number, edge.shape, frozen(output), below, loss, terms, weight)
+        samples = None if samples is None else numbered(samples, loss.rows(output))
+        trigger = Observed(self, capture, edge.number, edge.shape, frozen(output), below, loss, terms, weight, samples)
         trigger.arm(edge.node)
 
     # ---------------------------------------------------------------------------------- backward

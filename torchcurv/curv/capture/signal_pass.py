@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from torchcurv.curv.capture.assemble import StatisticsAssembler
 from torchcurv.curv.capture.calls import Call
 from torchcurv.curv.capture.context import LossEvent, PassContext
 from torchcurv.curv.capture.listen import BackwardListener
-from torchcurv.curv.graph import Edge, backward_id, edges_below, will_run
+from torchcurv.curv.capture.rows import Mark, Rows
+from torchcurv.curv.capture.verify import Path
+from torchcurv.curv.graph import Edge, Structure, backward_id, edges_below, structure_of, will_run
 from torchcurv.curv.hessian.operation import Key, key_of
 from torchcurv.curv.hessian.products import OutputLoss
 from torchcurv.curv.hessian.tape import Tape
@@ -41,7 +44,8 @@ class CurvaturePass(SignalSource):
     ) -> None:
         self.context, self.event, self.blocks = context, event, blocks
         self.edges = {id(call): event.edge_at(edge) for call, edge in event.capture.calls}
-        self.assembler = StatisticsAssembler(context.layers, context.members, event.terms, event.calls)
+        self.rows: Rows | None = None  # of the samples, where they have no equal runs
+        self.assembler = self.arranged(None)
         self._part = None if part is None else CurvaturePass(context, part, blocks)
 
     @torch.no_grad()
@@ -52,7 +56,9 @@ class CurvaturePass(SignalSource):
         for block in self.blocks:
             block.begin(backward_id())
         with self.context.running(self.event.f.device):
-            self.sampled().verify()
+            if self.sampled().verify() is not None and self._part is not None:
+                self._part = None  # which is of samples in equal runs
+                self.verify()
             for kind, blocks in self._by_kind().items():
                 kind.measure(self, blocks)
 
@@ -63,19 +69,37 @@ class CurvaturePass(SignalSource):
                 kinds.setdefault(context.kind_of(block), []).append(block)
         return kinds
 
-    def verify(self) -> None:
-        """Check blocks that have not been: that the recorded calls explain their gradient."""
+    def verify(self) -> Rows | None:
+        """Find the rows of samples, and check that the recorded calls of the blocks explain their gradient."""
         context = self.context
         checked = [block for block in self.blocks if context.kind_of(block).checked]
-        doubtful = [block for block in checked if context.check.needs_check(block, self.assembler.n)]
-        if doubtful:
-            context.check.run(doubtful, self.assembler, self.terms.draw(self.generator()), self.backward)
+        checked = [block for block in checked if block.name not in context.check.excluded]
+        if checked:
+            self.rows = context.check.settle(checked, RowSource(self))
+            if self.rows is not None:
+                self.assembler = self.arranged(self.rows)
+        return self.rows
+
+    def arranged(self, rows: Rows | None) -> StatisticsAssembler:
+        """What makes statistics of the calls, for samples of these rows."""
+        context, event = self.context, self.event
+        if rows is None:
+            return StatisticsAssembler(context.layers, context.members, event.terms, event.calls)
+        marks = {id(call): mark_of(call, self.structure.places, self.edges[id(call)]) for call in event.calls}
+        device = event.f.device
+        tables = {key: rows.calls[mark].to(device) for key, mark in marks.items() if mark in rows.calls}
+        return StatisticsAssembler(context.layers, context.members, rows.grouped(event.terms), event.calls, tables)
+
+    @cached_property
+    def structure(self) -> Structure:
+        """That of the graph below the loss's input."""
+        return structure_of(self.event.f_edge, {edge.node for edge in self.edges.values()})
 
     # ------------------------------------------------------------------------ what kinds ask
 
     @property
     def terms(self) -> Terms:
-        return self.event.terms
+        return self.assembler.terms
 
     def sampled(self) -> CurvaturePass:
         return self if self._part is None else self._part
@@ -127,7 +151,7 @@ class CurvaturePass(SignalSource):
 
     def output_loss(self) -> OutputLoss:
         event = self.event
-        return OutputLoss(event.loss, self.terms, self.assembler.n, event.f, event.f_edge, event.factor)
+        return OutputLoss(event.loss, event.terms, len(event.terms.f), event.f, event.f_edge, event.factor)
 
     @contextmanager
     def differentiated(self) -> Iterator[OutputLoss]:
@@ -153,8 +177,16 @@ class CurvaturePass(SignalSource):
 
         signal: [n, t, c], at f.
         """
+        signal = signal if self.rows is None else self.rows.ungrouped(signal, self.event.terms.f)
+        return self.backward_in_runs(calls, signal, params)
+
+    def backward_in_runs(
+        self, calls: list[Call], signal: Tensor, params: Iterable[Tensor] = ()
+    ) -> list[Tensor | None]:
+        """The same of a signal in equal runs of rows."""
         f, f_edge = self.event.f, self.event.f_edge
-        at_f = self.event.loss.layout(f, self.assembler.n)[1](signal).to(f.dtype).reshape(f_edge.shape)
+        layout = self.event.loss.layout(f, len(self.event.terms.f))[1]
+        at_f = layout(signal).to(f.dtype).reshape(f_edge.shape)
         wanted: list[Any] = [self.edges[id(call)].public for call in calls]
         wanted += [get_gradient_edge(p) for p in params]
         inner = [edge for edge in wanted if edge[:2] != f_edge[:2]]
@@ -173,3 +205,52 @@ def _gradients(start: Edge, edges: list[Any], gradient: Tensor) -> Sequence[Tens
             "torch.utils.checkpoint with use_reentrant=True hides the layers inside it from a curvature pass: "
             "pass use_reentrant=False"
         ) from error
+
+
+class RowSource:
+    """A pass, as `GradientCheck` sees it."""
+
+    def __init__(self, of: CurvaturePass) -> None:
+        self._pass, self._event = of, of.event
+
+    def draws(self) -> tuple[Tensor, torch.Generator]:
+        generator = self._pass.generator()
+        return self._event.terms.draw(generator), generator
+
+    def path(self, blocks: Sequence[Curvature]) -> Path:
+        event, structure = self._event, self._pass.structure
+        said = None if event.samples is None else tuple(event.samples.tolist())
+        loss = event.loss.name, event.loss.class_dim, self._part_of_batch(), said
+        calls = self._pass.arranged(None)
+        marks = {block.name: tuple(map(self.mark_of, calls.calls_of([block]))) for block in blocks}
+        functions = (structure.functions, *loss, *((mark[:2], mark[4:]) for key in marks.values() for mark in key))
+        values = None if structure.values is None else (*functions, structure.values, event.f.shape)
+        return Path(functions, values, structure.chosen, marks)
+
+    def labels(self) -> tuple[Tensor | None, int, Tensor | None]:
+        event = self._event
+        n, m, said = len(event.terms.f), event.loss.rows(event.f), event.samples
+        runs = None if self._part_of_batch() else torch.arange(m) // (m // n)
+        return runs, m, None if said is None else said.cpu()
+
+    def _part_of_batch(self) -> bool:
+        """Whether the output is one of some of the samples; which they are is then to be found."""
+        f, capture = self._event.f, self._event.capture
+        return f.numel() < capture.shape.numel() and f.shape[:1].numel() < capture.n
+
+    def mark_of(self, call: Call) -> Mark:
+        return mark_of(call, self._pass.structure.places, self._pass.edges[id(call)])
+
+    def arranged(self, rows: Rows | None) -> StatisticsAssembler:
+        return self._pass.arranged(rows)
+
+    def send(
+        self, calls: list[Call], signal: Tensor, params: Sequence[Tensor]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        got = self._pass.backward_in_runs(calls, signal, params)
+        return got[: len(calls)], got[len(calls) :]
+
+
+def mark_of(call: Call, places: dict[Any, int], edge: Edge) -> Mark:
+    """What a call is known by in other passes that are alike."""
+    return call.layer, id(call.site), tuple(call.shape), call.batch, places.get(edge.node, -1), edge.number
