@@ -118,6 +118,8 @@ class Recorder:
             self.context.tapes.keep(forward, self.forward.tape)
         numbered = [(age_of(edge.node), call, edge) for call, edge in calls]
         for out in outputs:
+            if not out.dim() and any(call.batch > 1 for call, _ in calls):
+                continue  # not the output of one sample, but a loss that the model computed
             edge = edge_of(out)
             last = age_of(edge.node)
             own: list[tuple[Call, Edge | None]] = []
@@ -126,7 +128,7 @@ class Recorder:
                     own.append((call, None))
                 elif number < last:
                     own.append((call, at))
-            capture = Capture(own, out.shape[0], out.shape, forward, mixed=self.forward.mixed)
+            capture = Capture(own, out.shape[:1].numel(), out.shape, forward, mixed=self.forward.mixed)
             self.forward.notes.at(edge).capture = capture
             if self.settings.named:
                 NamedOutput(self, capture, edge.number, edge.shape, frozen(out)).arm(edge.node)
