@@ -247,10 +247,11 @@ def _chosen(node: Any, reach: set[Any]) -> Any:
     """The saved tensor by which a node chooses rows of dimension 0; None where it does not."""
     name = type(node).__name__
     if name in _MATRIX:  # the first matrix of a product mixes the rows of the second
+        if node.next_functions[_MATRIX[name]][0] not in reach:
+            return None
         raw = getattr(node, "_raw_saved_self", None) or getattr(node, "_raw_saved_mat1", None)
-        mixed = node.next_functions[_MATRIX[name]][0] in reach
         batched = name == "BmmBackward0" and (raw is None or raw.unpack_hook is not None or len(raw.data) > 1)
-        return raw if mixed and not batched else None
+        return None if batched else raw
     raw = getattr(node, _READINGS[type(node)].chosen or "")
     if isinstance(raw, tuple):  # x[i, j]: dimension 0 is chosen by the first
         return raw[0]

@@ -34,10 +34,10 @@ class StatisticsAssembler:
         members: Mapping[str, list[int]],
         terms: Terms,
         calls: list[Call],
-        rows: Mapping[int, Tensor] | None = None,
+        rows: Mapping[int, Tensor],
     ) -> None:
         self.layers, self._members, self.terms, self.n = layers, members, terms, terms.f.shape[0]
-        self._rows = {} if rows is None else rows
+        self._rows = rows
         self.calls: dict[int, list[Call]] = {}
         for call in calls:
             if not call.superseded:
@@ -80,7 +80,7 @@ class StatisticsAssembler:
         return Inputs.made(layer, site, a, self.terms.position_weights, self._present(used, 1))
 
     def _by_sample(self, call: Call, x: Tensor) -> Tensor:
-        """[n, r, ...] from what a call has for its rows [batch, p, ...]; zeros in the place of rows that are missing."""
+        """[n, r, ...] from what a call has for its rows [batch, p, ...]; zeros for rows that are missing."""
         rows = self._rows.get(id(call))
         if rows is not None:
             x = torch.where((rows >= 0).flatten().reshape(-1, *(1,) * (x.dim() - 1)), x[rows.clamp_min(0).flatten()], 0)

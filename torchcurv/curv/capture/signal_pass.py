@@ -7,7 +7,7 @@ Fisher. Which signals there are, if any, is said by the kinds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -43,9 +43,10 @@ class CurvaturePass(SignalSource):
         self, context: PassContext, event: LossEvent, blocks: list[Curvature], part: LossEvent | None = None
     ) -> None:
         self.context, self.event, self.blocks = context, event, blocks
-        self.edges = {id(call): event.edge_at(edge) for call, edge in event.capture.calls}
+        self.source = RowSource(context, event)
+        self.edges = self.source.edges
         self.rows: Rows | None = None  # of the samples, where they have no equal runs
-        self.assembler = self.arranged(None)
+        self.assembler = self.source.arranged(None)
         self._part = None if part is None else CurvaturePass(context, part, blocks)
 
     @torch.no_grad()
@@ -75,25 +76,10 @@ class CurvaturePass(SignalSource):
         checked = [block for block in self.blocks if context.kind_of(block).checked]
         checked = [block for block in checked if block.name not in context.check.excluded]
         if checked:
-            self.rows = context.check.settle(checked, RowSource(self))
+            self.rows = context.check.settle(checked, self.source)
             if self.rows is not None:
-                self.assembler = self.arranged(self.rows)
+                self.assembler = self.source.arranged(self.rows)
         return self.rows
-
-    def arranged(self, rows: Rows | None) -> StatisticsAssembler:
-        """What makes statistics of the calls, for samples of these rows."""
-        context, event = self.context, self.event
-        if rows is None:
-            return StatisticsAssembler(context.layers, context.members, event.terms, event.calls)
-        marks = {id(call): mark_of(call, self.structure.places, self.edges[id(call)]) for call in event.calls}
-        device = event.f.device
-        tables = {key: rows.calls[mark].to(device) for key, mark in marks.items() if mark in rows.calls}
-        return StatisticsAssembler(context.layers, context.members, rows.grouped(event.terms), event.calls, tables)
-
-    @cached_property
-    def structure(self) -> Structure:
-        """That of the graph below the loss's input."""
-        return structure_of(self.event.f_edge, {edge.node for edge in self.edges.values()})
 
     # ------------------------------------------------------------------------ what kinds ask
 
@@ -105,7 +91,7 @@ class CurvaturePass(SignalSource):
         return self if self._part is None else self._part
 
     def generator(self) -> torch.Generator:
-        return self.context.generator(self.event.f.device)
+        return self.source.generator()
 
     def send(self, signals: Signals, blocks: Sequence[Curvature]) -> None:
         calls = self.assembler.calls_of(blocks)
@@ -114,7 +100,7 @@ class CurvaturePass(SignalSource):
         chunk: list[list[Tensor | None]] = []
         done = 0
         for done, signal in enumerate(signals.values, 1):
-            chunk.append(self.backward(calls, signal))
+            chunk.append(self._backward(calls, signal))
             if len(chunk) == size or done == signals.count:
                 self.assembler.deliver(blocks, calls, chunk, scale, len(chunk) / signals.count)
                 chunk = []
@@ -170,28 +156,84 @@ class CurvaturePass(SignalSource):
         for block in blocks:
             self.assembler.deliver_propagated(block, at_calls)
 
-    # ------------------------------------------------------------------------ a backward of our own
-
-    def backward(self, calls: list[Call], signal: Tensor, params: Iterable[Tensor] = ()) -> list[Tensor | None]:
-        """Gradients at the outputs of the calls, then at params; None where f does not depend on one.
-
-        signal: [n, t, c], at f.
-        """
+    def _backward(self, calls: list[Call], signal: Tensor) -> list[Tensor | None]:
+        """Gradients at the outputs of the calls; None where f does not depend on one. signal: [n, t, c], at f."""
         signal = signal if self.rows is None else self.rows.ungrouped(signal, self.event.terms.f)
-        return self.backward_in_runs(calls, signal, params)
+        return self.source.send(calls, signal, ())[0]
 
-    def backward_in_runs(
-        self, calls: list[Call], signal: Tensor, params: Iterable[Tensor] = ()
-    ) -> list[Tensor | None]:
-        """The same of a signal in equal runs of rows."""
-        f, f_edge = self.event.f, self.event.f_edge
-        layout = self.event.loss.layout(f, len(self.event.terms.f))[1]
-        at_f = layout(signal).to(f.dtype).reshape(f_edge.shape)
+
+class RowSource:
+    """One loss of one forward pass, as the check of its rows sees it."""
+
+    def __init__(self, context: PassContext, event: LossEvent) -> None:
+        self.context, self.event = context, event
+        self.edges = {id(call): event.edge_at(edge) for call, edge in event.capture.calls}
+        self._arranged: tuple[Rows | None, StatisticsAssembler] | None = None  # the last, with inputs it has read
+
+    @cached_property
+    def structure(self) -> Structure:
+        """That of the graph below the loss's input."""
+        return structure_of(self.event.f_edge, {edge.node for edge in self.edges.values()})
+
+    def generator(self) -> torch.Generator:
+        """For draws that a resumed run repeats."""
+        return self.context.generator(self.event.f.device)
+
+    def draws(self) -> tuple[Tensor, torch.Generator]:
+        generator = self.generator()
+        return self.event.terms.draw(generator), generator
+
+    def path(self, blocks: Sequence[Curvature]) -> Path:
+        event, structure = self.event, self.structure
+        said = None if event.samples is None else tuple(event.samples.tolist())
+        loss = event.loss.name, event.loss.class_dim, self._part_of_batch(), said
+        calls = self.arranged(None)
+        marks = {block.name: tuple(map(self.mark_of, calls.calls_of([block]))) for block in blocks}
+        sites = {name: tuple((mark[:2], mark[4:]) for mark in each) for name, each in marks.items()}
+        functions = {name: (name, structure.functions, loss, of_block) for name, of_block in sites.items()}
+        values = None if structure.values is None else (structure.functions, structure.values, loss, event.f.shape)
+        return Path(functions, values, structure.chosen, marks)
+
+    def labels(self) -> tuple[Tensor | None, int, Tensor | None]:
+        event = self.event
+        n, m, said = len(event.terms.f), event.loss.rows(event.f), event.samples
+        runs = None if self._part_of_batch() else torch.arange(m) // (m // n)
+        return runs, m, None if said is None else said.cpu()
+
+    def _part_of_batch(self) -> bool:
+        """Whether the output is one of some of the samples; which they are is then to be found."""
+        f, capture = self.event.f, self.event.capture
+        return f.numel() < capture.shape.numel() and f.shape[:1].numel() < capture.n
+
+    def mark_of(self, call: Call) -> Mark:
+        edge = self.edges[id(call)]
+        place = self.structure.places.get(edge.node, -1)
+        return call.layer, id(call.site), tuple(call.shape), call.batch, place, edge.number
+
+    def arranged(self, rows: Rows | None) -> StatisticsAssembler:
+        context, event = self.context, self.event
+        if self._arranged is None or self._arranged[0] is not rows:
+            terms, tables = event.terms, dict[int, Tensor]()
+            if rows is not None:
+                marks = {id(call): self.mark_of(call) for call in event.calls}
+                tables = {key: rows.calls[mark].to(event.f.device) for key, mark in marks.items() if mark in rows.calls}
+                terms = rows.grouped(terms)
+            made = StatisticsAssembler(context.layers, context.members, terms, event.calls, tables)
+            self._arranged = rows, made
+        return self._arranged[1]
+
+    def send(
+        self, calls: Sequence[Call], signal: Tensor, params: Sequence[Tensor]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        event, f_edge = self.event, self.event.f_edge
+        layout = event.loss.layout(event.f, len(event.terms.f))[1]
+        at_f = layout(signal).to(event.f.dtype).reshape(f_edge.shape)
         wanted: list[Any] = [self.edges[id(call)].public for call in calls]
         wanted += [get_gradient_edge(p) for p in params]
         inner = [edge for edge in wanted if edge[:2] != f_edge[:2]]
-        got = iter(_gradients(f_edge, inner, at_f) if inner else ())
-        return [at_f if edge[:2] == f_edge[:2] else next(got) for edge in wanted]
+        found = iter(_gradients(f_edge, inner, at_f) if inner else ())
+        got = [at_f if edge[:2] == f_edge[:2] else next(found) for edge in wanted]
+        return got[: len(calls)], got[len(calls) :]
 
 
 def _gradients(start: Edge, edges: list[Any], gradient: Tensor) -> Sequence[Tensor | None]:
@@ -205,52 +247,3 @@ def _gradients(start: Edge, edges: list[Any], gradient: Tensor) -> Sequence[Tens
             "torch.utils.checkpoint with use_reentrant=True hides the layers inside it from a curvature pass: "
             "pass use_reentrant=False"
         ) from error
-
-
-class RowSource:
-    """A pass, as `GradientCheck` sees it."""
-
-    def __init__(self, of: CurvaturePass) -> None:
-        self._pass, self._event = of, of.event
-
-    def draws(self) -> tuple[Tensor, torch.Generator]:
-        generator = self._pass.generator()
-        return self._event.terms.draw(generator), generator
-
-    def path(self, blocks: Sequence[Curvature]) -> Path:
-        event, structure = self._event, self._pass.structure
-        said = None if event.samples is None else tuple(event.samples.tolist())
-        loss = event.loss.name, event.loss.class_dim, self._part_of_batch(), said
-        calls = self._pass.arranged(None)
-        marks = {block.name: tuple(map(self.mark_of, calls.calls_of([block]))) for block in blocks}
-        functions = (structure.functions, *loss, *((mark[:2], mark[4:]) for key in marks.values() for mark in key))
-        values = None if structure.values is None else (*functions, structure.values, event.f.shape)
-        return Path(functions, values, structure.chosen, marks)
-
-    def labels(self) -> tuple[Tensor | None, int, Tensor | None]:
-        event = self._event
-        n, m, said = len(event.terms.f), event.loss.rows(event.f), event.samples
-        runs = None if self._part_of_batch() else torch.arange(m) // (m // n)
-        return runs, m, None if said is None else said.cpu()
-
-    def _part_of_batch(self) -> bool:
-        """Whether the output is one of some of the samples; which they are is then to be found."""
-        f, capture = self._event.f, self._event.capture
-        return f.numel() < capture.shape.numel() and f.shape[:1].numel() < capture.n
-
-    def mark_of(self, call: Call) -> Mark:
-        return mark_of(call, self._pass.structure.places, self._pass.edges[id(call)])
-
-    def arranged(self, rows: Rows | None) -> StatisticsAssembler:
-        return self._pass.arranged(rows)
-
-    def send(
-        self, calls: list[Call], signal: Tensor, params: Sequence[Tensor]
-    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        got = self._pass.backward_in_runs(calls, signal, params)
-        return got[: len(calls)], got[len(calls) :]
-
-
-def mark_of(call: Call, places: dict[Any, int], edge: Edge) -> Mark:
-    """What a call is known by in other passes that are alike."""
-    return call.layer, id(call.site), tuple(call.shape), call.batch, places.get(edge.node, -1), edge.number

@@ -32,11 +32,11 @@ KEPT = 4096  # structures that are remembered
 class Path(NamedTuple):
     """The way from the layers of a pass to its loss. Each is equal where it is the same.
 
-    functions: without sizes. values: with all that says how rows are moved; None: that cannot be read. chosen: whether
-    a tensor chooses rows. marks: of the calls of each block.
+    functions: from the calls of each block, without sizes. values: with all that says how rows are moved; None: that
+    cannot be read. chosen: whether a tensor chooses rows. marks: of the calls of each block.
     """
 
-    functions: Hashable
+    functions: Mapping[str, Hashable]
     values: Hashable
     chosen: bool
     marks: dict[str, tuple[Mark, ...]]
@@ -93,7 +93,7 @@ class GradientCheck:
         self.name_fits = False  # whether a gradient was found to be that of the loss known by its name
         self._verified: set[Hashable] = set()
         self._rows: dict[Hashable, Rows] = {}  # by the path, where they are not equal runs
-        self._sizes: dict[Hashable, int] = {}  # by the functions of a path: how many other sizes it has held for, or -1
+        self._sizes: dict[Hashable, int] = {}  # by the functions of a path: how many sizes it has held for, or -1
 
     def settle(self, blocks: list[Curvature], source: Source) -> Rows | None:
         """Which rows belong to which sample (None: equal runs), so that the gradient of every parameter is
@@ -113,9 +113,12 @@ class GradientCheck:
 
     def _settle(self, doubtful: list[Curvature], blocks: list[Curvature], path: Path, source: Source) -> Rows | None:
         runs, _, said = source.labels()
-        light = not path.chosen and self._sizes.get(path.functions, -1) >= 0
-        if light and self._passed_over(path.functions):
-            return None
+        functions = [path.functions[block.name] for block in doubtful]
+        light = not path.chosen and all(self._sizes.get(key, -1) >= 0 for key in functions)
+        if light and path.values is not None:
+            passed_over = [self._passed_over(key) for key in functions]
+            if all(passed_over):
+                return None
         first: dict[str, Findings] | None = None
         if runs is not None and said is None:
             probe = _Probe(self, doubtful, source, None, runs)
@@ -147,8 +150,8 @@ class GradientCheck:
         self, blocks: list[Curvature], path: Path, findings: Mapping[str, Findings], rows: Rows | None
     ) -> Rows | None:
         """Refuse the blocks that failed, and remember the others."""
-        if len(self._verified) > KEPT or len(self._rows) > KEPT:
-            self._verified, self._rows = set(), {}
+        if max(len(self._verified), len(self._rows), len(self._sizes)) > KEPT * (1 + len(blocks)):
+            self._verified, self._rows, self._sizes = set(), {}, {}
         for block in blocks:
             unexplained, coupled, finite = findings[block.name]
             if unexplained:
@@ -157,9 +160,9 @@ class GradientCheck:
                 self.exclude(block, self.coupled_samples_message(block))
             elif finite and path.values is not None and (rows is None or rows.lasting):
                 self._verified.add((block.name, path.values, path.marks[block.name]))
-                self._sizes.setdefault(path.functions, 0)
+                self._sizes.setdefault(path.functions[block.name], 0)
         if rows is not None:
-            self._sizes[path.functions] = -1
+            self._sizes |= {path.functions[block.name]: -1 for block in blocks}
             if rows.lasting and path.values is not None:
                 self._keep(path.values, rows)
         return rows
