@@ -7,7 +7,7 @@ import torch
 from measured import KINDS, Part, close, covered, measured, optimizer, truth
 from torch import nn
 
-from torchcurv import SecondOrderOptimizer, curvature
+from torchcurv import SecondOrderOptimizer, curvature, laplace
 from torchcurv.curv.capture.verify import GradientCheck
 
 V, D = cases.CLASSES, 4
@@ -537,3 +537,147 @@ def test_labels_of_small_types(dtype):
     got = curvature(model, CE, [(x, y.to(dtype))], approx="diag")
     expected = curvature(model, CE, [(x, y)], approx="diag")
     assert torch.equal(got.diag(), expected.diag())
+
+
+BATCHES = {
+    "a dict": (
+        {"x": torch.zeros(2, D).double(), "labels": torch.zeros(2).long()},
+        "a dict with the keys 'x', 'labels'",
+    ),
+    "three": ((torch.zeros(2, D), torch.zeros(2, D), torch.zeros(2).long()), "a tuple of Tensor, Tensor, Tensor"),
+    "inputs alone": (torch.zeros(2, D), "a Tensor"),
+    "labels of a list": ((torch.zeros(2, D), [0, 1]), "a tuple of Tensor, list"),
+}
+
+
+@pytest.mark.parametrize("given", BATCHES)
+@pytest.mark.parametrize("approx", ["kfac", "operator", "laplace"])
+def test_batches_that_are_no_pairs(approx, given):
+    data, message = BATCHES[given]
+    model = mlp()
+    with pytest.raises(TypeError, match=f"data gave {message}.*pair"):
+        if approx == "laplace":
+            laplace(model, CE, [data])
+        elif approx == "operator":
+            curvature(model, CE, [data], approx=approx).matvec(torch.zeros(sum(p.numel() for p in model.parameters())))
+        else:
+            curvature(model, CE, [data], approx=approx)
+
+
+# ---------------------------------------------------------------------------------------- other layers and ways
+
+
+class Normed(nn.Module):
+    """A convolution and a layer norm on images, pooled to one row for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(2, 3, 3), nn.GroupNorm(1, 3), nn.Linear(3, V)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).tanh().mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "hessian"])
+@pytest.mark.parametrize("part", ["half", "flipped", "views"])
+def test_parts_of_a_batch_of_images(part, kind):
+    model = cases.seeded(Normed).double()
+    opt = optimizer(model, None, curv_type=kind)
+    x = cases.randn(4, 2, 5, 5)
+    of = {
+        "half": lambda out: out[2:],
+        "flipped": lambda out: out.flip(0),
+        "views": lambda out: out.reshape(2, 2, V).sum(0),
+    }[part]
+    y = batch(len(of(x[:, 0, 0, :V])) if part != "views" else 2)[1]
+
+    def loss():
+        f = of(model(x))
+        opt.observe(f, y, CE)
+        return CE(f, y)
+
+    got = step(opt, loss)
+    outer = Part(model, of)
+    close(got, oracles.hessian(outer, CE, x, y, named(opt)) if kind == "hessian" else truth(opt, CE, x, y, kind, outer))
+
+
+@pytest.mark.parametrize("approx", ["kfac", "diag", "full"])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_curvature_of_ragged_bags_of_tokens(approx, sharing):
+    """Padding costs nothing: equal to the sum over samples that are measured one at a time."""
+    model = cases.seeded(lambda: Bags()).double()
+    tokens = torch.tensor([1, 2, 3, 3, 0, 5])
+    graph = torch.tensor([0, 0, 1, 1, 1, 2])
+    y = torch.tensor([0, 2, 1])
+    sum_ce = nn.CrossEntropyLoss(reduction="sum")
+    got = curvature(model, sum_ce, [({"tokens": tokens, "graph": graph, "n": 3}, y)], approx=approx, sharing=sharing)
+    if approx != "kfac":
+        each = [
+            ({"tokens": tokens[graph == k], "graph": graph[graph == k] * 0, "n": 1}, y[k : k + 1]) for k in range(3)
+        ]
+        parts = sum(curvature(model, sum_ce, [pair], approx=approx, sharing=sharing).to_dense() for pair in each)
+        close(got.to_dense(), parts)
+        return
+    counts = torch.bincount(tokens, minlength=7).double() / len(tokens)
+    if sharing == "reduce":
+        bags = torch.stack([torch.bincount(tokens[graph == k], minlength=7).double() for k in range(3)])
+        bags = bags / bags.sum(1, keepdim=True)
+        counts = bags.square().mean(0)
+    dense = got.to_dense()[: 7 * 3, : 7 * 3].reshape(7, 3, 7, 3)
+    sizes = torch.stack([dense[k, :, k].diagonal().sum() for k in range(7)])
+    close(sizes / sizes.sum(), counts / counts.sum())
+
+
+class Bags(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 3), nn.Linear(3, V)
+
+    def forward(self, tokens, graph, n):
+        return self.head(_indexed(self.embedding(tokens), graph, n).tanh())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rows_are_found_in_every_precision(dtype):
+    model = cases.seeded(lambda: ManyHeads(2)).to(dtype)
+    (x, _), (_, y) = batch(4), batch(8)
+    got = curvature(model, CE, [(x.to(dtype), y)], approx="full").to_dense()
+    exact = curvature(model.double(), CE, [(x.to(dtype).double(), y)], approx="full").to_dense()
+    assert (got - exact).norm() <= 30 * torch.finfo(dtype).eps * exact.norm()
+
+
+def test_blocks_whose_samples_meet_are_left_out_and_the_others_keep_their_rows():
+    class Below(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixed, self.head = Mixed(), nn.Linear(V, V)
+
+        def forward(self, x):
+            return self.head(self.mixed(x).tanh())
+
+    model, (x, y) = cases.seeded(Below).double(), batch(4)
+    opt = optimizer(model, CE, approx="block", unsupported="gradient")
+    for _ in range(2):
+        step_once(opt, lambda: CE(model(x), y))
+    assert {name for name, block in opt.blocks.items() if block.has_factor} == {"mixed.b", "head"}
+
+
+def test_blocks_that_are_measured_in_turns():
+    """Each block is checked, whatever the others that are due with it."""
+    model = cases.seeded(lambda: ManyHeads(2)).double()
+    turns = {"trunk": 1, "heads.0": 2, "heads.1": 3}
+    groups = [
+        {"params": [p for name, p in model.named_parameters() if name.startswith(key)], "update_every": every}
+        for key, every in turns.items()
+    ]
+    exact = {"samples": None, "ema_decay": 0.0, "damping": 1.0, "damping_type": "exact"}
+    opt = SecondOrderOptimizer(model, groups, loss_fn=CE, lr=1e-30, approx="block", **exact)
+    for k in range(7):
+        (x, _), (_, y) = batch(4, k), batch(8, k)
+        step_once(opt, lambda x=x, y=y: CE(model(x), y))
+        for name, every in turns.items():
+            if k % every == 0:
+                params = [(key, p) for key, p in model.named_parameters() if key.startswith(name)]
+                v = [cases.randn(*p.shape, seed=3) for _, p in params]
+                got = torch.cat([part.flatten() for part in opt.blocks[name].matvec(v)])
+                close(got, oracles.ggn(model, CE, x, y, params) @ torch.cat([part.flatten() for part in v]))
