@@ -155,7 +155,8 @@ def output_padding_of(module: Any, x: Tensor, output_size: Any) -> Any:
 # Numbers by which a function moves rows, under the names by which its node keeps them: which dimensions, and how far.
 _HOW = ("dim", "dims", "dim0", "dim1", "dim2", "dimension", "source_dim", "shifts", "step", "offset", "repeats")
 _SIZES = ("start", "end", "index", "split_size", "split_sizes", "size")
-_CHOSEN = ("_raw_saved_index", "_raw_saved_indices")  # tensors that say it
+_CHOSEN = ("_raw_saved_index", "_raw_saved_indices", "_raw_saved_lengths", "_raw_saved_offsets")  # tensors that say it
+_MASKED = ("MulBackward0", "SumBackward1")
 _MATRIX = {"MmBackward0": 1, "BmmBackward0": 1, "AddmmBackward0": 2, "SparseAddmmBackward0": 2}  # input of the second
 
 
@@ -203,7 +204,7 @@ def structure_of(start: Edge, ends: set[Any]) -> Structure:
     """
     places: dict[Any, int] = {start.node: 0}
     order, functions = [start.node], list[Any]([start.number])
-    numbers, choices = list[Any](), list[Any]()
+    numbers, choices, cut = list[Any](), list[Any](), False
     for node in order:  # which grows
         cls = type(node)
         read = _READINGS.get(cls)
@@ -212,9 +213,11 @@ def structure_of(start: Edge, ends: set[Any]) -> Structure:
         functions.append(cls)
         for name in read.how:
             functions.append(getattr(node, name))
-        for name in read.sizes:
-            numbers.append(getattr(node, name))
-        if read.chosen is not None or cls.__name__ in _MATRIX:
+        if read.sizes:
+            own = [getattr(node, name) for name in read.sizes]
+            numbers += own
+            cut = cut or _cuts_rows(node, own)
+        if read.chosen is not None or cls.__name__ in _MATRIX or (cls.__name__ in _MASKED and _spreads(node)):
             choices.append(node)
         for child, number in node.next_functions:
             if child is None:
@@ -226,7 +229,32 @@ def structure_of(start: Edge, ends: set[Any]) -> Structure:
             functions += (place, number)
     chosen = _choices(choices, order, ends) if choices else []
     values = None if None in chosen else hash((*numbers, *chosen))
-    return Structure(hash(tuple(functions)), values, bool(chosen), places)
+    return Structure(hash(tuple(functions)), values, cut or bool(chosen), places)
+
+
+def _is_leaf(node: Any) -> bool:
+    return node is None or not node.next_functions
+
+
+def _cuts_rows(node: Any, numbers: list[Any]) -> bool:
+    """Whether a node takes rows of dimension 0, from here to there, of something that was computed."""
+    if getattr(node, "_saved_dim", 1) != 0 or _is_leaf(node.next_functions[0][0]):
+        return False
+    return not (numbers[0] == 0 and numbers[-1] == (1 << 63) - 1)  # x[:], which takes all of them
+
+
+def _spreads(node: Any) -> bool:
+    """Whether a product repeats rows before it masks them: mask [g, n, 1] times x [1, n, c], and the sum of a product
+    over dimension 0."""
+    if type(node).__name__ != "MulBackward0":
+        return 0 in (node._saved_dim or ()) and type(node.next_functions[0][0]).__name__ == "MulBackward0"
+    rows = node._input_metadata[0].shape[:1]
+    for child, number in node.next_functions:
+        if rows and rows[0] > 1 and not _is_leaf(child):
+            shape = child._input_metadata[number].shape
+            if len(shape) == len(node._input_metadata[0].shape) and shape[0] == 1:
+                return True
+    return False
 
 
 def _choices(choices: list[Any], order: list[Any], ends: set[Any]) -> list[Any]:
@@ -252,6 +280,10 @@ def _chosen(node: Any, reach: set[Any]) -> Any:
         raw = getattr(node, "_raw_saved_self", None) or getattr(node, "_raw_saved_mat1", None)
         batched = name == "BmmBackward0" and (raw is None or raw.unpack_hook is not None or len(raw.data) > 1)
         return None if batched else raw
+    if name in _MASKED:
+        product = node if name == "MulBackward0" else node.next_functions[0][0]
+        first = product.next_functions[0][0] in reach
+        return product._raw_saved_other if first else product._raw_saved_self
     raw = getattr(node, _READINGS[type(node)].chosen or "")
     if isinstance(raw, tuple):  # x[i, j]: dimension 0 is chosen by the first
         return raw[0]
