@@ -338,8 +338,9 @@ def step_once(opt, loss):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_that_the_user_names(kind):
-    """Logits of the tokens that count alone, of samples with several numbers of them."""
+@pytest.mark.parametrize("said", [True, False])
+def test_packed_tokens(said, kind):
+    """Logits of the tokens that count alone, of samples with several numbers of them: the user may say which."""
     model = cases.seeded(lambda: TimeFirst(False, recurrent=True)).double()
     opt = optimizer(model, None, curv_type=kind)
     tokens = torch.randint(7, (3, 4), generator=torch.Generator().manual_seed(0))
@@ -349,7 +350,7 @@ def test_rows_that_the_user_names(kind):
 
     def loss():
         f = model(tokens)[kept.flatten()]
-        opt.observe(f, y, CE, samples=samples)
+        opt.observe(f, y, CE, samples=samples if said else None)
         return CE(f, y)
 
     got = step(opt, loss)
@@ -638,6 +639,24 @@ def test_parts_of_a_batch_of_images(part, kind):
     got = step(opt, loss)
     outer = Part(model, of)
     close(got, oracles.hessian(outer, CE, x, y, named(opt)) if kind == "hessian" else truth(opt, CE, x, y, kind, outer))
+
+
+@pytest.mark.parametrize("part", ["half", "flipped"])
+def test_parts_of_a_batch_with_statistics_of_the_whole(part):
+    """Batch norm in train mode, whose statistics count as constants: those of the same network in eval mode."""
+    of = {"half": lambda out: out[2:], "flipped": lambda out: out.flip(0)}[part]
+    model = cases.seeded(lambda: nn.Sequential(nn.BatchNorm1d(D), *mlp())).double()
+    x, y = cases.randn(5, D), batch(3 if part == "half" else 5)[1]
+    opt = optimizer(model, None)
+
+    def loss():
+        f = of(model(x))
+        opt.observe(f, y, CE)
+        return CE(f, y)
+
+    got = step(opt, loss)
+    model[0].running_mean, model[0].running_var = x.mean(0), x.var(0, correction=0)
+    close(got, truth(opt, CE, x, y, "ggn", Part(model.eval(), of)))
 
 
 @pytest.mark.parametrize("approx", ["kfac", "diag", "full"])

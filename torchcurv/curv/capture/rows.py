@@ -104,27 +104,51 @@ def candidates(m: int, batches: set[int]) -> Iterator[Tensor]:
 def found(send: Send, labels: Tensor) -> Rows | None:
     """The rows of the calls for these samples of the output's rows; None where a row has a part in several of them."""
     n = int(labels.max()) + 1
+    read = _decoded(send, labels)
+    if read is None:
+        return None
+    calls, idle, lasting = {}, {}, True
+    for mark, own in read.items():
+        if bool((own >= n).any()):
+            return None
+        calls[mark], idle[mark], sure = _filled(_table(own, n), (own < 0).nonzero().flatten(), n)
+        lasting = lasting and sure
+    return Rows(labels, _table(labels, n), calls, idle, lasting)
+
+
+def depending(carry: Callable[[Tensor], Tensor | None], b: int) -> Tensor | None:
+    """Samples [m] of the output's rows, where each depends on one row of a call alone: that is its sample.
+
+    carry: from factors of the call's rows [b] to how the output's rows change with them [m, e]; None: not known.
+    """
+    if carry(torch.ones(b, dtype=torch.float64)) is None:
+        return None
+
+    def send(factors: Tensor) -> dict[Mark, Tensor]:
+        change = carry(factors)
+        return {} if change is None else {(): change}
+
+    read = _decoded(send, torch.arange(b))
+    if read is None or bool(((read[()] < 0) | (read[()] >= b)).any()):
+        return None
+    return read[()].unique(return_inverse=True)[1]
+
+
+def _decoded(send: Send, labels: Tensor) -> dict[Mark, Tensor] | None:
+    """Whose signal arrives at each row, -1 for nobody's; None where that of several does."""
     first = send(torch.ones(len(labels), dtype=torch.float64))
-    dtypes = [x.dtype for x in first.values()]
-    bits = 2 if torch.float16 in dtypes else 4  # 2^(+-8) more or less is in the range of all other types
-    samples = {mark: torch.zeros(len(x), dtype=torch.long) for mark, x in first.items()}
-    for digit in range(0, max(1, (n - 1).bit_length()), bits):
-        powers = (labels >> digit) % (1 << bits) - (1 << (bits - 1))
-        second = send(torch.ones(len(labels), dtype=torch.float64) * 2.0**powers)
+    bits = 2 if torch.float16 in [x.dtype for x in first.values()] else 4  # other types have room for 2^8, and 2^-8
+    half = 1 << (bits - 1)
+    read = {mark: torch.zeros(len(x), dtype=torch.long) for mark, x in first.items()}
+    for digit in range(0, max(1, int(labels.max()).bit_length()), bits):
+        powers = (labels >> digit) % (2 * half) - half
+        second = send(2.0 ** powers.double())
         for mark, before in first.items():
             power = _power(before, second[mark])
             if power is None:
                 return None
-            samples[mark] += (power + (1 << (bits - 1))).clamp_min(0) << digit
-    calls, idle, lasting = {}, {}, True
-    for mark, x in first.items():
-        silent = (x == 0).all(1).cpu()
-        own = samples[mark].masked_fill(silent, -1)
-        if bool((own >= n).any()):
-            return None
-        calls[mark], idle[mark], sure = _filled(_table(own, n), silent.nonzero().flatten(), n)
-        lasting = lasting and sure
-    return Rows(labels, _table(labels, n), calls, idle, lasting)
+            read[mark] += (power + half).clamp_min(0) << digit
+    return {mark: read[mark].masked_fill((x == 0).all(1).cpu(), -1) for mark, x in first.items()}
 
 
 def _power(before: Tensor, after: Tensor) -> Tensor | None:

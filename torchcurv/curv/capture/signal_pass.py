@@ -21,7 +21,7 @@ from torchcurv.curv.capture.assemble import StatisticsAssembler
 from torchcurv.curv.capture.calls import Call
 from torchcurv.curv.capture.context import LossEvent, PassContext
 from torchcurv.curv.capture.listen import BackwardListener
-from torchcurv.curv.capture.rows import Mark, Rows
+from torchcurv.curv.capture.rows import Mark, Rows, depending
 from torchcurv.curv.capture.verify import Path
 from torchcurv.curv.graph import Edge, Structure, backward_id, edges_below, structure_of, will_run
 from torchcurv.curv.hessian.operation import Key, key_of
@@ -29,6 +29,7 @@ from torchcurv.curv.hessian.products import OutputLoss
 from torchcurv.curv.hessian.tape import Tape
 from torchcurv.curv.kinds.base import CurvatureKind, Signals, SignalSource
 from torchcurv.curv.losses.terms import Terms
+from torchcurv.curv.numerics import random_signs
 
 SIGNAL_ELEMENTS = 1 << 25  # elements of layer outputs held at once when many signals are sent
 
@@ -204,6 +205,31 @@ class RowSource:
         """Whether the output is one of some of the samples; which they are is then to be found."""
         f, capture = self.event.f, self.event.capture
         return f.numel() < capture.shape.numel() and f.shape[:1].numel() < capture.n
+
+    def depending(self, calls: Sequence[Call]) -> Tensor | None:
+        """By derivatives along the outputs of a call: those, with respect to u, of the gradient that u sends there."""
+        event, f_edge = self.event, self.event.f_edge
+        plain = [call for call in calls if call.batch_first is None and self.edges[id(call)][:2] != f_edge[:2]]
+        if not plain or min(call.batch for call in calls) < min(call.batch for call in plain):
+            return None
+        call = min(plain, key=lambda call: call.batch)
+        try:
+            with torch.enable_grad():
+                u = event.f.new_zeros(f_edge.shape).requires_grad_()
+                at_call = torch.autograd.grad([f_edge.public], [self.edges[id(call)].public], [u], create_graph=True)[0]
+        except RuntimeError:  # of functions that cannot be differentiated twice
+            return None
+        along = random_signs(at_call, self.generator()).reshape(call.batch, -1)
+
+        def carry(factors: Tensor) -> Tensor | None:
+            v = (along * factors.to(along).unsqueeze(1)).reshape(at_call.shape)
+            try:
+                change = torch.autograd.grad(at_call, u, v, retain_graph=True, allow_unused=True)[0]
+            except RuntimeError:
+                return None
+            return None if change is None else change.reshape(event.loss.rows(event.f), -1)
+
+        return depending(carry, call.batch)
 
     def mark_of(self, call: Call) -> Mark:
         edge = self.edges[id(call)]

@@ -58,6 +58,10 @@ class Source(Protocol):
         user said they are)."""
         ...
 
+    def depending(self, calls: Sequence[Call]) -> Tensor | None:
+        """The sample of each row, if it depends on one row alone of the call that has fewest; None: it does not."""
+        ...
+
     def mark_of(self, call: Call) -> Mark: ...
 
     def arranged(self, rows: Rows | None) -> StatisticsAssembler:
@@ -196,6 +200,10 @@ class GradientCheck:
             rows = found(send, labels)
             if rows is not None:
                 yield rows
+        by_inputs = source.depending(reached) if said is None else None
+        rows = None if by_inputs is None else found(send, by_inputs)
+        if rows is not None and rows.n > 1:
+            yield rows
 
     def _still_idle(self, rows: Rows, blocks: list[Curvature], source: Source) -> bool:
         """Whether rows that belonged to no sample still get no signal."""
@@ -295,7 +303,8 @@ class GradientCheck:
             f"the gradient of {names} is not a sum over samples: what one sample of the output (its dimension 0) sends "
             "back arrives at another sample of the layer. Either the layer is called with another dimension first: "
             "put the batch first. Or the samples meet on the way: call optimizer.observe(output.unsqueeze(0), "
-            "target.unsqueeze(0)) to take them as one"
+            "target.unsqueeze(0)) to take them as one. Or a sample has several rows of the output: say which by "
+            "optimizer.observe(output, target, samples=), the number of the sample of each row"
         )
 
 
