@@ -29,7 +29,7 @@ from torchcurv.curv.hessian.products import OutputLoss
 from torchcurv.curv.hessian.tape import Tape
 from torchcurv.curv.kinds.base import CurvatureKind, Signals, SignalSource
 from torchcurv.curv.losses.terms import Terms
-from torchcurv.curv.numerics import random_signs
+from torchcurv.curv.numerics import on_cpu, random_signs
 
 SIGNAL_ELEMENTS = 1 << 25  # elements of layer outputs held at once when many signals are sent
 
@@ -193,7 +193,12 @@ class RowSource:
         sites = {name: tuple((mark[:2], mark[4:]) for mark in each) for name, each in marks.items()}
         functions = {name: (name, structure.functions, loss, of_block) for name, of_block in sites.items()}
         values = None if structure.values is None else (structure.functions, structure.values, loss, event.f.shape)
-        return Path(functions, values, structure.chosen, marks)
+        n, shape = len(event.terms.f), event.f.shape[1:]
+        of_samples = {
+            name: (functions[name], shape, len(event.f.shape), *((mark[2][1:], mark[3] / n) for mark in marks[name]))
+            for name in marks
+        }
+        return Path(functions, values, structure.chosen, marks, n, of_samples, not on_cpu(event.f))
 
     def labels(self) -> tuple[Tensor | None, int, Tensor | None]:
         event = self.event

@@ -33,13 +33,17 @@ class Path(NamedTuple):
     """The way from the layers of a pass to its loss. Each is equal where it is the same.
 
     functions: from the calls of each block, without sizes. values: with all that says how rows are moved; None: that
-    cannot be read. chosen: whether a tensor chooses rows. marks: of the calls of each block.
+    cannot be read. chosen: whether a tensor chooses rows. marks: of the calls of each block. samples: how many.
+    of_samples: functions, with the shapes of each sample. waits: whether reading a value waits for an accelerator.
     """
 
     functions: Mapping[str, Hashable]
     values: Hashable
     chosen: bool
     marks: dict[str, tuple[Mark, ...]]
+    samples: int
+    of_samples: Mapping[str, Hashable]
+    waits: bool
 
 
 class Source(Protocol):
@@ -120,6 +124,8 @@ class GradientCheck:
         functions = [path.functions[block.name] for block in doubtful]
         light = not path.chosen and all(self._sizes.get(key, -1) >= 0 for key in functions)
         if light and path.values is not None:
+            if path.waits and all(path.of_samples[block.name] in self._verified for block in doubtful):
+                return None  # more or fewer samples, each as before: that is not worth waiting for
             passed_over = [self._passed_over(key) for key in functions]
             if all(passed_over):
                 return None
@@ -165,6 +171,8 @@ class GradientCheck:
             elif finite and path.values is not None and (rows is None or rows.lasting):
                 self._verified.add((block.name, path.values, path.marks[block.name]))
                 self._sizes.setdefault(path.functions[block.name], 0)
+                if path.samples > 1:
+                    self._verified.add(path.of_samples[block.name])
         if rows is not None:
             self._sizes |= {path.functions[block.name]: -1 for block in blocks}
             if rows.lasting and path.values is not None:

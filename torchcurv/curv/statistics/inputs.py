@@ -250,10 +250,12 @@ class Inputs:
 
     def gradient_in_parts(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """(`gradient`, norm(a)²) without keeping a, which may be many times larger than what the module was given."""
-        module, x = self.calls[0]
-        read: Callable[..., Any] = self.view.inputs
         if self.view.tokens:
             return self.gradient(s), self._all.weight.square().sum()
+        if not self.calls:
+            return self.gradient(s), self.a.square().sum()
+        module, x = self.calls[0]
+        read: Callable[..., Any] = self.view.inputs
         if "_all" in self.__dict__ or self.view.batch_dependent or len(self.calls) > 1 or len(x) > 1:
             return self.gradient(s), self.a.square().sum()
         each = len(x[0]) // self.n
