@@ -87,6 +87,26 @@ def test_flattened_outputs_of_sequences(lengths, by_position, recurrent, trigger
         close(got, grouped_truth(opt, tokens, y, kind, by_sample(n, t, by_position), n))
 
 
+class LateHead(TimeFirst):
+    """The head sees the rows flattened."""
+
+    def forward(self, tokens):
+        h = self.body(self.embedding(tokens)).tanh()
+        return self.head((h.transpose(0, 1) if self.by_position else h).flatten(0, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("by_position", [True, False])
+def test_a_flattened_output_of_a_last_batch_of_one(by_position, kind):
+    model, t = cases.seeded(lambda: LateHead(by_position, recurrent=False)).double(), 3
+    opt = optimizer(model, CE, curv_type=kind)
+    for n in (4, 1, 2):
+        tokens = torch.randint(7, (n, t), generator=torch.Generator().manual_seed(n))
+        y = torch.randint(V, (n * t,), generator=torch.Generator().manual_seed(n + 9))
+        got = step(opt, lambda tokens=tokens, y=y: CE(model(tokens), y))
+        close(got, grouped_truth(opt, tokens, y, kind, by_sample(n, t, by_position), n))
+
+
 def test_kfac_of_a_flattened_output_is_that_of_the_same_network_unflattened():
     n, t = 5, 3
     tokens = torch.randint(7, (n, t), generator=torch.Generator().manual_seed(0))

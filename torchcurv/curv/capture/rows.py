@@ -10,14 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchcurv.curv.losses.terms import Terms
 
-Mark = tuple[Any, ...]  # of a call: the same in all passes that are alike
+
+class Mark(NamedTuple):
+    """What a call is known by in all passes that are alike. place, number: of its output in the graph."""
+
+    layer: int
+    site: int
+    place: int
+    number: int
+    shape: tuple[int, ...]
+    batch: int
+
+
 Send = Callable[[Tensor], Mapping[Mark, Tensor]]  # from factors of the output's rows [m] to what arrives at rows [b, e]
 
 
@@ -124,7 +135,7 @@ def depending(carry: Callable[[Tensor], Tensor | None], b: int) -> Tensor | None
     if carry(torch.ones(b, dtype=torch.float64)) is None:
         return None
 
-    def send(factors: Tensor) -> dict[Mark, Tensor]:
+    def send(factors: Tensor) -> dict[Any, Tensor]:
         change = carry(factors)
         return {} if change is None else {(): change}
 
@@ -134,7 +145,7 @@ def depending(carry: Callable[[Tensor], Tensor | None], b: int) -> Tensor | None
     return read[()].unique(return_inverse=True)[1]
 
 
-def _decoded(send: Send, labels: Tensor) -> dict[Mark, Tensor] | None:
+def _decoded(send: Callable[[Tensor], Mapping[Any, Tensor]], labels: Tensor) -> dict[Any, Tensor] | None:
     """Whose signal arrives at each row, -1 for nobody's; None where that of several does."""
     first = send(torch.ones(len(labels), dtype=torch.float64))
     bits = 2 if torch.float16 in [x.dtype for x in first.values()] else 4  # other types have room for 2^8, and 2^-8

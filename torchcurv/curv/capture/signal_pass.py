@@ -190,12 +190,17 @@ class RowSource:
         loss = event.loss.name, event.loss.class_dim, self._part_of_batch(), said
         calls = self.arranged(None)
         marks = {block.name: tuple(map(self.mark_of, calls.calls_of([block]))) for block in blocks}
-        sites = {name: tuple((mark[:2], mark[4:]) for mark in each) for name, each in marks.items()}
+        sites = {name: tuple(mark[:4] for mark in each) for name, each in marks.items()}
         functions = {name: (name, structure.functions, loss, of_block) for name, of_block in sites.items()}
         values = None if structure.values is None else (structure.functions, structure.values, loss, event.f.shape)
         n, shape = len(event.terms.f), event.f.shape[1:]
         of_samples = {
-            name: (functions[name], shape, len(event.f.shape), *((mark[2][1:], mark[3] / n) for mark in marks[name]))
+            name: (
+                functions[name],
+                shape,
+                len(event.f.shape),
+                *((mark.shape[1:], mark.batch / n) for mark in marks[name]),
+            )
             for name in marks
         }
         return Path(functions, values, structure.chosen, marks, n, of_samples, not on_cpu(event.f))
@@ -239,7 +244,7 @@ class RowSource:
     def mark_of(self, call: Call) -> Mark:
         edge = self.edges[id(call)]
         place = self.structure.places.get(edge.node, -1)
-        return call.layer, id(call.site), tuple(call.shape), call.batch, place, edge.number
+        return Mark(call.layer, id(call.site), place, edge.number, tuple(call.shape), call.batch)
 
     def arranged(self, rows: Rows | None) -> StatisticsAssembler:
         context, event = self.context, self.event

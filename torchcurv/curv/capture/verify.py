@@ -101,6 +101,7 @@ class GradientCheck:
         self.name_fits = False  # whether a gradient was found to be that of the loss known by its name
         self._verified: set[Hashable] = set()
         self._rows: dict[Hashable, Rows] = {}  # by the path, where they are not equal runs
+        self._one_row: set[Hashable] = set()  # (block, number of a call) where each sample had a row of its own
         self._sizes: dict[Hashable, int] = {}  # by the functions of a path: how many sizes it has held for, or -1
 
     def settle(self, blocks: list[Curvature], source: Source) -> Rows | None:
@@ -135,7 +136,7 @@ class GradientCheck:
             first = probe.run(light)
             if first is not None and not any(found.coupled and not found.unexplained for found in first.values()):
                 return self._conclude(doubtful, path, first, None)
-        for rows in self._found(blocks, source):
+        for rows in self._found(blocks, path, source):
             second = _Probe(self, blocks, source, rows, rows.labels).run(False)
             if second is not None and not any(found.coupled for found in second.values()):
                 return self._conclude(blocks, path, second, rows)
@@ -175,6 +176,12 @@ class GradientCheck:
                     self._verified.add(path.of_samples[block.name])
         if rows is not None:
             self._sizes |= {path.functions[block.name]: -1 for block in blocks}
+            self._one_row |= {
+                (block.name, k)
+                for block in blocks
+                for k, mark in enumerate(path.marks[block.name])
+                if rows.n > 1 and mark in rows.calls and rows.calls[mark].shape[1] == 1
+            }
             if rows.lasting and path.values is not None:
                 self._keep(path.values, rows)
         return rows
@@ -190,7 +197,12 @@ class GradientCheck:
 
     # --------------------------------------------------------------------------------- rows
 
-    def _found(self, blocks: list[Curvature], source: Source) -> Iterator[Rows]:
+    def _is_one_sample(self, blocks: list[Curvature], path: Path) -> bool:
+        """Whether a call has one row, and had one for each sample when there were more."""
+        calls = [(b.name, k, mark.batch) for b in blocks for k, mark in enumerate(path.marks[b.name])]
+        return any(batch == 1 and (name, k) in self._one_row for name, k, batch in calls)
+
+    def _found(self, blocks: list[Curvature], path: Path, source: Source) -> Iterator[Rows]:
         """Rows that signals show, for the samples that the rows of the output may belong to."""
         calls = source.arranged(None).calls_of(blocks)
         draw, generator = source.draws()
@@ -209,9 +221,10 @@ class GradientCheck:
             if rows is not None:
                 yield rows
         by_inputs = source.depending(reached) if said is None else None
-        rows = None if by_inputs is None else found(send, by_inputs)
-        if rows is not None and rows.n > 1:
-            yield rows
+        if by_inputs is not None and (int(by_inputs.max()) > 0 or self._is_one_sample(blocks, path)):
+            rows = found(send, by_inputs)
+            if rows is not None:
+                yield rows
 
     def _still_idle(self, rows: Rows, blocks: list[Curvature], source: Source) -> bool:
         """Whether rows that belonged to no sample still get no signal."""
