@@ -1,5 +1,8 @@
 """Which rows of an output belong to which sample: found from the graph, checked again when it changes, or refused."""
 
+import random
+import re
+
 import cases
 import oracles
 import pytest
@@ -759,3 +762,72 @@ def test_blocks_that_are_measured_in_turns():
                 v = [cases.randn(*p.shape, seed=3) for _, p in params]
                 got = torch.cat([part.flatten() for part in opt.blocks[name].matvec(v)])
                 close(got, oracles.ggn(model, CE, x, y, params) @ torch.cat([part.flatten() for part in v]))
+
+
+# ------------------------------------------------------------------------------------------------ random routes
+
+
+def route(rng, m):
+    """(a random function of the rows of a tensor, how many rows it makes of m)."""
+    steps = []
+    for _ in range(rng.randint(1, 3)):
+        pairs, order = m % 2 == 0, torch.tensor(rng.sample(range(m), m))
+        start, few = rng.randrange(m), rng.randint(1, m)
+        groups = torch.tensor([*range(few), *(rng.randrange(few) for _ in range(m - few))])[order]
+        choices = {
+            "permute": (lambda h, order=order: h[order], m),
+            "cut": (lambda h, start=start: h[start:], m - start),
+            "pick": (lambda h, order=order[:few]: h[order], few),
+            "join": (lambda h: torch.cat([h, h.tanh()]), 2 * m),
+            "repeat": (lambda h: torch.stack([h, h * h], 1).flatten(0, 1), 2 * m),
+            "pool": (lambda h, groups=groups, few=few: h.new_zeros(few, h.shape[1]).index_add(0, groups, h), few),
+            "roll": (lambda h, few=few: h.roll(few, 0), m),
+            "views": (lambda h, m=m: h[: m // 2] + h[m // 2 :], m // 2) if pairs else (lambda h: h, m),
+            "pairs": (lambda h: h.unflatten(0, (-1, 2)).sum(1), m // 2) if pairs else (lambda h: h, m),
+        }
+        function, m = choices[rng.choice(list(choices))]
+        steps.append(function)
+
+    def run(h):
+        for function in steps:
+            h = function(h)
+        return h
+
+    return run, m
+
+
+class Routed(nn.Module):
+    """Two layers, and what moves the rows after each."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(D, 4), nn.Linear(4, V)
+
+    def forward(self, x):
+        return self.after(self.b(self.between(self.a(x).tanh())))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_routes_of_rows_are_right_or_refused(seed):
+    """One optimizer after the other, each over several routes: never silently wrong."""
+    right = refused = 0
+    for draw in range(12):
+        rng = random.Random(100 * seed + draw)
+        opt = optimizer(cases.seeded(Routed).double(), None)
+        for _ in range(3):
+            n = rng.randint(1, 8)
+            opt.model.between, m = route(rng, n)
+            opt.model.after, m = route(rng, m)
+            part, m = route(rng, m)
+            x, y = cases.randn(n, D, seed=draw), batch(m, draw)[1]
+            try:
+                f = part(opt.model(x))
+                opt.observe(f, y, CE)
+                got = step(opt, lambda f=f, y=y: CE(f, y))
+            except (RuntimeError, ValueError) as error:
+                assert re.search("not a sum over samples|no multiple of the batch size", str(error))
+                refused += 1
+                break
+            close(got, truth(opt, CE, x, y, "ggn", Part(opt.model, part)))
+            right += 1
+    assert right > refused / 2  # most of these do join samples

@@ -19,7 +19,8 @@ from torchcurv.curv.losses.terms import Terms
 
 
 class Mark(NamedTuple):
-    """What a call is known by in all passes that are alike. place, number: of its output in the graph."""
+    """What a call is known by in all passes that are alike: numbers of its layer, of the site there, and of its output
+    in the graph."""
 
     layer: int
     site: int
@@ -68,7 +69,7 @@ class Rows:
         if weights is not None:
             weights = group(weights)
             kept = ~missing.repeat_interleave(weights[0].numel() // missing.shape[1], 1)
-            weights = weights * kept.reshape(weights.shape)
+            weights = weights * kept.reshape(weights.shape).to(weights.device)
         y, arrived = terms.target, terms.arrived
         return replace(
             terms,

@@ -244,7 +244,8 @@ class RowSource:
     def mark_of(self, call: Call) -> Mark:
         edge = self.edges[id(call)]
         place = self.structure.places.get(edge.node, -1)
-        return Mark(call.layer, id(call.site), place, edge.number, tuple(call.shape), call.batch)
+        site = self.context.layers[call.layer].sites.index(call.site)
+        return Mark(call.layer, site, place, edge.number, tuple(call.shape), call.batch)
 
     def arranged(self, rows: Rows | None) -> StatisticsAssembler:
         context, event = self.context, self.event
