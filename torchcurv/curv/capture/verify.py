@@ -124,16 +124,15 @@ class GradientCheck:
         runs, _, said = source.labels()
         functions = [path.functions[block.name] for block in doubtful]
         light = not path.chosen and all(self._sizes.get(key, -1) >= 0 for key in functions)
-        if light and path.values is not None:
+        if light and path.values is not None and not any(map(self._used_unknown, doubtful)):
             if path.waits and all(path.of_samples[block.name] in self._verified for block in doubtful):
                 return None  # more or fewer samples, each as before: that is not worth waiting for
             passed_over = [self._passed_over(key) for key in functions]
             if all(passed_over):
                 return None
         first: dict[str, Findings] | None = None
-        if runs is not None and said is None:
-            probe = _Probe(self, doubtful, source, None, runs)
-            first = probe.run(light)
+        if runs is not None and said is None and path.values not in self._rows:
+            first = _Probe(self, doubtful, source, None, runs).run(light)
             if first is not None and not any(found.coupled and not found.unexplained for found in first.values()):
                 return self._conclude(doubtful, path, first, None)
         for rows in self._found(blocks, path, source):
@@ -146,9 +145,12 @@ class GradientCheck:
         return self._conclude(doubtful, path, first, None)
 
     def _doubtful(self, block: Curvature, path: Path) -> bool:
-        """Whether the gradient of a block has to be compared. A use that is not known may not have mattered before."""
-        if path.values is None or (block.name, path.values, path.marks[block.name]) not in self._verified:
-            return True
+        """Whether the gradient of a block has to be compared."""
+        new = path.values is None or (block.name, path.values, path.marks[block.name]) not in self._verified
+        return new or self._used_unknown(block)
+
+    def _used_unknown(self, block: Curvature) -> bool:
+        """Whether a parameter has a use that is not known, which may not have mattered before."""
         by_sample = any(site.by_sample for layer in block.layers for site in layer.sites)
         return not by_sample and not self.unknown_uses.keys().isdisjoint(block.params)
 
@@ -216,7 +218,8 @@ class GradientCheck:
             return {source.mark_of(call): at_least_float32(call.signal(grad)).flatten(1) for call, grad in pairs}
 
         _, m, said = source.labels()
-        for labels in candidates(m, {call.batch for call in reached}) if said is None else [said]:
+        known = [self._rows[path.values].labels] if path.values in self._rows else []
+        for labels in [*known, *candidates(m, {call.batch for call in reached})] if said is None else [said]:
             rows = found(send, labels)
             if rows is not None:
                 yield rows
