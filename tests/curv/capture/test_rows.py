@@ -9,6 +9,7 @@ import pytest
 import torch
 from measured import KINDS, Part, close, covered, measured, optimizer, truth
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from torchcurv import SecondOrderOptimizer, curvature, laplace
@@ -88,6 +89,35 @@ def test_flattened_outputs_of_sequences(lengths, by_position, recurrent, trigger
         y = torch.randint(V, (n * t,), generator=torch.Generator().manual_seed(t + 9))
         got = step(opt, lambda tokens=tokens, y=y: CE(model(tokens), y))
         close(got, grouped_truth(opt, tokens, y, kind, by_sample(n, t, by_position), n))
+
+
+class Attending(nn.Module):
+    """Tokens of a sample attend to one another, by torch's fused function; the rows of the output are flattened."""
+
+    def __init__(self, by_position):
+        super().__init__()
+        self.embedding, self.by_position = nn.Embedding(7, 4), by_position
+        self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, V)
+
+    def forward(self, tokens):
+        h = self.embedding(tokens)
+        q, k, v = self.qkv(h).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        h = h + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return self.head((h.transpose(0, 1) if self.by_position else h).flatten(0, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("by_position", [True, False])
+@pytest.mark.parametrize("trigger", [CE, "cross_entropy"])
+def test_flattened_outputs_of_attention(trigger, by_position, kind):
+    model = cases.seeded(lambda: Attending(by_position)).double()
+    opt = optimizer(model, trigger, curv_type=kind)
+    for n, t in ((4, 3), (4, 5), (2, 3), (1, 3)):
+        tokens = torch.randint(7, (n, t), generator=torch.Generator().manual_seed(t))
+        y = torch.randint(V, (n * t,), generator=torch.Generator().manual_seed(t + 9))
+        got = step(opt, lambda tokens=tokens, y=y: CE(model(tokens), y))
+        with sdpa_kernel(SDPBackend.MATH):
+            close(got, grouped_truth(opt, tokens, y, kind, by_sample(n, t, by_position), n))
 
 
 class LateHead(TimeFirst):

@@ -223,9 +223,10 @@ class GradientCheck:
             rows = found(send, labels)
             if rows is not None:
                 yield rows
-        by_inputs = source.depending(reached) if said is None else None
-        if by_inputs is not None and (int(by_inputs.max()) > 0 or self._is_one_sample(blocks, path)):
-            rows = found(send, by_inputs)
+        if said is None:
+            one = self._is_one_sample(blocks, path)
+            last = torch.zeros(m, dtype=torch.long) if one else source.depending(reached)
+            rows = found(send, last) if last is not None and (one or int(last.max()) > 0) else None
             if rows is not None:
                 yield rows
 
