@@ -129,9 +129,9 @@ class StatisticsAssembler:
         if not self.fits(call):
             raise ValueError(
                 f"layer {name!r} was called with a tensor of shape {tuple(call.x[0].shape)}, whose dimension 0 is no "
-                f"multiple of the batch size {n} (dimension 0 of the model's output): put the batch first, call "
-                "optimizer.observe(output, target) with an output whose dimension 0 is the batch, or give this "
-                "layer's parameters a group with approx=None"
+                f"multiple of the batch size {n} (dimension 0 of the model's output): put the batch first, say "
+                "with optimizer.observe(output, target, samples=) which sample each row of the output belongs to, or "
+                "give this layer's parameters a group with approx=None"
             )
         if call.edited:
             raise RuntimeError(
