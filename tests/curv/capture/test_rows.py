@@ -415,6 +415,25 @@ def test_packed_tokens(said, kind):
     close(got, torch.einsum("vmp,vmq->pq", rows, rows))
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_rows_that_cannot_be_found_raise_and_name_what_says_them(said):
+    """Packed tokens of a model that cannot be differentiated twice."""
+    model = cases.seeded(lambda: Attending(False)).double()
+    opt = optimizer(model, None)
+    tokens, kept = torch.randint(7, (3, 4), generator=torch.Generator().manual_seed(0)), torch.arange(12) % 5 != 3
+    y = torch.randint(V, (int(kept.sum()),), generator=torch.Generator().manual_seed(1))
+    f = model(tokens)[kept]
+    opt.observe(f, y, CE, samples=(torch.arange(12) // 4)[kept] if said else None)
+    if said:
+        CE(f, y).backward()
+        got = measured(opt)
+        with sdpa_kernel(SDPBackend.MATH):
+            close(got, truth(opt, CE, tokens, y, "ggn", Part(model, lambda out: out[kept])))
+        return
+    with pytest.raises(ValueError, match=r"observe\(output, target, samples=\)"):
+        CE(f, y).backward()
+
+
 def named(opt):
     """(name in a `Part` of the model, parameter)."""
     return [(f"model.{name}", p) for name, p in covered(opt)]
