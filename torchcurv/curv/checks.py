@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from torch import Tensor
+
 
 def entry_of(name: str, value: Any, known: Mapping[str, Any]) -> Any:
     """What `known` has under a value, or an error that says what it could be."""
@@ -18,6 +20,24 @@ def check_count(name: str, value: int, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r}; pass an int of at least {least}")
     return value
+
+
+def pair_of(batch: Any) -> tuple[Any, Tensor]:
+    """(x, y) of a batch of data."""
+    if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        x, y = batch
+        return x, y
+    if isinstance(batch, Mapping):
+        came = f"a {type(batch).__name__} with the keys {', '.join(map(repr, batch))}"
+    elif isinstance(batch, tuple | list):
+        came = f"a {type(batch).__name__} of {', '.join(type(part).__name__ for part in batch)}"
+    else:
+        came = f"a {type(batch).__name__}"
+    raise TypeError(
+        f"data gave {came} as a batch; a batch is a pair (x, y): x a tensor, a tuple of positional or a dict of "
+        "keyword arguments of the model, and y a tensor, the target. Pass for example [((u, v), y) for u, v, y in "
+        "loader], or [({k: b[k] for k in ('input_ids', 'attention_mask')}, b['labels']) for b in loader]"
+    )
 
 
 ADAPTIVE, AUTO = "adaptive", "auto"

@@ -17,7 +17,7 @@ from torchcurv.curv.bundles import flattened
 from torchcurv.curv.capture.context import LossEvent
 from torchcurv.curv.capture.recorder import Recorder
 from torchcurv.curv.capture.signal_pass import CurvaturePass
-from torchcurv.curv.checks import entry_of
+from torchcurv.curv.checks import entry_of, pair_of
 from torchcurv.curv.graph import edge_of
 from torchcurv.curv.kinds.table import KINDS
 from torchcurv.curv.layers.find import find_layers
@@ -246,7 +246,7 @@ def _measure(
     total: Tensor | float = 0.0
     for block in blocks:
         block.average.forget()
-    for x, y in data:
+    for x, y in map(pair_of, data):
         with torch.enable_grad():
             f, _ = forward(model, x, output_fn)
         found = record.capture_of(f) if f.grad_fn is not None else None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchcurv.curv.analysis.spectra import OverParameters, Vector, seeded
-from torchcurv.curv.checks import entry_of
+from torchcurv.curv.checks import entry_of, pair_of
 from torchcurv.curv.graph import edge_of
 from torchcurv.curv.hessian.products import OutputLoss
 from torchcurv.curv.kinds.table import KINDS, kind_of
@@ -79,7 +79,7 @@ class CurvatureOperator(OverParameters):
         shares: Tensor | float = 0.0
         seen = False
         with preserved_buffers(self._model), _same_random_state(self._seed, self.params):
-            for x, y in self._data:
+            for x, y in map(pair_of, self._data):
                 seen = True
                 batch, share = self._batch(x, y)
                 shares = shares + share

@@ -23,12 +23,21 @@ Gradients = Callable[[Call], list[Tensor | None]]  # those at the output of a ca
 class StatisticsAssembler:
     """Where the signals of one pass arrive, with the layers' inputs, which all blocks and signals share.
 
-    layers, members: all layers, and by the name of a block the numbers of its own.
+    layers, members: all layers, and by the name of a block the numbers of its own. rows: by the id of a call, the rows
+    of each sample [n, k], -1 for those that it lacks; calls that are not there have an equal run for each.
     It refers to no node of the graph, so that the layers' nodes may refer to it.
     """
 
-    def __init__(self, layers: list[Layer], members: Mapping[str, list[int]], terms: Terms, calls: list[Call]) -> None:
+    def __init__(
+        self,
+        layers: list[Layer],
+        members: Mapping[str, list[int]],
+        terms: Terms,
+        calls: list[Call],
+        rows: Mapping[int, Tensor],
+    ) -> None:
         self.layers, self._members, self.terms, self.n = layers, members, terms, terms.f.shape[0]
+        self._rows = rows
         self.calls: dict[int, list[Call]] = {}
         for call in calls:
             if not call.superseded:
@@ -51,11 +60,41 @@ class StatisticsAssembler:
         if key not in self._inputs:
             for call in used:
                 self.check(call)
+            if used[0].site.view.batch_dependent and any(id(call) in self._rows for call in used):
+                self._inputs[key] = self._regrouped(used)
+                return self._inputs[key]
             layer, weights = self.layers[used[0].layer], self.terms.position_weights
+            present = self._present(used, stride)
             weights = weights if weights is None else weights[::stride]
             calls = [(call.site.module, tuple(self._strided(x, call, stride) for x in call.x)) for call in used]
-            self._inputs[key] = Inputs(layer, used[0].site, calls, self._num_strided(stride), weights)
+            self._inputs[key] = Inputs(layer, used[0].site, calls, self._num_strided(stride), weights, present)
         return self._inputs[key]
+
+    def _regrouped(self, used: list[Call]) -> Inputs:
+        """Inputs that are known only of the whole batch, and then taken for the samples."""
+        layer, site, parts = self.layers[used[0].layer], used[0].site, []
+        for call in used:
+            whole = Inputs(layer, site, [(site.module, call.x)], call.batch, None).a
+            parts.append(self._by_sample(call, whole))
+        a = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return Inputs.made(layer, site, a, self.terms.position_weights, self._present(used, 1))
+
+    def _by_sample(self, call: Call, x: Tensor) -> Tensor:
+        """[n, r, ...] from what a call has for its rows [batch, p, ...]; zeros for rows that are missing."""
+        rows = self._rows.get(id(call))
+        if rows is not None:
+            x = torch.where((rows >= 0).flatten().reshape(-1, *(1,) * (x.dim() - 1)), x[rows.clamp_min(0).flatten()], 0)
+        return x.reshape(self.n, -1, *x.shape[2:])
+
+    def _present(self, used: list[Call], stride: int) -> Tensor | None:
+        """[n, r]: whether a sample has the position, where some lack rows that others have."""
+        if all(id(call) not in self._rows or bool((self._rows[id(call)] >= 0).all()) for call in used):
+            return None
+        parts = []
+        for call in used:
+            rows, each = self._rows[id(call)][::stride], call.positions(self.layers[call.layer]) // call.batch
+            parts.append((rows >= 0).repeat_interleave(each, 1))
+        return torch.cat(parts, 1)
 
     def _num_strided(self, stride: int) -> int:
         """How many samples every stride-th is."""
@@ -63,7 +102,12 @@ class StatisticsAssembler:
 
     def _strided(self, x: Any, call: Call, stride: int) -> Any:
         """An argument of a call, for every stride-th sample of those that have a part in it."""
-        if stride == 1 or not isinstance(x, Tensor) or not x.dim() or len(x) != call.batch:
+        if not isinstance(x, Tensor) or not x.dim() or len(x) != call.batch:
+            return x
+        rows = self._rows.get(id(call))
+        if rows is not None:
+            return x[rows[::stride].clamp_min(0).flatten()]
+        if stride == 1:
             return x
         return x[::stride] if call.batch == self.n else x.unflatten(0, (self.n, -1))[::stride].flatten(0, 1)
 
@@ -76,14 +120,18 @@ class StatisticsAssembler:
         positions = sum(call.positions(self.layers[call.layer]) for call in calls if reached(call))
         return max(1, min(self.n, -(-positions // limit)))
 
+    def fits(self, call: Call) -> bool:
+        """Whether the rows of a call are those of the samples."""
+        return id(call) in self._rows or call.batch % self.n == 0
+
     def check(self, call: Call) -> None:
         name, n = self.layers[call.layer].name, self.n
-        if call.batch % n:
+        if not self.fits(call):
             raise ValueError(
                 f"layer {name!r} was called with a tensor of shape {tuple(call.x[0].shape)}, whose dimension 0 is no "
-                f"multiple of the batch size {n} (dimension 0 of the model's output): put the batch first, call "
-                "optimizer.observe(output, target) with an output whose dimension 0 is the batch, or give this "
-                "layer's parameters a group with approx=None"
+                f"multiple of the batch size {n} (dimension 0 of the model's output): put the batch first, say "
+                "with optimizer.observe(output, target, samples=) which sample each row of the output belongs to, or "
+                "give this layer's parameters a group with approx=None"
             )
         if call.edited:
             raise RuntimeError(
@@ -95,9 +143,13 @@ class StatisticsAssembler:
         """s [n, r, g, o] from the gradients at the outputs of the calls."""
         parts = []
         for call, grad in zip(used, grads, strict=True):
-            s = at_least_float32(call.signal(grad))
-            parts.append(s.reshape(self.n, -1, *s.shape[-2:]))
+            parts.append(self._by_sample(call, at_least_float32(call.signal(grad))))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _positions(self, call: Call) -> int:
+        """Those of a sample."""
+        rows, all_of_them = self._rows.get(id(call)), call.positions(self.layers[call.layer])
+        return all_of_them // self.n if rows is None else rows.shape[1] * all_of_them // call.batch
 
     def _alike(self, layer: int, reached: Callable[[Call], bool]) -> Iterable[list[Call]]:
         """The calls of a layer that the loss reaches, those together that see its weight alike."""
@@ -147,7 +199,7 @@ class StatisticsAssembler:
         for used in self._alike(k, lambda call: id(call) in reached):
             inputs = self.inputs(used)
             g, o, _ = layer.site_shape(used[0].site)
-            positions = sum(call.positions(layer) for call in used) // self.n
+            positions = sum(self._positions(call) for call in used)
             uses.append(LayerData(inputs, layer.params[0].new_empty(0, self.n, positions, g, o)))
         if uses:
             block.measure(Stats([uses], 1.0, 1.0, block.layers))
@@ -172,7 +224,7 @@ class StatisticsAssembler:
 
     def _check_propagated(self, calls: list[Call], block: Curvature) -> None:
         name = self.layers[calls[0].layer].name
-        if any(call.batch_first is not None or call.batch != self.n for call in calls):
+        if any(call.batch_first is not None or call.batch != self.n or id(call) in self._rows for call in calls):
             raise NotImplementedError(
                 f"the Hessian of layer {name!r} cannot be propagated: it is used inside a module, or with more rows "
                 'than there are samples. Give its parameters curv_type="ggn", or approx=None'

@@ -32,6 +32,7 @@ class LossEvent:
     f, f_edge: the tensor the loss is applied to, and where its gradient arrives; output_edge: that of the capture.
     loss_scale: what a GradScaler multiplied the function by.
     arriving: the gradient at f, where the node of f is running and no loss but this one sends it.
+    samples: the sample of each row of f, where the user said it.
     """
 
     loss: Loss
@@ -43,6 +44,7 @@ class LossEvent:
     output_edge: Edge
     loss_scale: Any = 1.0
     arriving: Tensor | None = None
+    samples: Tensor | None = None
 
     def edge_at(self, edge: Edge | None) -> Edge:
         """The edge of a call of the capture."""

@@ -82,6 +82,8 @@ class LossSettings:
         outputs = [out for out in _tensors(output) if out.grad_fn is not None and out.dim()]
         if every or not self.named:
             return outputs
+        if self.output_fn is None and isinstance(output, Tensor) and not output.dim() and output.grad_fn is not None:
+            return [output]  # a batch of one, squeezed, or the loss itself
         if self.output_fn is None:
             if len(outputs) > 1:
                 raise ValueError(

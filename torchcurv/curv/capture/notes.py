@@ -48,7 +48,7 @@ class GraphNotes:
                 if id(call) not in known:
                     known.add(id(call))
                     calls.append((call, edge if at is None else at))
-        n = captures[0][0].n if captures else f.shape[0]
+        n = captures[0][0].n if captures else (f.shape[0] if f.dim() else 1)
         parts = [capture for capture, _ in captures]
         mixed = mixed if not parts else any(part.mixed for part in parts)
         joined = Capture(calls, n, f.shape, next(iter(forwards), None), parts, mixed=mixed)

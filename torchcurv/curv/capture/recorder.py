@@ -19,6 +19,7 @@ from torchcurv.curv.capture.calls import Call, Capture
 from torchcurv.curv.capture.context import LossEvent, PassContext
 from torchcurv.curv.capture.hooks import Hook, argument, is_internal_forward
 from torchcurv.curv.capture.loss_settings import LossSettings
+from torchcurv.curv.capture.rows import numbered
 from torchcurv.curv.capture.signal_pass import CurvaturePass
 from torchcurv.curv.capture.triggers import DerivativeTaken, InputsAlone, LossModule, NamedOutput, Observed, Trigger
 from torchcurv.curv.capture.witness import OF_ANOTHER_OUTPUT, OutputWitness, with_signs
@@ -137,6 +138,8 @@ class Recorder:
             self.context.tapes.keep(forward, self.forward.tape)
         numbered = [(age_of(edge.node), call, edge) for call, edge in calls]
         for out in outputs:
+            if not out.dim() and any(call.batch > 1 for call, _ in calls):
+                continue  # not the output of one sample, but a loss that the model computed
             edge = edge_of(out)
             last = age_of(edge.node)
             own: list[tuple[Call, Edge | None]] = []
@@ -145,7 +148,7 @@ class Recorder:
                     own.append((call, None))
                 elif number < last:
                     own.append((call, at))
-            capture = Capture(own, out.shape[0], out.shape, forward, mixed=self.forward.mixed)
+            capture = Capture(own, out.shape[:1].numel(), out.shape, forward, mixed=self.forward.mixed)
             self.forward.notes.at(edge).capture = capture
             edge.node.register_prehook(DerivativeTaken(self, capture))
             if isinstance(self.loss_fn, nn.Module) and not self._alone:
@@ -194,7 +197,14 @@ class Recorder:
         edge = edge_of(loss)
         LossModule(self, capture, edge.number, output_edge, f, target).arm(edge.node)
 
-    def observe(self, output: Tensor, target: Tensor, loss_fn: nn.Module | str | None, weight: float | Tensor) -> None:
+    def observe(
+        self,
+        output: Tensor,
+        target: Tensor,
+        loss_fn: nn.Module | str | None,
+        weight: float | Tensor,
+        samples: Tensor | None = None,
+    ) -> None:
         """Note the loss of one output; its pass starts when the backward reaches that output."""
         loss = self.settings.observed(loss_fn)
         if not isinstance(output, Tensor) or not output.dim():
@@ -216,7 +226,8 @@ class Recorder:
         edge = edge_of(output)
         below = None if edge[:2] == output_edge[:2] else output_edge  # a node must not refer to itself
         terms = partial(loss.terms, target=target, n=capture.batch_of(output))
-        trigger = Observed(self, capture, edge.number, edge.shape, frozen(output), below, loss, terms, weight)
+        samples = None if samples is None else numbered(samples, loss.rows(output))
+        trigger = Observed(self, capture, edge.number, edge.shape, frozen(output), below, loss, terms, weight, samples)
         trigger.arm(edge.node)
 
     # ---------------------------------------------------------------------------------- backward

@@ -7,8 +7,9 @@ Fisher. Which signals there are, if any, is said by the kinds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,13 +20,15 @@ from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.assemble import StatisticsAssembler
 from torchcurv.curv.capture.calls import Call
 from torchcurv.curv.capture.context import LossEvent, PassContext
-from torchcurv.curv.capture.listen import BackwardListener
-from torchcurv.curv.graph import Edge, backward_id, edges_below, will_run
+from torchcurv.curv.capture.rows import Mark, Rows, depending
+from torchcurv.curv.capture.verify import Path
+from torchcurv.curv.graph import Edge, Structure, backward_id, edges_below, structure_of, will_run
 from torchcurv.curv.hessian.operation import Key, key_of
 from torchcurv.curv.hessian.products import OutputLoss
 from torchcurv.curv.hessian.tape import Tape
 from torchcurv.curv.kinds.base import CurvatureKind, Signals, SignalSource
 from torchcurv.curv.losses.terms import Terms
+from torchcurv.curv.numerics import full_precision, on_cpu, random_signs
 
 SIGNAL_ELEMENTS = 1 << 25  # elements of layer outputs held at once when many signals are sent
 
@@ -40,8 +43,10 @@ class CurvaturePass(SignalSource):
         self, context: PassContext, event: LossEvent, blocks: list[Curvature], part: LossEvent | None = None
     ) -> None:
         self.context, self.event, self.blocks = context, event, blocks
-        self.edges = {id(call): event.edge_at(edge) for call, edge in event.capture.calls}
-        self.assembler = StatisticsAssembler(context.layers, context.members, event.terms, event.calls)
+        self.source = RowSource(context, event)
+        self.edges = self.source.edges
+        self.rows: Rows | None = None  # of the samples, where they have no equal runs
+        self.assembler = self.source.arranged(None)
         self._part = None if part is None else CurvaturePass(context, part, blocks)
 
     @torch.no_grad()
@@ -52,7 +57,9 @@ class CurvaturePass(SignalSource):
         for block in self.blocks:
             block.pending.begin(backward_id(), block.params)
         with self.context.running(self.event.f.device):
-            self.sampled().verify()
+            if self.sampled().verify() is not None and self._part is not None:
+                self._part = None  # which is of samples in equal runs
+                self.verify()
             for kind, blocks in self._by_kind().items():
                 kind.measure(self, blocks)
 
@@ -63,25 +70,28 @@ class CurvaturePass(SignalSource):
                 kinds.setdefault(context.kind_of(block), []).append(block)
         return kinds
 
-    def verify(self) -> None:
-        """Check blocks that have not been: that the recorded calls explain their gradient."""
+    def verify(self) -> Rows | None:
+        """Find the rows of samples, and check that the recorded calls of the blocks explain their gradient."""
         context = self.context
         checked = [block for block in self.blocks if context.kind_of(block).checked]
-        doubtful = [block for block in checked if context.check.needs_check(block, self.assembler.n)]
-        if doubtful:
-            context.check.run(doubtful, self.assembler, self.terms.draw(self.generator()), self.backward)
+        checked = [block for block in checked if block.name not in context.check.excluded]
+        if checked:
+            self.rows = context.check.settle(checked, self.source)
+            if self.rows is not None:
+                self.assembler = self.source.arranged(self.rows)
+        return self.rows
 
     # ------------------------------------------------------------------------ what kinds ask
 
     @property
     def terms(self) -> Terms:
-        return self.event.terms
+        return self.assembler.terms
 
     def sampled(self) -> CurvaturePass:
         return self if self._part is None else self._part
 
     def generator(self) -> torch.Generator:
-        return self.context.generator(self.event.f.device)
+        return self.source.generator()
 
     def send(self, signals: Signals, blocks: Sequence[Curvature]) -> None:
         calls = self.assembler.calls_of(blocks)
@@ -90,7 +100,7 @@ class CurvaturePass(SignalSource):
         chunk: list[list[Tensor | None]] = []
         done = 0
         for done, signal in enumerate(signals.values, 1):
-            chunk.append(self.backward(calls, signal))
+            chunk.append(self._backward(calls, signal))
             if len(chunk) == size or done == signals.count:
                 self.assembler.deliver(blocks, calls, chunk, scale, len(chunk) / signals.count)
                 chunk = []
@@ -128,7 +138,7 @@ class CurvaturePass(SignalSource):
 
     def output_loss(self) -> OutputLoss:
         event = self.event
-        return OutputLoss(event.loss, self.terms, self.assembler.n, event.f, event.f_edge, event.factor)
+        return OutputLoss(event.loss, event.terms, len(event.terms.f), event.f, event.f_edge, event.factor)
 
     @contextmanager
     def differentiated(self) -> Iterator[OutputLoss]:
@@ -147,20 +157,120 @@ class CurvaturePass(SignalSource):
         for block in blocks:
             self.assembler.deliver_propagated(block, at_calls)
 
-    # ------------------------------------------------------------------------ a backward of our own
+    def _backward(self, calls: list[Call], signal: Tensor) -> list[Tensor | None]:
+        """Gradients at the outputs of the calls; None where f does not depend on one. signal: [n, t, c], at f."""
+        signal = signal if self.rows is None else self.rows.ungrouped(signal, self.event.terms.f)
+        return self.source.send(calls, signal, ())[0]
 
-    def backward(self, calls: list[Call], signal: Tensor, params: Iterable[Tensor] = ()) -> list[Tensor | None]:
-        """Gradients at the outputs of the calls, then at params; None where f does not depend on one.
 
-        signal: [n, t, c], at f.
-        """
-        f, f_edge = self.event.f, self.event.f_edge
-        at_f = self.event.loss.layout(f, self.assembler.n)[1](signal).to(f.dtype).reshape(f_edge.shape)
+class RowSource:
+    """One loss of one forward pass, as the check of its rows sees it."""
+
+    def __init__(self, context: PassContext, event: LossEvent) -> None:
+        self.context, self.event = context, event
+        self.edges = {id(call): event.edge_at(edge) for call, edge in event.capture.calls}
+        self._arranged: tuple[Rows | None, StatisticsAssembler] | None = None  # the last, with inputs it has read
+
+    @cached_property
+    def structure(self) -> Structure:
+        """That of the graph below the loss's input."""
+        return structure_of(self.event.f_edge, {edge.node for edge in self.edges.values()})
+
+    def generator(self) -> torch.Generator:
+        """For draws that a resumed run repeats."""
+        return self.context.generator(self.event.f.device)
+
+    def draws(self) -> tuple[Tensor, torch.Generator]:
+        generator = self.generator()
+        return self.event.terms.draw(generator), generator
+
+    def path(self, blocks: Sequence[Curvature]) -> Path:
+        event, structure = self.event, self.structure
+        said = None if event.samples is None else tuple(event.samples.tolist())
+        loss = event.loss.name, event.loss.class_dim, self._part_of_batch(), said
+        calls = self.arranged(None)
+        marks = {block.name: tuple(map(self.mark_of, calls.calls_of([block]))) for block in blocks}
+        sites = {name: tuple(mark[:4] for mark in each) for name, each in marks.items()}
+        functions = {name: (name, structure.functions, loss, of_block) for name, of_block in sites.items()}
+        values = None if structure.values is None else (structure.functions, structure.values, loss, event.f.shape)
+        n, shape = len(event.terms.f), event.f.shape[1:]
+        of_samples = {
+            name: (
+                functions[name],
+                shape,
+                len(event.f.shape),
+                *((mark.shape[1:], mark.batch / n) for mark in marks[name]),
+            )
+            for name in marks
+        }
+        return Path(functions, values, structure.chosen, marks, n, of_samples, not on_cpu(event.f))
+
+    def labels(self) -> tuple[Tensor | None, int, Tensor | None]:
+        event = self.event
+        n, m, said = len(event.terms.f), event.loss.rows(event.f), event.samples
+        runs = None if self._part_of_batch() else torch.arange(m) // (m // n)
+        return runs, m, None if said is None else said.cpu()
+
+    def _part_of_batch(self) -> bool:
+        """Whether the output is one of some of the samples; which they are is then to be found."""
+        f, capture = self.event.f, self.event.capture
+        return f.numel() < capture.shape.numel() and f.shape[:1].numel() < capture.n
+
+    def depending(self, calls: Sequence[Call]) -> Tensor | None:
+        """By derivatives along the outputs of a call: those, with respect to u, of the gradient that u sends there."""
+        event, f_edge = self.event, self.event.f_edge
+        plain = [call for call in calls if call.batch_first is None and self.edges[id(call)][:2] != f_edge[:2]]
+        if not plain or min(call.batch for call in calls) < min(call.batch for call in plain):
+            return None
+        call = min(plain, key=lambda call: call.batch)
+        try:
+            with torch.enable_grad():
+                u = event.f.new_zeros(f_edge.shape).requires_grad_()
+                at_call = torch.autograd.grad([f_edge.public], [self.edges[id(call)].public], [u], create_graph=True)[0]
+        except RuntimeError:  # of functions that cannot be differentiated twice
+            return None
+        along = random_signs(at_call, self.generator()).reshape(call.batch, -1)
+
+        def carry(factors: Tensor) -> Tensor | None:
+            v = (along * factors.to(along).unsqueeze(1)).reshape(at_call.shape)
+            try:
+                change = torch.autograd.grad(at_call, u, v, retain_graph=True, allow_unused=True)[0]
+            except RuntimeError:
+                return None
+            return None if change is None else change.reshape(event.loss.rows(event.f), -1)
+
+        return depending(carry, call.batch)
+
+    def mark_of(self, call: Call) -> Mark:
+        edge = self.edges[id(call)]
+        place = self.structure.places.get(edge.node, -1)
+        site = self.context.layers[call.layer].sites.index(call.site)
+        return Mark(call.layer, site, place, edge.number, tuple(call.shape), call.batch)
+
+    def arranged(self, rows: Rows | None) -> StatisticsAssembler:
+        context, event = self.context, self.event
+        if self._arranged is None or self._arranged[0] is not rows:
+            terms, tables = event.terms, dict[int, Tensor]()
+            if rows is not None:
+                marks = {id(call): self.mark_of(call) for call in event.calls}
+                tables = {key: rows.calls[mark].to(event.f.device) for key, mark in marks.items() if mark in rows.calls}
+                terms = rows.grouped(terms)
+            made = StatisticsAssembler(context.layers, context.members, terms, event.calls, tables)
+            self._arranged = rows, made
+        return self._arranged[1]
+
+    def send(
+        self, calls: Sequence[Call], signal: Tensor, params: Sequence[Tensor]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        event, f_edge = self.event, self.event.f_edge
+        layout = event.loss.layout(event.f, len(event.terms.f))[1]
+        at_f = layout(signal).to(event.f.dtype).reshape(f_edge.shape)
         wanted: list[Any] = [self.edges[id(call)].public for call in calls]
         wanted += [get_gradient_edge(p) for p in params]
         inner = [edge for edge in wanted if edge[:2] != f_edge[:2]]
-        got = iter(_gradients(f_edge, inner, at_f) if inner else ())
-        return [at_f if edge[:2] == f_edge[:2] else next(got) for edge in wanted]
+        found = iter(_gradients(f_edge, inner, at_f) if inner else ())
+        got = [at_f if edge[:2] == f_edge[:2] else next(found) for edge in wanted]
+        return got[: len(calls)], got[len(calls) :]
 
 
 def _gradients(start: Edge, edges: list[Any], gradient: Tensor) -> Sequence[Tensor | None]:
@@ -174,3 +284,37 @@ def _gradients(start: Edge, edges: list[Any], gradient: Tensor) -> Sequence[Tens
             "torch.utils.checkpoint with use_reentrant=True hides the layers inside it from a curvature pass: "
             "pass use_reentrant=False"
         ) from error
+
+
+class BackwardListener:
+    """The calls of one block whose gradients the running backward is still to bring."""
+
+    def __init__(self, assembler: StatisticsAssembler, block: Curvature, scale: Tensor) -> None:
+        self.assembler, self.block, self.scale = assembler, block, scale
+        self.task = backward_id()
+        self.missing = 0
+        self.received: list[tuple[Call, Tensor]] = []
+
+    def expect(self, call: Call, edge: Edge) -> None:
+        self.missing += 1
+        handle: list[Any] = []
+        handle.append(edge.node.register_prehook(partial(self._take, call, edge.number, handle)))
+
+    def _take(self, call: Call, number: int, handle: list[Any], grads: tuple[Tensor | None, ...]) -> None:
+        if backward_id() != self.task:
+            return  # a pass of our own, for another kind, inside the same backward
+        handle[0].remove()
+        self.missing -= 1
+        gradient = grads[number]
+        if gradient is not None:
+            self.received.append((call, gradient))
+        self.deliver_if_complete()
+
+    @torch.no_grad()
+    def deliver_if_complete(self) -> None:
+        if self.missing or not self.received:
+            return
+        calls, grads = [call for call, _ in self.received], [grad for _, grad in self.received]
+        with full_precision(grads[0].device.type):
+            self.assembler.deliver([self.block], calls, [list(grads)], self.scale, 1.0)
+        self.received = []

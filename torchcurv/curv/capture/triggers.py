@@ -116,7 +116,7 @@ class LossModule(Trigger):
 
     def event(self, gradient: Tensor) -> LossEvent:
         f, capture = self.f, self.capture
-        if f.shape[0] != capture.n and sorted(f.shape) == sorted(capture.shape):
+        if f.dim() and f.shape[0] != capture.n and sorted(f.shape) == sorted(capture.shape):
             raise ValueError(
                 f"the loss was given an output of shape {tuple(f.shape)}, and dimension 0 of the model's output "
                 f"{tuple(capture.shape)} is the batch: return the batch first from the model, or call "
@@ -179,12 +179,14 @@ class Observed(AtOutput):
     """At a tensor that `observe` was told of.
 
     output_edge: where the capture is kept; None: here. terms: from f to those of the loss. weight: its factor.
+    samples: the sample of each row of f, where the user said it.
     """
 
     output_edge: Edge | None
     loss: Loss
     terms: Callable[[Tensor], Terms]
     weight: float | Tensor
+    samples: Tensor | None = None
     observed: ClassVar[bool] = True
 
     def event(self, gradient: Tensor) -> LossEvent:
@@ -198,4 +200,5 @@ class Observed(AtOutput):
             self.capture,
             self.output_edge or edge,
             self.listener.settings.scale(),
+            samples=self.samples,
         )

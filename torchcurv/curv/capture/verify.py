@@ -1,12 +1,16 @@
-"""The check of the first pass: the recorded calls of a block's layers explain its gradient.
+"""The check of a pass: the recorded calls of a block's layers explain its gradient, sample by sample.
 
-The statistics of a layer are made of pairs (a, s) at its calls. That they belong to the parameters' gradient is taken
-from no one: the first pass of a block compares them, for one signal.
+The statistics of a layer are made of pairs (a, s) at its calls. That they belong to the parameters' gradient, and to
+the samples they are said to, is taken from no one: a pass compares them, for signals of random samples, wherever
+something is new that this may depend on: the functions between the layers and the loss and how they move rows, shapes,
+the calls, the kind of loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,17 +18,78 @@ from torch import Tensor
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.assemble import StatisticsAssembler
 from torchcurv.curv.capture.calls import Call
+from torchcurv.curv.capture.rows import Mark, Rows, candidates, found
 from torchcurv.curv.graph import has_backward_hooks
 from torchcurv.curv.layers.layer import Layer
-from torchcurv.curv.numerics import at_least_float32
+from torchcurv.curv.numerics import at_least_float32, random_signs
 from torchcurv.curv.statistics.layer import LayerData
 
-# From a signal at the output to the gradients at the outputs of calls and at parameters.
-Backward = Callable[[list[Call], Tensor, list[Tensor]], list[Tensor | None]]
+HALVES = 3  # pairs of random halves of the samples by which a structure that was never seen is checked
+SIZES = 16  # other sizes of a structure that are all checked; then every second, fourth, eighth time as many
+KEPT = 4096  # structures that are remembered
+
+
+class Path(NamedTuple):
+    """The way from the layers of a pass to its loss. Each is equal where it is the same.
+
+    functions: from the calls of each block, without sizes. values: with all that says how rows are moved; None: that
+    cannot be read. chosen: whether a tensor chooses rows. marks: of the calls of each block. samples: how many.
+    of_samples: functions, with the shapes of each sample. waits: whether reading a value waits for an accelerator.
+    """
+
+    functions: Mapping[str, Hashable]
+    values: Hashable
+    chosen: bool
+    marks: dict[str, tuple[Mark, ...]]
+    samples: int
+    of_samples: Mapping[str, Hashable]
+    waits: bool
+
+
+class Source(Protocol):
+    """One pass, as its check sees it."""
+
+    def draws(self) -> tuple[Tensor, torch.Generator]:
+        """(a signal [n, t, c] in equal runs of rows, a generator for more)."""
+        ...
+
+    def path(self, blocks: Sequence[Curvature]) -> Path:
+        """From the calls of the blocks to the loss."""
+        ...
+
+    def labels(self) -> tuple[Tensor | None, int, Tensor | None]:
+        """(the sample of each row where each has an equal run; None where that cannot be, the number of rows, what the
+        user said they are)."""
+        ...
+
+    def depending(self, calls: Sequence[Call]) -> Tensor | None:
+        """The sample of each row, if it depends on one row alone of the call that has fewest; None: it does not."""
+        ...
+
+    def mark_of(self, call: Call) -> Mark: ...
+
+    def arranged(self, rows: Rows | None) -> StatisticsAssembler:
+        """What makes statistics of the calls, for these rows."""
+        ...
+
+    def send(
+        self, calls: list[Call], signal: Tensor, params: Sequence[Tensor]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Gradients at calls and at params of a signal in equal runs of rows."""
+        ...
+
+
+class Findings(NamedTuple):
+    """Names of parameters whose gradient the calls of a block do not explain; whether samples meet; whether the signal
+    was finite."""
+
+    unexplained: list[str]
+    coupled: bool
+    finite: bool
 
 
 class GradientCheck:
-    """Which blocks were checked, and what becomes of those whose gradient the calls do not explain.
+    """What was checked, and what becomes of blocks whose gradient the calls do not explain.
 
     names: of the model's parameters. unknown_uses: functions that used a bare parameter in a way that is not known.
     unsupported: "error" raises; "gradient" stops feeding the block.
@@ -32,51 +97,170 @@ class GradientCheck:
 
     def __init__(self, names: dict[Tensor, str], unknown_uses: dict[Tensor, str], unsupported: str) -> None:
         self.names, self.unknown_uses, self.unsupported = names, unknown_uses, unsupported
-        self.verified: dict[str, bool] = {}  # checked blocks: whether with more than one sample
         self.excluded: set[str] = set()  # blocks that failed, under unsupported="gradient"
         self.name_fits = False  # whether a gradient was found to be that of the loss known by its name
+        self._verified: set[Hashable] = set()
+        self._rows: dict[Hashable, Rows] = {}  # by the path, where they are not equal runs
+        self._one_row: set[Hashable] = set()  # (block, number of a call) where each sample had a row of its own
+        self._sizes: dict[Hashable, int] = {}  # by the functions of a path: how many sizes it has held for, or -1
 
-    def needs_check(self, block: Curvature, n: int) -> bool:
-        """Whether the gradient of a block has still to be compared with that of its recorded calls.
+    def settle(self, blocks: list[Curvature], source: Source) -> Rows | None:
+        """Which rows belong to which sample (None: equal runs), so that the gradient of every parameter is
+        sum_r s a^T over the recorded calls, and what one sample sends arrives at no other.
 
-        One sample alone does not show where samples meet. A use that is not known may not have mattered before.
+        Finds weights that are used outside their layers, layers that do more than their type, batches that are not
+        dimension 0, and samples that meet; raises, or excludes a block.
         """
-        separate = self.verified.get(block.name)
-        if separate is None or (n > 1 and not separate):
-            return True
+        path = source.path(blocks)
+        rows = None if path.values is None else self._rows.get(path.values)
+        doubtful = [block for block in blocks if self._doubtful(block, path)]
+        if rows is not None and (doubtful or not self._still_idle(rows, blocks, source)):
+            rows, doubtful = None, blocks
+        if not doubtful:
+            return rows
+        return self._settle(doubtful, blocks, path, source)
+
+    def _settle(self, doubtful: list[Curvature], blocks: list[Curvature], path: Path, source: Source) -> Rows | None:
+        runs, _, said = source.labels()
+        functions = [path.functions[block.name] for block in doubtful]
+        light = not path.chosen and all(self._sizes.get(key, -1) >= 0 for key in functions)
+        if light and path.values is not None and not any(map(self._used_unknown, doubtful)):
+            if path.waits and all(path.of_samples[block.name] in self._verified for block in doubtful):
+                return None  # more or fewer samples, each as before: that is not worth waiting for
+            passed_over = [self._passed_over(key) for key in functions]
+            if all(passed_over):
+                return None
+        first: dict[str, Findings] | None = None
+        if runs is not None and said is None and path.values not in self._rows:
+            first = _Probe(self, doubtful, source, None, runs).run(light)
+            if first is not None and not any(found.coupled and not found.unexplained for found in first.values()):
+                return self._conclude(doubtful, path, first, None)
+        for rows in self._found(blocks, path, source):
+            second = _Probe(self, blocks, source, rows, rows.labels).run(False)
+            if second is not None and not any(found.coupled for found in second.values()):
+                return self._conclude(blocks, path, second, rows)
+        if first is None:
+            self._refuse_rows(blocks, source)
+            return None
+        return self._conclude(doubtful, path, first, None)
+
+    def _doubtful(self, block: Curvature, path: Path) -> bool:
+        """Whether the gradient of a block has to be compared."""
+        new = path.values is None or (block.name, path.values, path.marks[block.name]) not in self._verified
+        return new or self._used_unknown(block)
+
+    def _used_unknown(self, block: Curvature) -> bool:
+        """Whether a parameter has a use that is not known, which may not have mattered before."""
         by_sample = any(site.by_sample for layer in block.layers for site in layer.sites)
         return not by_sample and not self.unknown_uses.keys().isdisjoint(block.params)
 
-    def run(self, blocks: list[Curvature], assembler: StatisticsAssembler, draw: Tensor, backward: Backward) -> None:
-        """Raise unless the gradient of every parameter is sum_r s a^T over the recorded calls, for one signal of half
-        of the samples, and nothing arrives at the other half.
+    def _passed_over(self, functions: Hashable) -> bool:
+        """Whether these functions held for so many sizes that this one need not be checked."""
+        seen = self._sizes[functions] = self._sizes[functions] + 1
+        return seen > SIZES and seen & (seen - 1) != 0
 
-        Finds weights that are used outside their layers, layers that do more than their type, batches that are not
-        dimension 0, and samples that meet; on first use only.
-
-        draw: a signal [n, t, c].
-        """
-        calls = assembler.calls_of(blocks)
-        # a hook on a parameter may change its gradient, and must not run more often than the user's backward
-        params = [p for block in blocks for p in block.params if p.requires_grad and not has_backward_hooks(p)]
-        if not params:
-            return
-        silent = slice(len(draw) // 2)
-        draw[silent] = 0  # samples that send nothing: nothing may arrive at them
-        got = backward(calls, draw, params)
-        at_call = {id(call): grad for call, grad in zip(calls, got, strict=False)}
-        gradients = dict(zip(params, got[len(calls) :], strict=True))
+    def _conclude(
+        self, blocks: list[Curvature], path: Path, findings: Mapping[str, Findings], rows: Rows | None
+    ) -> Rows | None:
+        """Refuse the blocks that failed, and remember the others."""
+        if max(len(self._verified), len(self._rows), len(self._sizes)) > KEPT * (1 + len(blocks)):
+            self._verified, self._rows, self._sizes = set(), {}, {}
         for block in blocks:
-            self._compare(block, assembler, at_call, gradients, silent)
+            unexplained, coupled, finite = findings[block.name]
+            if unexplained:
+                self.exclude(block, self.gradient_mismatch_message(block, unexplained))
+            elif coupled:
+                self.exclude(block, self.coupled_samples_message(block))
+            elif finite and path.values is not None and (rows is None or rows.lasting):
+                self._verified.add((block.name, path.values, path.marks[block.name]))
+                self._sizes.setdefault(path.functions[block.name], 0)
+                if path.samples > 1:
+                    self._verified.add(path.of_samples[block.name])
+        if rows is not None:
+            self._sizes |= {path.functions[block.name]: -1 for block in blocks}
+            self._one_row |= {
+                (block.name, k)
+                for block in blocks
+                for k, mark in enumerate(path.marks[block.name])
+                if rows.n > 1 and mark in rows.calls and rows.calls[mark].shape[1] == 1
+            }
+            if rows.lasting and path.values is not None:
+                self._keep(path.values, rows)
+        return rows
 
-    def _compare(
+    def _keep(self, values: Hashable, rows: Rows) -> None:
+        """Remember rows, with those that are known of other blocks' calls for the same samples."""
+        known = self._rows.get(values)
+        if known is not None and not torch.equal(known.labels, rows.labels):
+            self._verified.clear()
+        elif known is not None:
+            rows = replace(rows, calls=known.calls | rows.calls, idle=known.idle | rows.idle)
+        self._rows[values] = rows
+
+    # --------------------------------------------------------------------------------- rows
+
+    def _is_one_sample(self, blocks: list[Curvature], path: Path) -> bool:
+        """Whether a call has one row, and had one for each sample when there were more."""
+        calls = [(b.name, k, mark.batch) for b in blocks for k, mark in enumerate(path.marks[b.name])]
+        return any(batch == 1 and (name, k) in self._one_row for name, k, batch in calls)
+
+    def _found(self, blocks: list[Curvature], path: Path, source: Source) -> Iterator[Rows]:
+        """Rows that signals show, for the samples that the rows of the output may belong to."""
+        calls = source.arranged(None).calls_of(blocks)
+        draw, generator = source.draws()
+        signal = random_signs(draw, generator)
+        reached = [call for call, got in zip(calls, source.send(calls, signal, ())[0], strict=True) if got is not None]
+
+        def send(factors: Tensor) -> dict[Mark, Tensor]:
+            scaled = (signal.reshape(len(factors), -1) * factors.to(signal).unsqueeze(1)).reshape(signal.shape)
+            got = source.send(reached, scaled, ())[0]
+            pairs = ((call, grad) for call, grad in zip(reached, got, strict=True) if grad is not None)
+            return {source.mark_of(call): at_least_float32(call.signal(grad)).flatten(1) for call, grad in pairs}
+
+        _, m, said = source.labels()
+        known = [self._rows[path.values].labels] if path.values in self._rows else []
+        for labels in [*known, *candidates(m, {call.batch for call in reached})] if said is None else [said]:
+            rows = found(send, labels)
+            if rows is not None:
+                yield rows
+        if said is None:
+            one = self._is_one_sample(blocks, path)
+            last = torch.zeros(m, dtype=torch.long) if one else source.depending(reached)
+            rows = found(send, last) if last is not None and (one or int(last.max()) > 0) else None
+            if rows is not None:
+                yield rows
+
+    def _still_idle(self, rows: Rows, blocks: list[Curvature], source: Source) -> bool:
+        """Whether rows that belonged to no sample still get no signal."""
+        none = torch.empty(0)
+        calls = source.arranged(None).calls_of(blocks)
+        calls = [call for call in calls if len(rows.idle.get(source.mark_of(call), none))]
+        if not calls:
+            return True
+        got = source.send(calls, random_signs(*source.draws()), ())[0]
+        pairs = [(call, grad) for call, grad in zip(calls, got, strict=True) if grad is not None]
+        flags = [call.signal(grad)[rows.idle[source.mark_of(call)].to(grad.device)].any() for call, grad in pairs]
+        return not flags or not bool(torch.stack(flags).any())
+
+    def _refuse_rows(self, blocks: list[Curvature], source: Source) -> None:
+        """No samples were found for rows that are no equal runs: say so of the first block they fail for."""
+        assembler = source.arranged(None)
+        for call in assembler.calls_of(blocks):
+            assembler.check(call)
+        for block in blocks:
+            self.exclude(block, self.coupled_samples_message(block))
+
+    # --------------------------------------------------------------------------------- one signal
+
+    def compared(
         self,
         block: Curvature,
         assembler: StatisticsAssembler,
         at_call: dict[int, Tensor | None],
         gradients: dict[Tensor, Tensor | None],
-        silent: slice,
-    ) -> None:
+        silent: Tensor,
+    ) -> Findings:
+        """What one signal shows of a block. silent: samples [n] that sent nothing, so that nothing may arrive there."""
         wrong: list[tuple[Tensor, str]] = []
         mixed: list[Tensor] = []
         finite: list[Tensor] = []
@@ -84,15 +268,15 @@ class GradientCheck:
             uses = assembler.uses(k, lambda call: [at_call.get(id(call))])
             grads = [at_call.get(id(call)) for call in assembler.calls.get(k, [])]
             eps = max((torch.finfo(grad.dtype).eps for grad in grads if grad is not None), default=0.0)
-            wrong += self._unexplained(assembler.layers[k], uses, gradients, eps)
+            wrong += self._unexplained(assembler.layers[k], uses, gradients, eps) if gradients else []
             mixed += [use.s[:, silent].nan_to_num(0, 0, 0).any() for use in uses]  # 0 times inf is no signal
             finite += [torch.isfinite(use.s.sum()) for use in uses]
-        if wrong and bool(torch.stack([flag for flag, _ in wrong]).any()):
-            self.exclude(block, self.gradient_mismatch_message(block, [name for flag, name in wrong if flag]))
-        elif mixed and bool(torch.stack(mixed).any()):
-            self.exclude(block, self.coupled_samples_message(block))
-        if all(bool(flag) for flag in finite):  # a signal that is not finite shows nothing: the next pass checks again
-            self.verified[block.name] = assembler.n > 1
+        unexplained = bool(wrong) and bool(torch.stack([flag for flag, _ in wrong]).any())
+        return Findings(
+            [name for flag, name in wrong if flag] if unexplained else [],
+            bool(mixed) and bool(torch.stack(mixed).any()),
+            all(bool(flag) for flag in finite),  # a signal that is not shows nothing: the next pass checks again
+        )
 
     def _unexplained(
         self, layer: Layer, uses: list[LayerData], gradients: dict[Tensor, Tensor | None], eps: float
@@ -144,5 +328,67 @@ class GradientCheck:
             f"the gradient of {names} is not a sum over samples: what one sample of the output (its dimension 0) sends "
             "back arrives at another sample of the layer. Either the layer is called with another dimension first: "
             "put the batch first. Or the samples meet on the way: call optimizer.observe(output.unsqueeze(0), "
-            "target.unsqueeze(0)) to take them as one"
+            "target.unsqueeze(0)) to take them as one. Or a sample has several rows of the output: say which by "
+            "optimizer.observe(output, target, samples=), the number of the sample of each row"
         )
+
+
+class _Probe:
+    """Signals of some of the samples, and what they show of blocks for some rows."""
+
+    def __init__(
+        self, check: GradientCheck, blocks: list[Curvature], source: Source, rows: Rows | None, labels: Tensor
+    ) -> None:
+        self.check, self.blocks, self.source, self.labels = check, blocks, source, labels
+        self.assembler = source.arranged(rows)
+        self.calls = self.assembler.calls_of(blocks)
+        draw, self.generator = source.draws()
+        dead = (draw == 0).all(-1, keepdim=True)  # where the loss is flat, any other signal shows the way as well
+        self.signal = torch.where(dead, random_signs(draw, self.generator), draw)
+        # a hook on a parameter may change its gradient, and must not run more often than the user's backward
+        self.params = [p for block in blocks for p in block.params if p.requires_grad and not has_backward_hooks(p)]
+
+    def run(self, light: bool) -> dict[str, Findings] | None:
+        """What was found of each block; None where a call has no such rows.
+
+        light: one random half of the samples sends; else both, and both of other halves: no two of up to 2^HALVES
+        samples are together in all of them.
+        """
+        findings: dict[str, Findings] = {}
+        for number, silent in enumerate(self._halves(light)):
+            findings = self._sent(silent, findings, number == 0)
+            if not findings:
+                return None
+        return findings
+
+    def _halves(self, light: bool) -> Iterator[Tensor]:
+        """Samples that send nothing [n]."""
+        n = int(self.labels.max()) + 1
+        device = self.signal.device
+        if n == 1:
+            yield torch.zeros(1, dtype=torch.bool, device=device)
+            return
+        code = torch.randperm(n, generator=self.generator, device=device)
+        for bit in range(1 if light else min(HALVES, (n - 1).bit_length())):
+            half = (code >> bit) % 2 == 1
+            yield half
+            if not light:
+                yield ~half
+
+    def _sent(self, silent: Tensor, before: dict[str, Findings], compare: bool) -> dict[str, Findings]:
+        sends = ~silent[self.labels.to(silent.device)]
+        flat = self.signal.reshape(len(sends), -1)
+        signal = torch.where(sends.unsqueeze(1), flat, 0).reshape(self.signal.shape)
+        got, at_params = self.source.send(self.calls, signal, self.params if compare else ())
+        at_call = {id(call): grad for call, grad in zip(self.calls, got, strict=True)}
+        if any(grad is not None and not self.assembler.fits(call) for call, grad in zip(self.calls, got, strict=True)):
+            return {}
+        gradients = dict(zip(self.params, at_params, strict=True)) if compare else {}
+        after = {}
+        for block in self.blocks:
+            found = self.check.compared(block, self.assembler, at_call, gradients, silent)
+            old = before.get(block.name, Findings([], False, True))
+            after[block.name] = Findings(
+                found.unexplained or old.unexplained, found.coupled or old.coupled, found.finite and old.finite
+            )
+        return after

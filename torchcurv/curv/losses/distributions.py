@@ -54,6 +54,8 @@ def label_factor(p: Tensor, gradient: Tensor, counted: Tensor | None, tolerance:
     uniform = (p - 1 / p.shape[-1]).abs().amax() <= tolerance
     smoothed = uniform & (value > 0.5) & (value < 1) if p.shape[-1] > 1 else torch.zeros_like(known)
     known = known & torch.isfinite(value)
+    if p.shape[-1] == 2:  # one row alone may as well be a soft label
+        close = close & ((gap.abs().sum(-1) > tolerance).sum() > 1)
     return LabelFactor(value, known, known & close & ~smoothed)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchcurv.curv.checks import pair_of
 from torchcurv.curv.losses.loss import Loss
 
 
@@ -45,7 +46,7 @@ class LikelihoodMeter:
         self.energy = self.factor = self.log_weights = 0.0
         self.elements = 0
         self.target: Tensor | None = None
-        for x, y in self.data:
+        for x, y in map(pair_of, self.data):
             self.target = y
             yield x, y
 
@@ -59,7 +60,7 @@ class LikelihoodMeter:
 
     @torch.no_grad()
     def _count(self, f: Tensor, target: Tensor) -> None:
-        terms = self.loss.terms(f, target, len(f))
+        terms = self.loss.terms(f, target, self.loss.rows(f))
         values, weights = terms.value(), terms.weights
         self.energy += float((values if weights is None else values * weights).double().sum())
         inverse = float(1 / terms.reduction)

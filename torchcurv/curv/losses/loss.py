@@ -30,22 +30,31 @@ class Loss:
 
     # ---------------------------------------------------------------------------------------- layout
 
+    def rows(self, f: Tensor) -> int:
+        """How many rows of dimension 0 an output has; the one of a sample without a batch dimension counts too."""
+        return 1 if f.dim() < (1 if self.formula.elementwise else 2) else f.shape[0]
+
     def layout(self, f: Tensor, n: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """(f as [n, t, c], a function that brings such a tensor back to the shape of f)."""
-        rows = f.shape[0] if f.dim() else 0
-        if rows == 0 or rows % n:
+        """(f as [n, t, c], a function that brings such a tensor back to the shape of f).
+
+        Each of the n has an equal run of the rows of dimension 0; where there are no equal ones, it has one row. Which
+        samples they are is found from the graph (curv/capture/rows.py).
+        """
+        rows = self.rows(f)
+        if rows == 0:
             raise ValueError(
-                f"the output given to the loss has shape {tuple(f.shape)}, whose rows are no multiple of the batch "
-                f"size {n} of the model's output: call optimizer.observe(output, target) with an output whose "
-                "dimension 0 is the batch"
+                f"the output given to the loss has shape {tuple(f.shape)}, a batch of no samples: skip that batch"
             )
+        n = n if n and rows % n == 0 else rows
         if self.formula.elementwise:
             return f.reshape(n, 1, -1), lambda s: s.reshape(f.shape)
-        if f.dim() < 2:
+        if not f.dim():
             raise ValueError(
-                f"{self.name} needs outputs [batch, classes, ...]; this one has shape {tuple(f.shape)}. "
-                "Add a batch dimension"
+                f"{self.name} needs outputs [batch, classes, ...]; this one is a number. Return outputs of every "
+                "class from the model"
             )
+        if f.dim() == 1:
+            return f.reshape(1, 1, -1), lambda s: s.reshape(f.shape)
         if self.class_dim is None and f.dim() > 2:
             raise ValueError(
                 f"the output has shape {tuple(f.shape)}: say with class_dim= which dimension holds the classes "
@@ -65,20 +74,32 @@ class Loss:
         canonical = at_least_float32(self.layout(f.detach(), n)[0])
 
         def layout(x: Tensor) -> Tensor:
+            x = x.reshape(()) if x.numel() == 1 else x
+            self._check_fits(x, f)
             return self.layout(x.detach().to(canonical.dtype).expand_as(f), n)[0]
 
-        y, weights, count, uniform = self.formula.read(canonical, target.detach(), layout, self.options)
+        y, weights, count, uniform = self.formula.read(canonical, _labels(target), layout, self.options)
         reduction = self.formula.factor / self._divisor(count)
         terms = Terms(self.formula, canonical, reduction, weights, uniform, y, count=count)
         if self.reduction != "none":
             return terms
         if arriving is None:
             raise ValueError("reduction='none' says nothing about the weight of each term: reduce the loss first")
-        reached = arriving.detach().to(canonical.dtype).reshape(n, *terms.f.shape[1:2], -1)
+        reached = arriving.detach().to(canonical.dtype).reshape(*terms.f.shape[:2], -1)
         reached = reached if self.formula.elementwise else reached.squeeze(-1)
         weights = reached if terms.weights is None else terms.weights * reached
         largest = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
         return replace(terms, reduction=terms.reduction * largest, weights=weights / largest, uniform=False)
+
+    def _check_fits(self, x: Tensor, f: Tensor) -> None:
+        """Raise if torch would repeat the output to fit a target."""
+        wanted, own = reversed(f.shape), reversed(x.shape)
+        if x.dim() > f.dim() or any(size not in (1, to) for to, size in zip(wanted, own, strict=False)):
+            raise ValueError(
+                f"{self.name} was given an output of shape {tuple(f.shape)} and a target (or weight) of shape "
+                f"{tuple(x.shape)}, which torch compares each with each: give both one shape, as by "
+                "target.reshape(output.shape) where they have as many elements"
+            )
 
     def _divisor(self, count: Tensor | float) -> Tensor | float:
         return count if self.reduction == "mean" else 1.0
@@ -145,3 +166,9 @@ class Loss:
                 "grad_scaler=, if one scales it), or call optimizer.observe(output, target, loss_fn, weight) before "
                 "backward()"
             )
+
+
+def _labels(target: Tensor) -> Tensor:
+    """Labels in the type that torch indexes with; uint8 ones are common."""
+    whole = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    return target.detach().long() if whole else target.detach()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -30,17 +31,34 @@ class Inputs:
 
     calls: modules, and what each was given, [n k, ...]; repeated calls and k are further positions r.
     weights: term weights [n, t], or None; they reach the positions where r = t, else the sample as a whole.
+    present: [n, r], whether a sample has the position, where some have fewer; None: all have all.
     """
 
     def __init__(
-        self, layer: Layer, site: ParameterUse, calls: list[tuple[nn.Module, Arguments]], n: int, weights: Tensor | None
+        self,
+        layer: Layer,
+        site: ParameterUse,
+        calls: list[tuple[nn.Module, Arguments]],
+        n: int,
+        weights: Tensor | None,
+        present: Tensor | None = None,
     ) -> None:
+        self.present = present
         self.layer, self.site, self.calls, self.n, self.weights = layer, site, calls, n, weights
         self.view = site.view
         self._versions = self._current_versions
         self.weight_covered = layer.weight is not None
         self.bias_covered = layer.bias is not None and site.bias is not None
         self.bias_column = layer.bias is not None and not site.transposed  # zeros where this site has no bias
+
+    @classmethod
+    def made(
+        cls, layer: Layer, site: ParameterUse, a: Tensor, weights: Tensor | None, present: Tensor | None
+    ) -> Inputs:
+        """Of inputs that were read already."""
+        inputs = cls(layer, site, [], len(a), weights, present)
+        inputs.__dict__["_all"] = a
+        return inputs
 
     @property
     def _current_versions(self) -> list[int]:
@@ -60,10 +78,18 @@ class Inputs:
     @cached_property
     def _all(self) -> Any:
         read = [self._read(module, x) for module, x in self.calls]
-        if len(read) == 1:
-            return read[0]
         tokens = [part for part in read if isinstance(part, Tokens)]
-        return Tokens.joined(tokens) if tokens else torch.cat([part for part in read if isinstance(part, Tensor)], 1)
+        if len(read) == 1:
+            all_calls = read[0]
+        elif tokens:
+            all_calls = Tokens.joined(tokens)
+        else:
+            all_calls = torch.cat([part for part in read if isinstance(part, Tensor)], 1)
+        if self.present is None:
+            return all_calls
+        if isinstance(all_calls, Tokens):
+            return replace(all_calls, weight=all_calls.weight * self.present.unsqueeze(-1))
+        return all_calls * self.present[..., None, None]
 
     @property
     def tokens(self) -> Tokens | None:
@@ -81,7 +107,8 @@ class Inputs:
     def of(self, samples: slice) -> Inputs:
         """The inputs of some of the samples, read already."""
         n = len(range(self.n)[samples])
-        some = Inputs(self.layer, self.site, [], n, None if self.weights is None else self.weights[samples])
+        weights, present = (None if x is None else x[samples] for x in (self.weights, self.present))
+        some = Inputs(self.layer, self.site, [], n, weights, present)
         some.__dict__["_all"] = self._all[samples] if self.tokens is None else self.tokens.of(samples)
         return some
 
@@ -118,17 +145,31 @@ class Inputs:
     def mean(self) -> Tensor | Tokens:
         """mean_r a [n, 1, g, i]."""
         read = self.view.mean_input
+        if self.present is not None:
+            return self._mean_of_present(self.present)
         if read is not None and len(self.calls) == 1:
             module, x = self.calls[0]
             if len(x[0]) == self.n:
                 return read(module, at_least_float32(x[0]))
         return self._all.mean(1, keepdim=True) if self.tokens is None else self.tokens.mean()
 
+    def _mean_of_present(self, present: Tensor) -> Tensor | Tokens:
+        """`mean` where samples have not all positions; the inputs of those that are missing are zero."""
+        more = present.shape[1] / present.sum(1).clamp_min(1)
+        if self.tokens is None:
+            return self._all.mean(1, keepdim=True) * more[:, None, None, None].to(self._all.dtype)
+        mean = self.tokens.mean()
+        return replace(mean, weight=mean.weight * more[:, None, None].to(mean.weight.dtype))
+
     def _weights(self, positions: int) -> Tensor | None:
-        if self.weights is None:
-            return None
-        aligned = self.weights.shape[1] == positions
-        return self.weights if aligned else self.weights.mean(1, keepdim=True).expand(-1, positions)
+        weights, present = self.weights, self.present
+        if present is not None and (positions == 1 or present.shape[1] != positions):
+            present = present.any(1, keepdim=True).expand(-1, positions)
+        if weights is None:
+            return None if present is None else present.to(torch.float32)
+        if weights.shape[1] != positions:
+            weights = weights.mean(1, keepdim=True).expand(-1, positions)
+        return weights if present is None else weights * present
 
     def cov(self, sharing: str, blocks: int = 1) -> tuple[Tensor, Tensor]:
         """(sum w a a^T as a side of that many blocks, sum w) over samples, and over positions for "expand"."""
@@ -171,7 +212,8 @@ class Inputs:
     def _moments(self, sharing: str, out: Tensor | None) -> tuple[Tensor, Tensor]:
         """(sum w a [g, i], sum w); sum w a a^T [g, i, i] goes into the zeros `out`."""
         read = self.view.moments
-        if sharing == "expand" and self.weights is None and read is not None and len(self.calls) == 1:
+        plain = self.weights is None and self.present is None
+        if sharing == "expand" and plain and read is not None and len(self.calls) == 1:
             module, x = self.calls[0]
             known = read(module, at_least_float32(x[0]))
             if known is not None:
@@ -208,10 +250,12 @@ class Inputs:
 
     def gradient_in_parts(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """(`gradient`, norm(a)²) without keeping a, which may be many times larger than what the module was given."""
-        module, x = self.calls[0]
-        read: Callable[..., Any] = self.view.inputs
         if self.view.tokens:
             return self.gradient(s), self._all.weight.square().sum()
+        if not self.calls:
+            return self.gradient(s), self.a.square().sum()
+        module, x = self.calls[0]
+        read: Callable[..., Any] = self.view.inputs
         if "_all" in self.__dict__ or self.view.batch_dependent or len(self.calls) > 1 or len(x) > 1:
             return self.gradient(s), self.a.square().sum()
         each = len(x[0]) // self.n
