@@ -237,14 +237,15 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         target: Tensor,
         loss_fn: nn.Module | str | None = None,
         weight: float | Tensor = 1.0,
-        samples: Tensor | None = None,
+        samples: Tensor | str | None = None,
     ) -> None:
         """Say which loss was applied to `output`, before backward(); for losses torchcurv cannot see.
 
         output: the model's output, or a tensor computed from it, [batch, ...]; target: as the loss takes it.
         loss_fn: a loss module, or the name of one; default the optimizer's own.
         weight: the factor this loss has in what backward() is called on.
-        samples: LongTensor, the sample of each row (of dimension 0) of `output`; None: found from the graph.
+        samples: LongTensor, the sample of each row (of dimension 0) of `output`; None: found from the graph. "batch":
+            the whole batch is one sample, for losses in which samples meet.
         That output is then dealt with: no other trigger counts it again.
         """
         recorder = self.engine.recorder

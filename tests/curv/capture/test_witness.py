@@ -309,3 +309,49 @@ def test_on_an_accelerator_an_objection_waits_for_the_next_factorisation(loss):
         CE(opt.model(X), Y).backward()
         with pytest.raises(RuntimeError, match="watched loss" if loss == "another" else "negative number"):
             opt.step()
+
+
+# --------------------------------------------------------------------------- losses in which samples meet
+
+
+def info_nce(z):
+    """Similarities, without those of a view with itself."""
+    z = F.normalize(z, dim=-1)
+    return (z @ z.mT / 0.5).masked_fill(torch.eye(len(z), dtype=torch.bool), -1e9)
+
+
+class Similarities(nn.Module):
+    def __init__(self, model, of):
+        super().__init__()
+        self.model, self.of = model, of
+
+    def forward(self, x):
+        return self.of(self.model(x))
+
+
+TOGETHER = {
+    "info nce": (info_nce, (torch.arange(N) + N // 2) % N, CE),
+    "as many classes as samples": (lambda z: z @ cases.randn(V, N, seed=7) + z.mean(), torch.arange(N), CE),
+    "other classes": (lambda z: (z - z.mean(0)) @ cases.randn(V, 4, seed=7), torch.arange(N) % 4, CE),
+    "squared": (lambda z: z @ z.mT, torch.eye(N, dtype=torch.float64), nn.MSELoss()),
+    "classes first": (lambda z: (z - z.mean(0)).mT.reshape(1, V, N), Y.reshape(1, N), CE),
+}
+
+
+@pytest.mark.parametrize("kind", ["ggn", "fisher"])
+@pytest.mark.parametrize("name", TOGETHER)
+def test_a_batch_may_be_taken_as_one_sample(name, kind):
+    of, target, loss = TOGETHER[name]
+    body = mlp()
+    model = Similarities(body, of)
+    opt = optimizer(body, None, curv_type=kind)
+    f = of(body(X))
+    opt.observe(f, target, loss, samples="batch")
+    loss(f, target).backward()
+    close(measured(opt), oracles.ggn(model, loss, X, target, list(model.named_parameters())))
+
+
+def test_a_batch_is_the_only_word_for_samples():
+    opt = optimizer(mlp(), None)
+    with pytest.raises(ValueError, match=r"samples='all'; pass \"batch\""):
+        opt.observe(opt.model(X), Y, CE, samples="all")

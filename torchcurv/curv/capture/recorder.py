@@ -203,7 +203,7 @@ class Recorder:
         target: Tensor,
         loss_fn: nn.Module | str | None,
         weight: float | Tensor,
-        samples: Tensor | None = None,
+        samples: Tensor | str | None = None,
     ) -> None:
         """Note the loss of one output; its pass starts when the backward reaches that output."""
         loss = self.settings.observed(loss_fn)
@@ -212,6 +212,8 @@ class Recorder:
                 "observe(output, target) takes the tensor that the loss is applied to, [batch, ...]; got "
                 f"{'the loss, a number' if isinstance(output, Tensor) else f'a {type(output).__name__}'}"
             )
+        if isinstance(samples, str):
+            loss, samples = loss.of_whole(samples), None
         if not self.due or is_internal_forward() or not output.requires_grad:
             return
         found = self.capture_of(output)
@@ -225,7 +227,7 @@ class Recorder:
         capture.count_loss()
         edge = edge_of(output)
         below = None if edge[:2] == output_edge[:2] else output_edge  # a node must not refer to itself
-        terms = partial(loss.terms, target=target, n=capture.batch_of(output))
+        terms = partial(loss.terms, target=target, n=1 if loss.whole else capture.batch_of(output))
         samples = None if samples is None else numbered(samples, loss.rows(output))
         trigger = Observed(self, capture, edge.number, edge.shape, frozen(output), below, loss, terms, weight, samples)
         trigger.arm(edge.node)

@@ -327,8 +327,8 @@ class GradientCheck:
         return (
             f"the gradient of {names} is not a sum over samples: what one sample of the output (its dimension 0) sends "
             "back arrives at another sample of the layer. Either the layer is called with another dimension first: "
-            "put the batch first. Or the samples meet on the way: call optimizer.observe(output.unsqueeze(0), "
-            "target.unsqueeze(0)) to take them as one. Or a sample has several rows of the output: say which by "
+            "put the batch first. Or the samples meet on the way: call optimizer.observe(output, target, loss_fn, "
+            'samples="batch") to take them as one. Or a sample has several rows of the output: say which by '
             "optimizer.observe(output, target, samples=), the number of the sample of each row"
         )
 

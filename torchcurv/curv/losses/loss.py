@@ -19,6 +19,7 @@ class Loss:
     """A formula together with the settings of one loss module.
 
     options: the module's own `weight`, `pos_weight`, `ignore_index`, `label_smoothing`.
+    whole: whether all rows of the output are one sample.
     class_dim: dimension of the classes in the output; None where the loss has none or the user must say it.
     """
 
@@ -27,12 +28,26 @@ class Loss:
     reduction: str = "mean"
     class_dim: int | None = 1
     options: dict[str, Any] = field(default_factory=dict)
+    whole: bool = False
 
     # ---------------------------------------------------------------------------------------- layout
 
+    def of_whole(self, samples: str) -> Loss:
+        """The loss with the whole batch taken as one sample; samples: "batch", which asks for it."""
+        if samples != "batch":
+            raise ValueError(
+                f'observe: samples={samples!r}; pass "batch", to take the whole batch as one sample, or a LongTensor, '
+                "the number of the sample that each row of the output belongs to"
+            )
+        return replace(self, whole=True)
+
+    def _class_dim_of_whole(self) -> int | None:
+        dim = self.class_dim
+        return dim if dim is None or dim < 0 else dim + 1
+
     def rows(self, f: Tensor) -> int:
         """How many rows of dimension 0 an output has; the one of a sample without a batch dimension counts too."""
-        return 1 if f.dim() < (1 if self.formula.elementwise else 2) else f.shape[0]
+        return 1 if self.whole or f.dim() < (1 if self.formula.elementwise else 2) else f.shape[0]
 
     def layout(self, f: Tensor, n: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """(f as [n, t, c], a function that brings such a tensor back to the shape of f).
@@ -40,6 +55,9 @@ class Loss:
         Each of the n has an equal run of the rows of dimension 0; where there are no equal ones, it has one row. Which
         samples they are is found from the graph (curv/capture/rows.py).
         """
+        if self.whole:
+            one, back = replace(self, whole=False, class_dim=self._class_dim_of_whole()).layout(f.unsqueeze(0), 1)
+            return one, lambda s: back(s).squeeze(0)
         rows = self.rows(f)
         if rows == 0:
             raise ValueError(
