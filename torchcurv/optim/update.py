@@ -15,9 +15,11 @@ def scale_within(size: Tensor, bound: float, largest: float = 1.0) -> Tensor:
     u^T M u. A 0-d tensor, no sync.
 
     The KL clip has M = C + λ, where lr² <V, G> = u^T (C + λ) u for the step u = lr V of Tikhonov damping is twice the
-    KL divergence that it would cause. A trust region δ of the second-order change ½ u^T C u is the bound 2 δ.
+    KL divergence that it would cause. A trust region δ of the second-order change ½ u^T C u is the bound 2 δ. Of a size
+    that is not finite it is 0: a gradient is not finite then, and moves nothing.
     """
-    return (bound / size.abs().clamp_min(torch.finfo(size.dtype).tiny)).sqrt().clamp_max(largest)
+    scale = (bound / size.abs().clamp_min(torch.finfo(size.dtype).tiny)).sqrt().clamp_max(largest)
+    return torch.where(torch.isfinite(size), scale, 0)
 
 
 def inner(x: Tensor, y: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.approximations.factor import Factor
-from torchcurv.curv.linalg.symmetric import Damping, eigh, inverse_spd
+from torchcurv.curv.linalg.symmetric import Damping, eigh, eigvalsh, inverse_spd
 from torchcurv.curv.statistics.block import Stats
 from torchcurv.curv.statistics.inputs import Inputs
 from torchcurv.curv.statistics.layer import LayerData
@@ -201,7 +201,7 @@ class JacobianRows(Rows, Factor):
         return [x * root + c for x, c in zip(noise, correction, strict=True)]
 
     def eigvalsh(self) -> Tensor:
-        values = torch.linalg.eigvalsh(self.gram()).clamp_min(0)
+        values = eigvalsh(self.gram()).clamp_min(0)
         zeros = values.new_zeros(max(0, self._size - len(values)))
         return torch.cat([zeros, values[max(0, len(values) - self._size) :]])
 

@@ -100,7 +100,7 @@ class CurvaturePass(SignalSource):
         chunk: list[list[Tensor | None]] = []
         done = 0
         for done, signal in enumerate(signals.values, 1):
-            chunk.append(self._backward(calls, signal))
+            chunk.append(self.backward(calls, signal))
             if len(chunk) == size or done == signals.count:
                 self.assembler.deliver(blocks, calls, chunk, scale, len(chunk) / signals.count)
                 chunk = []
@@ -157,7 +157,7 @@ class CurvaturePass(SignalSource):
         for block in blocks:
             self.assembler.deliver_propagated(block, at_calls)
 
-    def _backward(self, calls: list[Call], signal: Tensor) -> list[Tensor | None]:
+    def backward(self, calls: list[Call], signal: Tensor) -> list[Tensor | None]:
         """Gradients at the outputs of the calls; None where f does not depend on one. signal: [n, t, c], at f."""
         signal = signal if self.rows is None else self.rows.ungrouped(signal, self.event.terms.f)
         return self.source.send(calls, signal, ())[0]

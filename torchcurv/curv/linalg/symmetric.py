@@ -11,12 +11,28 @@ Damping = Tensor | float
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of a batch; tried again in float64 where float32 does not converge."""
+    """Eigenvalues and eigenvectors of a batch; found again in float64 where float32 fails.
+
+    It fails by an exception, or without one: MKL returns NaN for some ordinary matrices in float32. On an accelerator,
+    where its result cannot be looked at without a host sync, what is not finite stays so, and the factor made of it
+    counts as failed: the next is then made in float64 (`Factoring.factored_again`).
+    """
     try:
-        return torch.linalg.eigh(matrix)
+        values, vectors = torch.linalg.eigh(matrix)
+        total = values.sum() + vectors.sum()
+        if not on_cpu(total) or matrix.dtype == torch.float64 or torch.isfinite(total):
+            return values, vectors
     except torch.linalg.LinAlgError:
-        values, vectors = torch.linalg.eigh(matrix.double())
-        return values.to(matrix.dtype), vectors.to(matrix.dtype)
+        pass
+    if not torch.isfinite(matrix.sum()):
+        return torch.full_like(matrix[..., 0], torch.nan), torch.full_like(matrix, torch.nan)
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def eigvalsh(matrix: Tensor) -> Tensor:
+    """Eigenvalues of a batch, ascending; found again in float64 where float32 fails."""
+    return eigh(matrix)[0] if matrix.dtype != torch.float64 else torch.linalg.eigvalsh(matrix)
 
 
 ALIGNMENT, ALIGNED_FROM = 16, 256

