@@ -19,7 +19,7 @@ from torchcurv.curv.block.reading import effective_dimension_of
 from torchcurv.curv.capture.assemble import StatisticsAssembler
 from torchcurv.optim.control import damping_rules
 from torchcurv.optim.control.quadratic_model import RIDGE, Evaluation, minimiser, sample_order
-from torchcurv.optim.control.step_rules import shifts
+from torchcurv.optim.control.step_rules import shifts, with_bounded_last
 from torchcurv.optim.update import levenberg_marquardt, scale_within
 
 DATA = [(cases.randn(6, 4, seed=t), torch.arange(6) % 3) for t in range(5)]
@@ -524,6 +524,10 @@ def test_quadratic_steps_are_those_of_the_formula(momentum, l2, weight_decay, kl
         if momentum:
             D = torch.cat([D, m[None]])
         c = torch.linalg.pinv(D @ damped @ D.T) @ (D @ g)
+        if momentum and not 0 <= c[-1] <= 1.1:  # β is bounded, and the others are least for it
+            c[-1] = c[-1].clamp(0, 1.1)
+            K = D @ damped @ D.T
+            c[:-1] = torch.linalg.solve(K[:-1, :-1], D[:-1] @ g - K[:-1, -1] * c[-1])
         if kl_clip != "auto":
             c = c * min(1, math.sqrt(kl_clip / (c @ D @ C @ D.T @ c)))
         m = c @ D
@@ -1331,3 +1335,75 @@ def test_a_damping_scale_that_is_none_is_refused():
     F.cross_entropy(model(DATA[0][0]), DATA[0][1]).backward()
     with pytest.raises(ValueError, match="lies over groups with damping_scale='absolute' and damping_scale='relative'"):
         optimizer.step()
+
+
+# ------------------------------------------------------------------------------- small batches, jumps
+
+
+def digits():
+    data = pytest.importorskip("sklearn.datasets").load_digits()
+    return torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("net", ["mlp", "head"])
+def test_batches_of_64_do_not_blow_it_up(net, seed):
+    """They did: β reached -985, and then -9e6."""
+    x, y = digits()
+    torch.manual_seed(seed)
+    hidden = [nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10)]
+    model = nn.Sequential(*hidden) if net == "mlp" else nn.Linear(64, 10)
+    optimizer = SecondOrderOptimizer(model, step_rule="quadratic", damping_rule="lm")
+    for t in range(60):
+        chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(100 * seed + t))[:64]
+        loss = float(optimizer.step(closure(model, x[chosen], y[chosen])))
+        assert loss < 10
+        along = optimizer.metrics()
+        last = max((key for key in along if key.startswith("step_along")), default=None)
+        assert last is None or t == 0 or -1e-6 <= along[last] <= 1.1 + 1e-6
+    with torch.no_grad():
+        assert F.cross_entropy(model(x), y) < 1.0
+
+
+def test_the_other_coefficients_are_least_for_a_bounded_one():
+    A = cases.randn(3, 3)
+    K, slope = A @ A.T, cases.randn(3, seed=1)
+    free = minimiser(slope, K)
+    for value in (-3.0, 0.4, 7.0):
+        start = torch.cat([free[:2], torch.tensor([value], dtype=free.dtype)])
+        found = with_bounded_last(start, slope, K)
+        beta = min(1.1, max(0.0, value))
+        assert float(found[-1]) == pytest.approx(beta)
+        if beta != value:
+            expected = torch.linalg.solve(K[:2, :2], -(slope[:2] + beta * K[:2, 2]))
+            torch.testing.assert_close(found[:2], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_that_did_harm_to_the_next_batch_is_rejected_there():
+    """Between two checks fifty steps apart; a batch that is hard by itself rejects nothing."""
+    model, (x, y) = make_model(), DATA[0]
+    x, y = torch.cat([x, x]), torch.cat([y, (y + 1) % 3])  # which cannot be fitted
+    optimizer = SecondOrderOptimizer(model, step_rule="quadratic", damping_rule="lm", damping_interval=50)
+
+    def step(scale=1.0):
+        def evaluate():
+            output = model(x)
+            return scale * F.cross_entropy(output, y), output
+
+        loss = float(optimizer.step(evaluate))
+        return loss, optimizer.metrics()["rejected_steps"]
+
+    for _ in range(52):
+        calm, rejected = step()
+    hard, now = step(3.0)
+    assert hard > 2.9 * calm and now == rejected
+    good = flat(model.parameters())
+    damping = optimizer.param_groups[0]["damping"]
+    with torch.no_grad():
+        step()
+        for p in model.parameters():
+            p.add_(3 * torch.sign(p))
+    loss, now = step()
+    assert now == rejected + 1 and loss <= 2 * calm
+    assert (flat(model.parameters()) - good).norm() < 0.5 * good.norm()
+    assert optimizer.param_groups[0]["damping"] > damping

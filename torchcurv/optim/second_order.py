@@ -56,6 +56,10 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     Σ tr C (C + λ)^-1 over the blocks is above 4.5 times these, the damping is divided by ω whatever ρ is, and above two
     thirds of that it is not made smaller.
 
+    The coefficient β of the last step is kept between 0 and 1.1. Where the loss of a batch is twice the mean of those
+    before, and of its own loss before the last step, that step is rejected, this one is checked, and the damping is
+    divided by damping_decay^T: small batches are fitted by steps that do harm to the others.
+
     Of batches larger than `model_samples` so many are drawn at random (subsampled): in products with G, and in
     L(θ + d) - L(θ) but for its first order g·d. K-FAC factors are then made of a part as well: of as many samples as
     give each 16 rows (samples times positions) per row and column, where half of the batch has these.

@@ -29,8 +29,11 @@ class FixedDamping:
         """Over how many steps the damping is to change after this one; 0: not at all."""
         return 0
 
-    def adapt(self, optimizer: Any, evaluation: Evaluation, before: Vector, steps: int) -> bool:
-        """Change the damping of the groups; whether the step is rejected."""
+    def adapt(self, optimizer: Any, evaluation: Evaluation, before: Vector, steps: int, jumped: bool) -> bool:
+        """Change the damping of the groups; whether the step is rejected.
+
+        jumped: whether the loss of this batch is far above those of the batches before.
+        """
         return False
 
 
@@ -48,8 +51,12 @@ class LevenbergMarquardt:
             return interval
         return int(step < interval or rejected)
 
-    def adapt(self, optimizer: Any, evaluation: Evaluation, before: Vector, steps: int) -> bool:
-        """Levenberg and Marquardt's rule, for the step that was made, to count for so many; one host read."""
+    def adapt(self, optimizer: Any, evaluation: Evaluation, before: Vector, steps: int, jumped: bool) -> bool:
+        """Levenberg and Marquardt's rule, for the step that was made, to count for so many; one host read.
+
+        Where the loss has jumped the damping grows whatever ρ says, as much as for a whole interval: a small batch is
+        fitted well by a step that does harm to the others.
+        """
         moved = {p: (p.detach() - x).to(torch.promote_types(x.dtype, torch.float32)) for p, x in before.items()}
         l2 = {p: group["l2"] for group in optimizer.param_groups for p in group["params"]}
         gradients = {p: p.grad for p in before if p.grad is not None}
@@ -71,6 +78,8 @@ class LevenbergMarquardt:
             factor = max(1.0, factor)
         if dimension_ratio > 1:
             factor = 1 / omega
+        if jumped:
+            factor = optimizer.settings["damping_decay"] ** -optimizer.settings["damping_interval"]
         low, high = optimizer.settings["damping_bounds"]
         for group in optimizer.param_groups:
             group["damping"] = min(high, max(low, group["damping"] * factor))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchcurv.curv.numerics import on_cpu
 from torchcurv.optim.control.damping_rules import DAMPING_RULES
 from torchcurv.optim.control.quadratic_model import Evaluation, Vector
 from torchcurv.optim.control.step_rules import STEP_RULES, Descent
 from torchcurv.optim.engine.companion import Companion, Group
 from torchcurv.optim.update import norm_of
+
+# A loss that is so many times the mean of about the last five is far above them: batches of one run differ by less
+# while it goes well. The values are a choice; what they cost where nothing is wrong is a forward pass.
+LOSS_JUMP, LOSS_MEMORY = 2.0, 5.0
 
 
 class StepControl(Companion):
@@ -24,6 +30,9 @@ class StepControl(Companion):
         self.step_rule = STEP_RULES[self.settings["step_rule"]]()
         self.damping_rule = DAMPING_RULES[self.settings["damping_rule"]]()
         self.rejected = False  # whether the last step was
+        self.jumped = False  # whether the loss of this step is far above those of the steps before
+        self._mean_loss: float | None = None
+        self._previous: Vector = {}  # the parameters before the last step, where a jump of the loss may reject it
         self._evaluation: Evaluation | None = None
         self._checked = 0
 
@@ -46,11 +55,47 @@ class StepControl(Companion):
         self._checked = self.damping_rule.steps_to_check(self.settings, step, self.rejected)
         self.optimizer.zero_grad()
         products = (self.step_rule.needs_closure and not engine.warming_up) or self._checked > 0
-        self._evaluation = Evaluation(
-            self.optimizer.model, closure, self.settings["model_samples"], products, engine.step, engine.recorder.cut
-        )
+        self._evaluation = self._evaluated(closure, products)
+        if products and self.damping_rule.needs_closure and on_cpu(self._evaluation.loss):
+            self._look_at(float(self._evaluation.loss), step)
+            if self.jumped:
+                self._evaluation = self._compared(self._evaluation, closure, products)
         self._backward(self._evaluation)
         return self._evaluation.loss.detach()
+
+    def _compared(self, evaluation: Evaluation, closure: Callable[[], Any], products: bool) -> Evaluation:
+        """Where the last step has done harm to this batch it is rejected, and the batch evaluated where that began;
+        else the batch is a hard one."""
+        loss, now, previous = float(evaluation.loss), {p: p.detach().clone() for p in self._previous}, self._previous
+        for p, x in previous.items():
+            p.copy_(x)
+        before = self._evaluated(closure, products)
+        self._previous = {}
+        if previous and not loss <= LOSS_JUMP * float(before.loss):
+            self._count_rejected()
+            self._forget_momentum(previous)
+            return before
+        self.jumped = False
+        for p, x in now.items():
+            p.copy_(x)
+        return self._evaluated(closure, products)
+
+    def _evaluated(self, closure: Callable[[], Any], products: bool) -> Evaluation:
+        engine = self.optimizer.engine
+        return Evaluation(
+            self.optimizer.model, closure, self.settings["model_samples"], products, engine.step, engine.recorder.cut
+        )
+
+    def _look_at(self, loss: float, step: int) -> None:
+        """Check this step, whenever the next check was due, if its loss is far above those of the steps before: other
+        batches have been fitted, not the problem, and the last step is rejected. On an accelerator, where reading the
+        loss is a host sync, the intervals are kept."""
+        mean = self._mean_loss
+        self.jumped = mean is not None and not loss <= LOSS_JUMP * mean
+        if self.jumped and step >= 0:
+            self._checked = self._checked or 1
+        if math.isfinite(loss):
+            self._mean_loss = loss if mean is None else mean + (loss - mean) / LOSS_MEMORY
 
     def _backward(self, evaluation: Evaluation) -> None:
         """Gradients of the batch; curvature of a part of it where that is enough and half of it or less."""
@@ -72,26 +117,34 @@ class StepControl(Companion):
         """Change the parameters, and after a step that is checked the damping; a step that is rejected is undone."""
         self.optimizer.companion(Descent).last = []
         evaluation, self._evaluation = self._evaluation, None
-        before = {p: p.detach().clone() for p in gradients} if self._checked else {}
+        kept = self._checked or self._mean_loss is not None
+        before = self._previous = {p: p.detach().clone() for p in gradients} if kept else {}
         self.step_rule.move(self.optimizer, evaluation, gradients, solved)
         if not self._checked:
             return
         assert evaluation is not None
         try:
-            self.rejected = self.damping_rule.adapt(self.optimizer, evaluation, before, self._checked)
+            self.rejected = self.damping_rule.adapt(self.optimizer, evaluation, before, self._checked, self.jumped)
         except Exception:
             self._reject(before)
             raise
         if self.rejected:
-            first = self.optimizer.state[next(iter(before))]
-            first["rejected_steps"] = first.get("rejected_steps", 0) + 1
+            self._count_rejected()
             self._reject(before)
+
+    def _count_rejected(self) -> None:
+        first = self.optimizer.state[next(self.optimizer.engine.params())]
+        first["rejected_steps"] = first.get("rejected_steps", 0) + 1
 
     def _reject(self, before: Vector) -> None:
         """Undo the step; the momentum starts again."""
-        self.optimizer.companion(Descent).last = []
         for p, x in before.items():
             p.copy_(x)
+        self._forget_momentum(before)
+
+    def _forget_momentum(self, params: Iterable[Tensor]) -> None:
+        self.optimizer.companion(Descent).last = []
+        for p in params:
             if "momentum_buffer" in self.optimizer.state[p]:
                 self.optimizer.state[p]["momentum_buffer"].zero_()
 
@@ -101,9 +154,12 @@ class StepControl(Companion):
         if self.damping_rule.needs_closure:
             state.setdefault("rejected_steps", 0)
             state["taken_back"] = self.rejected
+            state["mean_loss"] = math.nan if self._mean_loss is None else self._mean_loss
 
     def loaded(self, state: dict[Any, dict[str, Any]]) -> None:
         self.rejected = any(own.get("taken_back") for own in state.values())
+        mean = next((own["mean_loss"] for own in state.values() if "mean_loss" in own), math.nan)
+        self._mean_loss = None if math.isnan(mean) else mean
 
     def known(self) -> dict[str, Tensor]:
         groups, found = self.optimizer.param_groups, {}

@@ -18,6 +18,10 @@ from torchcurv.optim.update import descend_, dot, momentum_, norm_of, normalise_
 # keeps the model bounded below where the loss is nearly linear along V. The value is a choice, not a measurement.
 MIN_CURVATURE_RATIO = 0.01
 
+# The largest β of a quadratic model. A quadratic whose steps go on in one direction wants β near 1; a tenth more lets
+# them grow, by half at the most between two checks of ρ five steps apart.
+MOST_MOMENTUM = 1.1
+
 State = Any  # of an optimizer: by parameter, a dict
 
 
@@ -119,12 +123,25 @@ class QuadraticModelStep:
             ratio = gram[0, 0] / averaged_curvature.clamp_min(tiny)
             damped = damped + added * ratio.clamp(MIN_CURVATURE_RATIO, 1)
         chosen = minimiser(-slope, damped)
+        if any(group["momentum"] for group in optimizer.param_groups) and len(directions) > 1:
+            chosen = with_bounded_last(chosen, -slope.double(), damped.double())
         size, bound = chosen @ gram.double() @ chosen, optimizer.settings["kl_clip"]
         if bound is not None:
             scale = scale_within(size, bound)
             chosen, size = chosen * scale, size * scale.square()
         optimizer.note(kl=size / 2, **{f"step_along_{k}": c for k, c in enumerate(chosen)})
         return chosen.to(slope.dtype)
+
+
+def with_bounded_last(chosen: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:
+    """The coefficients [k], the last of them, β, between 0 and MOST_MOMENTUM; the others are least for that one.
+
+    The curvature of a small batch along the last step is noise where the batches before have not curved alike, and a β
+    that it makes large multiplies the step again and again, unseen between two checks of ρ. No host sync.
+    """
+    beta = chosen[-1].clamp(0, MOST_MOMENTUM)
+    rest = minimiser(slope[:-1] + beta * curvature[:-1, -1], curvature[:-1, :-1])
+    return torch.where(beta == chosen[-1], chosen, torch.cat([rest, beta[None]]))
 
 
 STEP_RULES: dict[str, Callable[[], FixedStep | QuadraticModelStep]] = {
