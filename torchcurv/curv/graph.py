@@ -88,7 +88,29 @@ def edges_below(start: Edge) -> set[tuple[Any, int]]:
     return seen
 
 
+def nodes_between(start: Edge, end: Edge) -> list[Node]:
+    """The nodes that a gradient passes on its way from an edge to one below it, and others that lie above that one."""
+    seen, todo, found = {start.node, end.node}, [start.node], []
+    while todo:
+        node = todo.pop()
+        found.append(node)
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen and age_of(below) > age_of(end.node):
+                seen.add(below)
+                todo.append(below)
+    return found
+
+
 # ------------------------------------------------------------------------------- private names of torch
+
+
+def scale_of_batch_norm(node: Node) -> Tensor | None:
+    """weight / sqrt(var + eps) of a batch norm that normalises with its batch; None for every other node."""
+    saved: Any = node
+    if "BatchNorm" not in node.name() or not getattr(saved, "_saved_training", False):
+        return None
+    scale, weight = saved._saved_result2, saved._saved_weight
+    return scale if weight is None else scale * weight
 
 
 def base_of(tensor: Tensor) -> Tensor | None:
@@ -137,6 +159,16 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The buffers of a module by name, to be read and replaced."""
     return module._buffers
+
+
+def drop_hooks(module: nn.Module, left_over: Callable[[Any], bool]) -> None:
+    """Take the forward hooks of a module away of which this is true."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if left_over(hook)]:
+            del hooks[key]
+            for of_key in (module._forward_hooks_with_kwargs, module._forward_hooks_always_called):
+                of_key.pop(key, None)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def has_backward_hooks(tensor: Tensor) -> bool:

@@ -290,7 +290,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     def summary(self) -> str:
         """A table of what every parameter got: layer, curvature, approximation, block sizes, memory in bytes."""
         engine = self.engine
-        return summary_of(engine.blocks, engine.params(), engine.blueprint.names)
+        return summary_of(engine.blocks, engine.params(), engine.blueprint.names, engine.plain)
 
     # ------------------------------------------------------------------------- saving and copying
 
@@ -330,6 +330,9 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         new.model, old = model, self.engine
         loss_fn = old.recording["loss_fn"]
         recording = {**old.recording, "loss_fn": memo.get(id(loss_fn), loss_fn)}
+        if isinstance(loss_fn, nn.Module) and id(loss_fn) not in memo:  # it may be copied later, or not at all
+            known = (loss_fn, *old.recording.get("loss_twins", ()))
+            recording["loss_twins"] = tuple(copy.deepcopy(module, memo) for module in known)
         new._group_options = self._group_options.copied(new.settings)
         new._companions = {}
         new._make_engine(replace(old.blueprint, model=model), recording, old.damping, self._engine_options)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.approximations.base import Approximation, Tensors
-from torchcurv.curv.approximations.factor import Factor
+from torchcurv.curv.approximations.factor import Factor, with_tensors
 from torchcurv.curv.approximations.table import approximation_of
 from torchcurv.curv.block.average import RunningAverage
 from torchcurv.curv.block.health import Health
@@ -87,6 +87,7 @@ class Curvature:
     @torch.no_grad()
     def measure(self, stats: Stats) -> None:
         """Add one chunk of signals to what was measured since the last step."""
+        self.follow_parameters()
         basis = None if self.factor is None else self.factor.basis
         self.pending.add(self.approx.measure(stats, basis, self.refresh.due))
 
@@ -122,6 +123,19 @@ class Curvature:
         slot = self.factors[STEP]
         if slot.factor is not None or self.approx.of_one_step:
             slot.factor = self.approx.follow(self.tensors, slot.factor, self.options.damping_type)
+
+    def follow_parameters(self) -> None:
+        """Take the averages and factors along where the model has moved to another device or precision."""
+        like, tensors = self._like(), [x for x in self.tensors.values() if isinstance(x, Tensor)]
+        if all(x.dtype == like.dtype and x.device == like.device for x in tensors):
+            return
+        average, health = self.average, self.health
+        average.tensors = {key: x.to(like) if isinstance(x, Tensor) else x for key, x in self.tensors.items()}
+        average.weights = {key: x.to(like) for key, x in average.weights.items()}
+        health.flags = None if health.flags is None else health.flags.to(like.device)
+        for slot in self.factors.values():
+            if slot.factor is not None:
+                slot.factor = with_tensors(slot.factor, {k: x.to(like) for k, x in slot.factor.state().items()})
 
     def _like(self) -> Tensor:
         """A number on the device of the block, in float32 or better."""

@@ -17,10 +17,20 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchcurv.curv.capture.calls import Call, Capture
-from torchcurv.curv.capture.hooks import Hook, argument, is_internal_forward
+from torchcurv.curv.capture.hooks import Hook, argument, is_inert, is_internal_forward
 from torchcurv.curv.capture.notes import GraphNotes
 from torchcurv.curv.capture.parameter_trace import ParameterTrace, sample_gradients
-from torchcurv.curv.graph import Edge, backward_id, base_of, edge_of, no_torch_function, parameters_of
+from torchcurv.curv.graph import (
+    Edge,
+    backward_id,
+    base_of,
+    drop_hooks,
+    edge_of,
+    no_torch_function,
+    nodes_between,
+    parameters_of,
+    scale_of_batch_norm,
+)
 from torchcurv.curv.hessian.tape import Tape
 from torchcurv.curv.layers.layer import Layer, ParameterUse
 from torchcurv.curv.layers.normalization import BATCH_NORMS, uses_batch_statistics
@@ -57,6 +67,8 @@ class Forward:
         ] = {}  # the sites inside modules, by the id of their parameter
         self._hook_layers()
         start, end = Hook(self._on_start), Hook(self._on_end)
+        for inner in model.modules():
+            drop_hooks(inner, is_inert)
         self._handles.append(model.register_forward_pre_hook(start))
         self._handles.append(model.register_forward_hook(end, always_call=True))
         self._model_hooks = [start, end]
@@ -247,6 +259,21 @@ class Forward:
         scale = (at_least_float32(x).var(dims, correction=0) + module.eps).rsqrt()
         scale = scale if module.weight is None else scale * module.weight
         shaped = scale.reshape(1, -1, *(1,) * (x.dim() - 2))
+        return ((outputs[0] * shaped).to(inputs[0].dtype), *inputs[1:])
+
+    def cut_between(self, start: Edge, end: Edge) -> bool:
+        """The same for batch norms of other models, through which the loss goes; whether there are any."""
+        scales = [(node, scale_of_batch_norm(node)) for node in nodes_between(start, end)]
+        found = [(node, scale.detach()) for node, scale in scales if scale is not None]
+        for node, scale in found:
+            node.register_hook(partial(self._cut_by, scale))
+        return bool(found)
+
+    @torch.no_grad()
+    def _cut_by(self, scale: Tensor, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> Any:
+        if not self.inside or not self.constant_statistics or inputs[0] is None or outputs[0] is None:
+            return None
+        shaped = scale.reshape(1, -1, *(1,) * (outputs[0].dim() - 2))
         return ((outputs[0] * shaped).to(inputs[0].dtype), *inputs[1:])
 
     def capture_of(self, f: Tensor) -> tuple[Capture, Edge] | None:

@@ -25,11 +25,29 @@ class Hook:
         call = uncompiled if torch.compiler.is_compiling() else call_plainly
         return call(self.target, args, kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "__name__":  # which torch.jit.script asks for
+            raise AttributeError(
+                "torch.jit.script cannot compile the hooks of an optimizer: script the model before the optimizer is "
+                "built, or after optimizer.remove()"
+            )
+        raise AttributeError(name)
+
+    @property
+    def inert(self) -> bool:
+        """Whether it is left over from a copy."""
+        return self.target is None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         return Hook()
 
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
         return Hook, ()
+
+
+def is_inert(hook: Any) -> bool:
+    """Whether it is a hook of ours that is left over from a copy."""
+    return isinstance(hook, Hook) and hook.inert
 
 
 def is_internal_forward() -> bool:

@@ -47,10 +47,11 @@ class LossSettings:
         """Whether the loss is known by its name alone."""
         return isinstance(self.loss_fn, str)
 
-    def loss(self) -> Loss:
-        """The loss with the settings that its module has now."""
-        assert self.loss_fn is not None
-        return loss_of(self.loss_fn, self.reduction, self.class_dim)
+    def loss(self, module: nn.Module | None = None) -> Loss:
+        """The loss with the settings that its module has now; module: the one that was called, a copy perhaps."""
+        loss_fn = self.loss_fn if module is None else module
+        assert loss_fn is not None
+        return loss_of(loss_fn, self.reduction, self.class_dim)
 
     def observed(self, loss_fn: nn.Module | str | None) -> Loss:
         """The loss that `observe` was told of; None: this one."""

@@ -17,13 +17,13 @@ from torch.autograd.graph import get_gradient_edge
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.calls import Call, Capture
 from torchcurv.curv.capture.context import LossEvent, PassContext
-from torchcurv.curv.capture.hooks import Hook, argument, is_internal_forward
+from torchcurv.curv.capture.hooks import Hook, argument, is_inert, is_internal_forward
 from torchcurv.curv.capture.loss_settings import LossSettings
 from torchcurv.curv.capture.rows import numbered
 from torchcurv.curv.capture.signal_pass import CurvaturePass
 from torchcurv.curv.capture.triggers import DerivativeTaken, InputsAlone, LossModule, NamedOutput, Observed, Trigger
 from torchcurv.curv.capture.witness import OF_ANOTHER_OUTPUT, OutputWitness, with_signs
-from torchcurv.curv.graph import Edge, age_of, backward_id, edge_of, frozen, will_run
+from torchcurv.curv.graph import Edge, age_of, backward_id, drop_hooks, edge_of, frozen, will_run
 from torchcurv.curv.kinds.table import kind_of
 from torchcurv.curv.losses.formula import LabelFactor
 from torchcurv.curv.losses.loss import Loss
@@ -48,6 +48,7 @@ class Recorder:
 
     blocks: what is fed; a block takes part in a forward pass while its name is in `due`.
     loss_fn, reduction, class_dim, output_fn, grad_scaler, loss_factor, negative: see `LossSettings`.
+    loss_twins: copies of loss_fn that may be called in its place.
     unsupported: "error" raises where a parameter is used in a way its layer does not explain; "gradient" stops
         feeding its block.
 
@@ -68,6 +69,7 @@ class Recorder:
         grad_scaler: Any = None,
         loss_factor: Any = 1.0,
         negative: str = "error",
+        loss_twins: tuple[nn.Module, ...] = (),
         seed: int = 0,
         unsupported: str = "error",
     ) -> None:
@@ -82,10 +84,12 @@ class Recorder:
         self._lossless = self._alone = False  # whether blocks are due that no loss concerns, and no others
         self._task = -1  # the backward call that the last loss belongs to
         self._loss_hook: Hook | None = None
-        self._loss_handle: Any = None
-        if isinstance(loss_fn, nn.Module):
-            self._loss_hook = Hook(self._on_loss_module)
-            self._loss_handle = loss_fn.register_forward_hook(self._loss_hook, with_kwargs=True)
+        self._loss_handles: list[Any] = []
+        for module in (loss_fn, *loss_twins):
+            if isinstance(module, nn.Module):
+                drop_hooks(module, is_inert)
+                self._loss_hook = self._loss_hook or Hook(self._on_loss_module)
+                self._loss_handles.append(module.register_forward_hook(self._loss_hook, with_kwargs=True))
         self.set_due(block.name for block in blocks)
 
     @property
@@ -117,8 +121,8 @@ class Recorder:
     def remove(self) -> None:
         """Take every hook away."""
         self.forward.remove()
-        if self._loss_handle is not None:
-            self._loss_handle.remove()
+        for handle in self._loss_handles:
+            handle.remove()
         self.set_due(())
 
     def loss_scale(self) -> Any:
@@ -195,7 +199,7 @@ class Recorder:
             if part.witness is not None:
                 part.witness.covered = True
         edge = edge_of(loss)
-        LossModule(self, capture, edge.number, output_edge, f, target).arm(edge.node)
+        LossModule(self, capture, edge.number, module, output_edge, f, target).arm(edge.node)
 
     def observe(
         self,
@@ -273,6 +277,8 @@ class Recorder:
         for block in blocks:
             block.pending.begin(backward_id(), block.params)
         event = with_signs(event, self.settings.negative, blocks)
+        if event.f_edge[:2] != event.output_edge[:2] and self.forward.cut_between(event.f_edge, event.output_edge):
+            event.capture.mixed = True
         self._count(event, blocks)
         excluded = len(self.context.check.excluded)
         # a module or `observe` may be given one term of several; a name stands for all of the loss

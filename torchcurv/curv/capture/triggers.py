@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from torchcurv.curv.block.block import Curvature
@@ -110,6 +110,7 @@ class DerivativeTaken:
 class LossModule(Trigger):
     """At what a loss module returned for (f, target): the gradient is the factor of this loss."""
 
+    module: nn.Module
     output_edge: Edge
     f: Tensor
     target: Tensor
@@ -122,7 +123,7 @@ class LossModule(Trigger):
                 f"{tuple(capture.shape)} is the batch: return the batch first from the model, or call "
                 "optimizer.observe(output, target) with an output whose dimension 0 is the batch"
             )
-        loss, scale = self.listener.settings.loss(), self.listener.settings.scale()
+        loss, scale = self.listener.settings.loss(self.module), self.listener.settings.scale()
         reached = at_least_float32(gradient) / scale
         unreduced = loss.reduction == "none"
         terms = loss.terms(f, self.target, capture.n, reached if unreduced else None)

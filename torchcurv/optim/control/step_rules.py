@@ -46,8 +46,8 @@ class Descent(Companion):
         self.last = []
 
     def known(self) -> dict[str, Tensor]:
-        if not self.last:
-            return {}
+        if not self.last:  # nothing has moved: no step, or one that was rejected
+            return {"step_norm": torch.zeros(())}
         return {"step_norm": torch.stack([norm_of(steps) * lr for lr, steps in self.last]).norm()}
 
 

@@ -48,10 +48,11 @@ class Blueprint:
 
     def _chosen(self, groups: Sequence[Group], group_of: dict[Tensor, int]) -> Chosen:
         options = {p: Options(**{key: groups[k][key] for key in OPTION_NAMES}) for p, k in group_of.items()}
-        covered = {p for p in group_of if options[p].approx is not None and p.requires_grad}
+        names = self.names  # parameters of a module that was replaced stay in their group, and are none of the model
+        covered = {p for p in group_of if options[p].approx is not None and p.requires_grad and p in names}
         layers = find_layers(self.model, lambda p: p in covered, lambda p: p in covered and options[p].approx == "diag")
         in_layer = {p for layer in layers for p in layer.params}
-        missing = [self.names[p] for p in group_of if p in covered and p not in in_layer]
+        missing = [names[p] for p in group_of if p in covered and p not in in_layer]
         if missing and self.unsupported == "error":
             raise ValueError(
                 f"no curvature is known for the parameters {', '.join(missing)}: put them into a group with "

@@ -15,7 +15,7 @@ from torchcurv.curv.kinds.table import kind_of
 from torchcurv.optim.engine.building import Blueprint, same
 from torchcurv.optim.engine.damping import DampingPolicy, Group, has_changed, is_of_the_loss
 from torchcurv.optim.engine.fallback import usable_direction
-from torchcurv.optim.engine.report import warn, warn_of_failures
+from torchcurv.optim.engine.report import warn, warn_of_failures, warn_of_plain
 from torchcurv.optim.engine.witness import check_captured, check_objections, check_unfrozen, remarks_on
 
 # Options that all groups under one block must agree on at each step.
@@ -68,6 +68,7 @@ class CurvatureEngine:
         self.hint = hint
         self.unsaved: list[Curvature] = []
         self.only_zeros = False  # whether the last refresh found gradients of zeros and nothing that was captured
+        self.plain: set[str] = set()  # names of blocks that turned out to have no curvature
         self.said: set[str] = set()  # warnings that were given once
         self.hooked = False
         self._trained: list[bool] = []  # which parameters were trainable when the blocks were built
@@ -161,11 +162,14 @@ class CurvatureEngine:
             check_unfrozen(self)
         self.schedule.apply(self.step)
         reached = [pair for pair in self.pairs if any(p.grad is not None for p in pair[0].params)]
+        for block, _ in reached:
+            block.follow_parameters()
         check_objections([block for block, _ in reached])
         missing = [block for block, _ in reached if self.step >= block.refresh.next_update and not block.pending]
         if missing and not check_captured(self, missing):
             self.only_zeros = True
             return False
+        self._note_plain(missing)
         for remark in remarks_on([block for block, _ in reached]) - self.said:
             self.said.add(remark)
             warn(remark)
@@ -178,6 +182,15 @@ class CurvatureEngine:
         if self.factors and not self.warming_up:
             self._factorise(reached, changed)
         return True
+
+    def _note_plain(self, missing: list[Curvature]) -> None:
+        """Say it when there are more blocks that train with the plain gradient."""
+        assert self.recorder is not None
+        now = self.recorder.context.check.excluded | {block.name for block in missing}
+        now |= {name for name in self.plain if name not in {block.name for block in self.blocks if block.pending}}
+        if now - self.plain:
+            warn_of_plain(sorted(now), len(self.blocks))
+        self.plain = now
 
     def _own_step(self, index: int) -> int | None:
         """The step, for blocks that are measured at intervals of their own choice."""

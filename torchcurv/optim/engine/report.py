@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +36,15 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=8)  # the line that calls step(), through torch's own wrappers of it
 
 
+def warn_of_plain(plain: Sequence[str], total: int) -> None:
+    """Some blocks have no curvature after all."""
+    names = ", ".join(plain[:5]) + (", ..." if len(plain) > 5 else "")
+    warn(
+        f'{len(plain)} of {total} blocks train with the plain gradient (unsupported="gradient"), since their curvature '
+        f"is not known: {names}. optimizer.summary() lists them"
+    )
+
+
 def metrics_of(
     step: int, blocks: Sequence[Curvature], groups: Sequence[Group], last: dict[str, Tensor]
 ) -> dict[str, float]:
@@ -59,12 +68,17 @@ def metrics_of(
     return {**counts, **dict(zip(tensors, values, strict=True))}
 
 
-def summary_of(blocks: Sequence[Curvature], params: Iterable[Tensor], names: dict[Tensor, str]) -> str:
-    """A table of what every parameter got: layer, curvature, approximation, block sizes, memory in bytes."""
+def summary_of(
+    blocks: Sequence[Curvature], params: Iterable[Tensor], names: dict[Tensor, str], plain: Collection[str] = ()
+) -> str:
+    """A table of what every parameter got: layer, curvature, approximation, block sizes, memory in bytes.
+
+    plain: names of blocks that turned out to train with the plain gradient.
+    """
     rows = [("parameter", "shape", "block", "curv_type", "approx", "block sizes", "memory")]
     owners: dict[Tensor, list[Curvature]] = {}
     for block in blocks:
-        for p in block.params if block.kind != GRADIENT_SHARES else ():
+        for p in block.params if block.kind != GRADIENT_SHARES and block.name not in plain else ():
             owners.setdefault(p, []).append(block)
     for p in params:
         name, shape = names.get(p, "?"), "x".join(map(str, p.shape)) or "scalar"
