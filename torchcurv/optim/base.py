@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.bundles import flattened
+from torchcurv.curv.losses.autograd import watched
 from torchcurv.curv.options import OPTIMIZER, Option
 from torchcurv.optim.engine.building import BlockRule, Blueprint
 from torchcurv.optim.engine.checkpoint import exact_state
@@ -81,6 +82,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         self._group_options = GroupOptions(own, tuple(whole), self.settings, every, numbers)
         self._companions: dict[type[Companion], Companion] = {}
         recording = {name: whole[name] for name in RECORDING}
+        recording["loss_fn"] = watched(recording["loss_fn"])
         blueprint = Blueprint(model, whole["unsupported"], arrange, tuple(block_rules))
         self._make_engine(blueprint, recording, damping or StepDamping(), engine_options)
         self._companions |= {companion: companion(self) for companion in companions}
@@ -230,6 +232,11 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     def blocks(self) -> Mapping[str, Curvature]:
         """The blocks of the curvature by name: those of layers have the names of the modules."""
         return {block.name: block for block in self.engine.blocks}
+
+    @property
+    def loss_fn(self) -> Any:
+        """The loss as it is watched. A function that was given as loss_fn= is seen only when it is called as this."""
+        return self.engine.recording["loss_fn"]
 
     def observe(
         self,

@@ -180,12 +180,13 @@ class MainLossOption(TypedDict, total=False):
     """What a constructor names itself."""
 
     loss_fn: Annotated[
-        nn.Module | str | None,
+        nn.Module | Callable[[Tensor, Tensor], Tensor] | str | None,
         Option(
             "cross_entropy",
             anything,
             OPTIMIZER,
-            "the loss module you call, or the name of the loss you compute; None: you call observe",
+            "the loss module you call, or the name of the loss you compute; a function of (output, target), which is "
+            "then called as optimizer.loss_fn; None: you call observe",
         ),
     ]
 

@@ -372,9 +372,9 @@ def test_a_target_that_depends_on_the_model_raises():
     opt.remove()
 
 
-def test_an_unknown_loss_module_is_refused_by_name():
-    with pytest.raises(TypeError, match=r"SmoothL1Loss.*register_loss"):
-        loss_of(nn.SmoothL1Loss())
+def test_what_is_no_loss_is_refused():
+    with pytest.raises(TypeError, match=r"loss_fn is a int; pass a loss module, a function of \(output, target\)"):
+        loss_of(3)
 
 
 # ------------------------------------------------------------------------------- batches that are not finite

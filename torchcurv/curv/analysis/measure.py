@@ -254,7 +254,7 @@ def _measure(
             raise ValueError("the model's output does not depend on any covered parameter through a recorded layer")
         capture, edge = found
         terms = loss.terms(f, y, capture.batch_of(f))
-        if loss.reduction == "mean":  # batches count by 1/R: measure with R = 1, divide by the sum of all 1/R
+        if loss.averages(terms):  # batches count by 1/R: measure with R = 1, divide by the sum of all 1/R
             total = total + 1 / terms.reduction
             terms = replace(terms, reduction=1.0)
         event = LossEvent(loss, terms, 1.0, f.detach(), edge_of(f), capture, edge)
@@ -265,7 +265,7 @@ def _measure(
     if unreached:
         raise ValueError(f"the loss does not depend on {', '.join(unreached)}: pass params= without their parameters")
     for block in blocks:
-        if loss.reduction == "mean":
+        if isinstance(total, Tensor) or total:
             block.pending.scale(1 / total)
         block.update(1.0)
         if not block.approx.of_one_step:

@@ -87,20 +87,20 @@ class CurvatureOperator(OverParameters):
                     self._add(total, batch, sent)
         if not seen:
             raise ValueError("data is empty, or could be gone over only once: pass a list of batches, or a DataLoader")
-        if self._loss.reduction == "mean":
+        if isinstance(shares, Tensor) or shares:
             total = [x / shares for x in total]
         return restore(dict(zip(self.params, total, strict=True)))
 
     def _batch(self, x: Any, y: Tensor) -> tuple[OutputLoss, Tensor | float]:
-        """(the loss of a batch, with R = 1 if it is a mean, 1 / R)."""
+        """(the loss of a batch, with R = 1 if it is a mean, 1 / R of that mean, or 0)."""
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             f, n = forward(self._model, x, self._output_fn)
         if f.grad_fn is None:
             raise ValueError("the model's output does not depend on any covered parameter")
         terms = self._loss.terms(f, y, n)
-        share = 1 / terms.reduction
-        if self._loss.reduction == "mean":
-            terms = replace(terms, reduction=1.0)
+        share: Tensor | float = 0.0
+        if self._loss.averages(terms):
+            terms, share = replace(terms, reduction=1.0), 1 / terms.reduction
         return OutputLoss(self._loss, terms, n, f.detach(), edge_of(f), 1.0), share
 
     def _add(self, total: list[Tensor], batch: OutputLoss, v: list[Tensor]) -> None:

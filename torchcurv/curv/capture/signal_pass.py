@@ -182,7 +182,7 @@ class RowSource:
 
     def draws(self) -> tuple[Tensor, torch.Generator]:
         generator = self.generator()
-        return self.event.terms.draw(generator), generator
+        return random_signs(self.event.terms.f, generator), generator
 
     def path(self, blocks: Sequence[Curvature]) -> Path:
         event, structure = self.event, self.structure

@@ -58,6 +58,7 @@ class LossFormula(ABC):
         Fisher is then the GGN (c being the negative log likelihood of `label_gradient`'s labels), and the loss may be
         known by its name alone.
     options: the settings of a loss module that `read` understands.
+    joint: whether a sample is one term, whose c outputs are all of its own, in any shape; y is [n, 1, ...] then.
     """
 
     name: ClassVar[str] = ""  # by which `loss_fn=` may know it; by default that of the class
@@ -66,6 +67,7 @@ class LossFormula(ABC):
     gaussian: ClassVar[bool] = False
     hessian_needs_target: ClassVar[bool] = True
     options: ClassVar[tuple[str, ...]] = ()
+    joint: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         if "name" not in vars(cls):
@@ -142,6 +144,10 @@ class LossFormula(ABC):
         weights = None if weights is None else layout(weights)
         divisor = f.numel() if self.elementwise else f.shape[:2].numel()
         return Target(lambda: y, weights, divisor, weights is None)
+
+    def of_shape(self, shape: tuple[int, ...]) -> LossFormula:
+        """The formula for samples whose outputs have this shape."""
+        return self
 
     # ------------------------------------------------------------- losses known by their name alone
 

@@ -47,7 +47,7 @@ class Loss:
 
     def rows(self, f: Tensor) -> int:
         """How many rows of dimension 0 an output has; the one of a sample without a batch dimension counts too."""
-        return 1 if self.whole or f.dim() < (1 if self.formula.elementwise else 2) else f.shape[0]
+        return 1 if self.whole or f.dim() < (1 if self.formula.elementwise or self.formula.joint else 2) else f.shape[0]
 
     def layout(self, f: Tensor, n: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """(f as [n, t, c], a function that brings such a tensor back to the shape of f).
@@ -64,7 +64,7 @@ class Loss:
                 f"the output given to the loss has shape {tuple(f.shape)}, a batch of no samples: skip that batch"
             )
         n = n if n and rows % n == 0 else rows
-        if self.formula.elementwise:
+        if self.formula.elementwise or self.formula.joint:
             return f.reshape(n, 1, -1), lambda s: s.reshape(f.shape)
         if not f.dim():
             raise ValueError(
@@ -96,9 +96,11 @@ class Loss:
             self._check_fits(x, f)
             return self.layout(x.detach().to(canonical.dtype).expand_as(f), n)[0]
 
-        y, weights, count, uniform = self.formula.read(canonical, _labels(target), layout, self.options)
-        reduction = self.formula.factor / self._divisor(count)
-        terms = Terms(self.formula, canonical, reduction, weights, uniform, y, count=count)
+        one = f if f.dim() else f.reshape(1)
+        formula = self.formula.of_shape((len(one) // len(canonical), *one.shape[1:]))
+        y, weights, count, uniform = formula.read(canonical, _labels(target), layout, self.options)
+        reduction = formula.factor / self._divisor(count)
+        terms = Terms(formula, canonical, reduction, weights, uniform, y, count=count)
         if self.reduction != "none":
             return terms
         if arriving is None:
@@ -118,6 +120,10 @@ class Loss:
                 f"{tuple(x.shape)}, which torch compares each with each: give both one shape, as by "
                 "target.reshape(output.shape) where they have as many elements"
             )
+
+    def averages(self, terms: Terms) -> bool:
+        """Whether the loss of these terms is their mean. Of a function it is found with them: a sum divides by 1."""
+        return self.reduction == "mean" and not (self.formula.joint and terms.count == 1.0 and len(terms.f) > 1)
 
     def _divisor(self, count: Tensor | float) -> Tensor | float:
         return count if self.reduction == "mean" else 1.0

@@ -9,8 +9,11 @@ per sample that share the c outputs. Formulas: Martens, "New insights and perspe
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
 
+from torch import Tensor, nn
+
+from torchcurv.curv.losses.autograd import AutogradFormula
 from torchcurv.curv.losses.binary_cross_entropy import BinaryCrossEntropy
 from torchcurv.curv.losses.cross_entropy import CrossEntropy
 from torchcurv.curv.losses.formula import LossFormula
@@ -75,8 +78,11 @@ def _named(formula: LossFormula, name: str | None) -> str:
     return name
 
 
-def loss_of(loss_fn: nn.Module | str, reduction: str | None = None, class_dim: int | None = None) -> Loss:
-    """The Loss of a torch loss module, read anew at each call so that changed settings count, or of a name."""
+def loss_of(loss_fn: Callable[..., Tensor] | str, reduction: str | None = None, class_dim: int | None = None) -> Loss:
+    """The Loss of a torch loss module, read anew at each call so that changed settings count, or of a name.
+
+    One that is not registered, a subclass with a forward of its own, or a function, is taken by autograd.
+    """
     if isinstance(loss_fn, str):
         if loss_fn not in FORMULAS:
             allowed = ", ".join(map(repr, FORMULAS))
@@ -85,15 +91,18 @@ def loss_of(loss_fn: nn.Module | str, reduction: str | None = None, class_dim: i
                 "together with optimizer.observe(output, target, loss_fn)"
             )
         return Loss(loss_fn, FORMULAS[loss_fn], check_reduction(reduction or "mean"), class_dim)
-    found = next((MODULES[cls] for cls in type(loss_fn).__mro__ if cls in MODULES), None)
-    if found is None:
-        allowed = ", ".join(cls.__name__ for cls in MODULES)
+    if not callable(loss_fn):
         raise TypeError(
-            f"loss_fn is a {type(loss_fn).__name__}; known are {allowed} and their subclasses. Name the loss it "
-            "computes ('cross_entropy', 'mse', 'bce_with_logits', 'nll'), or register it with "
-            "torchcurv.register_loss, like= one of these or with a formula= of its own"
+            f"loss_fn is a {type(loss_fn).__name__}; pass a loss module, a function of (output, target), the name of a "
+            f"loss ({', '.join(map(repr, FORMULAS))}), or None together with optimizer.observe"
         )
-    name, keys = found
+    known = next((cls for cls in type(loss_fn).__mro__ if cls in MODULES), None)
+    if known is None or type(loss_fn).forward is not known.forward:  # type: ignore[attr-defined]
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        summed = getattr(loss_fn, "reduction", "mean") == "sum"
+        return Loss(name, AutogradFormula(loss_fn), "sum" if summed else "mean", class_dim)
+    name, keys = MODULES[known]
+    assert isinstance(loss_fn, nn.Module)
     options = {key: getattr(loss_fn, key, None) for key in keys}
     options = {key: value for key, value in options.items() if value is not None}
     dim = class_dim if class_dim is not None else 1

@@ -169,7 +169,7 @@ class CurvatureEngine:
         if missing and not check_captured(self, missing):
             self.only_zeros = True
             return False
-        self._note_plain(missing)
+        self._note_plain([block for block in missing if self.blueprint.unsupported == "gradient"])
         for remark in remarks_on([block for block, _ in reached]) - self.said:
             self.said.add(remark)
             warn(remark)
@@ -186,7 +186,9 @@ class CurvatureEngine:
     def _note_plain(self, missing: list[Curvature]) -> None:
         """Say it when there are more blocks that train with the plain gradient."""
         assert self.recorder is not None
-        now = self.recorder.context.check.excluded | {block.name for block in missing}
+        new = [block for block in missing if block.name not in self.plain]
+        moving = {block.name for block in new if any(p.grad.any() for p in block.params if p.grad is not None)}
+        now = self.recorder.context.check.excluded | moving
         now |= {name for name in self.plain if name not in {block.name for block in self.blocks if block.pending}}
         if now - self.plain:
             warn_of_plain(sorted(now), len(self.blocks))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.recorder import DERIVATIVES, Recorder
+from torchcurv.curv.losses.autograd import WatchedLoss
 from torchcurv.optim.engine.building import Blueprint
 from torchcurv.optim.engine.damping import Group
 
@@ -106,6 +107,8 @@ def _silent_trigger(engine: Watched) -> str:
         return "optimizer.remove() has taken its hooks away"
     if loss_fn is None:
         return "loss_fn=None and optimizer.observe(output, target, loss_fn) was not called in this step"
+    if isinstance(loss_fn, WatchedLoss):
+        return "the function given as loss_fn= was not seen: call it as optimizer.loss_fn(output, target)"
     if isinstance(loss_fn, nn.Module):
         return "the loss module given as loss_fn= was not called on the model's output in this step"
     return "no backward() reached the model's output through a recorded forward pass"
