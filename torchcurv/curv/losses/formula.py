@@ -48,7 +48,29 @@ class LabelFactor(NamedTuple):
     fits: Tensor
 
 
-class LossFormula(ABC):
+class KnownByName:
+    """What the gradient at the output tells of a loss that is known by its name alone."""
+
+    def counted(self, f: Tensor, gradient: Tensor) -> Tensor | None:
+        """w [n, t] of the terms that the gradient at f shows to count (1) or not (0); None: all count."""
+        return None
+
+    def factor_in(self, f: Tensor, gradient: Tensor, counted: Tensor | None, tolerance: float) -> LabelFactor | None:
+        """The factor k > 0 for which `gradient` is k dc/df at targets that are labels, from all terms together.
+
+        counted: as it is returned above. None: the gradient of this loss tells no factor.
+        """
+        return None
+
+    def check_gradient(self, f: Tensor, gradient: Tensor, tolerance: float) -> str | None:
+        """Why `gradient` cannot be dc/df at any target; None if it can. Reads numbers.
+
+        tolerance: what rounding makes of a probability.
+        """
+        return None
+
+
+class LossFormula(KnownByName, ABC):
     """c(f, y) of a loss, up to a constant in f.
 
     elementwise: whether each element of the output is a term of its own, so that H is diagonal.
@@ -148,26 +170,6 @@ class LossFormula(ABC):
     def of_shape(self, shape: tuple[int, ...]) -> LossFormula:
         """The formula for samples whose outputs have this shape."""
         return self
-
-    # ------------------------------------------------------------- losses known by their name alone
-
-    def counted(self, f: Tensor, gradient: Tensor) -> Tensor | None:
-        """w [n, t] of the terms that the gradient at f shows to count (1) or not (0); None: all count."""
-        return None
-
-    def factor_in(self, f: Tensor, gradient: Tensor, counted: Tensor | None, tolerance: float) -> LabelFactor | None:
-        """The factor k > 0 for which `gradient` is k dc/df at targets that are labels, from all terms together.
-
-        counted: as it is returned above. None: the gradient of this loss tells no factor.
-        """
-        return None
-
-    def check_gradient(self, f: Tensor, gradient: Tensor, tolerance: float) -> str | None:
-        """Why `gradient` cannot be dc/df at any target; None if it can. Reads numbers.
-
-        tolerance: what rounding makes of a probability.
-        """
-        return None
 
     # ----------------------------------------------------------------------------------- predictions
 
