@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from torchcurv import curvature, laplace
+from torchcurv import curvature, laplace, register_loss
+from torchcurv.curv.losses.table import MODULES
 from torchcurv.curv.posterior.draws import arguments
 
 DELTA, NOISE, TAU, DRAWS = 0.7, 0.3, 0.4, 100_000
@@ -115,7 +116,17 @@ class WeightedSquaredError(nn.MSELoss):
         return (self.weight * (f - y) ** 2).sum() / self.weight.sum()
 
 
-def test_weighted_residuals_have_a_noise_of_their_own():
+@pytest.fixture
+def weighted():
+    """A loss with a forward of its own is no squared error, unless that is said."""
+    held = dict(MODULES)
+    register_loss(WeightedSquaredError, like="mse", options=("weight",))
+    yield
+    MODULES.clear()
+    MODULES.update(held)
+
+
+def test_weighted_residuals_have_a_noise_of_their_own(weighted):
     model, x, y = regression()
     loss = WeightedSquaredError()
     posterior = laplace(model, loss, [(x, y)], approx="full", prior_precision=DELTA, noise_variance=NOISE)
