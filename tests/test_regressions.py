@@ -152,3 +152,50 @@ def test_no_host_sync_per_layer_and_step(approx, damping_type, accelerator):
     with Syncs() as syncs:
         optimizer.step()
     assert syncs.count == 0
+
+
+class TiedTokens(nn.Module):
+    def __init__(self, tokens, width):
+        super().__init__()
+        self.embed, self.line = nn.Embedding(tokens, width), nn.Linear(width, width)
+        self.head = nn.Linear(width, tokens, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, t):
+        return self.head(torch.tanh(self.line(self.embed(t)))).mean(1)
+
+
+@pytest.mark.parametrize("approx", ["full", "block", "lowrank"])
+@pytest.mark.parametrize(("tokens", "width"), [(3, 6), (3, 4), (6, 3)])
+def test_rows_of_an_embedding_tied_to_its_head_with_fewer_tokens_than_width(tokens, width, approx):
+    model = cases.seeded(lambda: TiedTokens(tokens, width))
+    t = torch.randint(tokens, (5, 4), generator=torch.Generator().manual_seed(0))
+    y, loss = torch.arange(5) % tokens, nn.CrossEntropyLoss()
+    size = sum(p.numel() for p in model.parameters())
+    rows = curvature(
+        model, loss, [(t, y)], approx=approx, rows_limit=1, **({"rank": size} if approx == "lowrank" else {})
+    )
+    dense = curvature(model, loss, [(t, y)], approx="block" if approx == "block" else "full", rows_limit=10**6)
+    torch.testing.assert_close(rows.to_dense(), dense.to_dense(), rtol=1e-8, atol=1e-10)
+
+
+def test_one_image_with_a_loss_per_pixel_after_an_affine_batch_norm():
+    """torch misreads a strided gradient there."""
+    model = cases.seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)))
+    optimizer = SecondOrderOptimizer(model, loss_fn=nn.CrossEntropyLoss())
+    x, y = cases.randn(1, 3, 5, 5), torch.arange(25).reshape(1, 5, 5) % 4
+    optimizer.loss_fn(model(x), y).backward()
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_the_exact_hessian_beside_a_frozen_group_norm_is_symmetric():
+    model = cases.seeded(
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(4, 4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3))
+    )
+    model[1].requires_grad_(False)
+    x, y = cases.randn(4, 2, 4, 4), torch.arange(4) % 3
+    params = [p for p in model.parameters() if p.requires_grad]
+    options = {"curv_type": "hessian", "approx": "full", "params": params}
+    H = curvature(model, nn.CrossEntropyLoss(), [(x, y)], **options).to_dense()
+    assert (H - H.T).norm() <= 1e-10 * H.norm()

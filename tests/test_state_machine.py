@@ -57,7 +57,7 @@ class Calls(RuleBasedStateMachine):
         for _ in range(2):
             model = make_model()
             self.pairs.append((model, SecondOrderOptimizer(model, model.parameters(), **self.options)))
-        self.seed, self.losses = 0, [[], []]
+        self.seed, self.steps, self.passes = 0, 0, False  # whether there was a backward since the last step
 
     def both(self, call):
         """Make a call on the run and on its twin; both are told the same."""
@@ -86,6 +86,8 @@ class Calls(RuleBasedStateMachine):
     def backward(self, n, scale, times):
         self.seed += 1
 
+        self.passes = True
+
         def call(k, model, optimizer):
             loss = scale * self.lost(model, optimizer, n, self.seed)
             if loss.requires_grad:
@@ -96,6 +98,8 @@ class Calls(RuleBasedStateMachine):
 
     @rule()
     def backward_of_a_batch_that_is_not_finite(self):
+        self.passes = True
+
         def call(k, model, optimizer):
             loss = self.lost(model, optimizer, 3, 1, spoilt=True)
             if loss.requires_grad:
@@ -107,6 +111,8 @@ class Calls(RuleBasedStateMachine):
     @rule()
     def step(self):
         self.both(lambda k, model, optimizer: optimizer.step())
+        self.passes = self.passes and self.pairs[0][1].engine.step == self.steps
+        self.steps = self.pairs[0][1].engine.step
 
     @rule(set_to_none=st.booleans())
     def zero_grad(self, set_to_none):
@@ -127,6 +133,7 @@ class Calls(RuleBasedStateMachine):
             optimizer.step(closure)
 
         self.both(call)
+        self.steps = self.pairs[0][1].engine.step
 
     @rule(key=st.sampled_from(["lr", "damping", "ema_decay"]), value=st.sampled_from([0.01, 0.3, 0.9]))
     def change_an_option(self, key, value):
@@ -176,7 +183,7 @@ class Calls(RuleBasedStateMachine):
         optimizer.remove()
         self.pairs[0] = copy.deepcopy((model, optimizer))
 
-    @precondition(lambda self: all(p.grad is None for p in self.pairs[0][0].parameters()))
+    @precondition(lambda self: not self.passes and all(p.grad is None for p in self.pairs[0][0].parameters()))
     @rule()
     def save_and_load(self):
         model, optimizer = self.pairs[0]

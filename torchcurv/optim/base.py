@@ -345,4 +345,6 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         new._make_engine(replace(old.blueprint, model=model), recording, old.damping, self._engine_options)
         new._companions |= {companion: companion(new) for companion in self._companions}
         new._restore()
+        if old.recorder is not None and new.engine.recorder is not None:  # so that both draw alike in this step
+            new.engine.recorder.context.passes = old.recorder.context.passes
         return new

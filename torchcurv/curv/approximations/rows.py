@@ -94,7 +94,7 @@ class Rows:
         """The outputs of a layer, so many at a time that the rows over them stay small."""
         g, o, d = self.stats[0].layers[index].shape
         if any(use.transposed for stats in self.stats for use in stats.uses[index]):
-            yield slice(o)
+            yield slice(None)  # of a transposed use the outputs are on the other side
             return
         size = max(1, ROW_ELEMENTS // (g * d * row_count(self.stats)))
         for start in range(0, o, size):

@@ -264,7 +264,8 @@ class RowSource:
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         event, f_edge = self.event, self.event.f_edge
         layout = event.loss.layout(event.f, len(event.terms.f))[1]
-        at_f = layout(signal).to(event.f.dtype).reshape(f_edge.shape)
+        # contiguous: the backward of an affine batch norm in torch misreads a strided gradient of one image
+        at_f = layout(signal).to(event.f.dtype).reshape(f_edge.shape).contiguous()
         wanted: list[Any] = [self.edges[id(call)].public for call in calls]
         wanted += [get_gradient_edge(p) for p in params]
         inner = [edge for edge in wanted if edge[:2] != f_edge[:2]]

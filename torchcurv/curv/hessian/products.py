@@ -43,7 +43,12 @@ class OutputLoss:
 
     def restored(self, canonical: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """[n, t, c] -> where the gradient of f arrives."""
-        return self.loss.layout(self.f, self.n)[1](canonical).to(dtype or self.f.dtype).reshape(self.f_edge.shape)
+        return (
+            self.loss.layout(self.f, self.n)[1](canonical)
+            .to(dtype or self.f.dtype)
+            .reshape(self.f_edge.shape)
+            .contiguous()
+        )
 
     def gradient(self) -> Tensor:
         """dL/df."""

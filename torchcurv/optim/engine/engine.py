@@ -310,8 +310,6 @@ class CurvatureEngine:
         """Gradients are gone, and what was captured for them."""
         for block in self.blocks:
             block.pending.forget()
-        if self.recorder is not None:
-            self.recorder.context.passes = 0  # draws are those of a copy, or of a resumed run, which has made none
 
     def save(self, state: dict[Any, dict[str, Any]]) -> None:
         """The blocks that changed into the state of their first parameter."""
