@@ -126,9 +126,11 @@ class Curvature:
 
     def follow_parameters(self) -> None:
         """Take the averages and factors along where the model has moved to another device or precision."""
-        like, tensors = self._like(), [x for x in self.tensors.values() if isinstance(x, Tensor)]
-        if all(x.dtype == like.dtype and x.device == like.device for x in tensors):
+        p, held = self.params[0], next((x for x in self.tensors.values() if isinstance(x, Tensor)), None)
+        wide = torch.promote_types(p.dtype, torch.float32)
+        if held is None or (held.dtype == wide and held.device == p.device):
             return
+        like = self._like()
         average, health = self.average, self.health
         average.tensors = {key: x.to(like) if isinstance(x, Tensor) else x for key, x in self.tensors.items()}
         average.weights = {key: x.to(like) for key, x in average.weights.items()}
