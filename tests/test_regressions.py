@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchcurv import SecondOrderOptimizer, curvature
+from torchcurv import SecondOrderOptimizer, curvature, register_view
+from torchcurv.curv.layers.table import VIEWS
 
 
 def make_model():
@@ -199,3 +200,56 @@ def test_the_exact_hessian_beside_a_frozen_group_norm_is_symmetric():
     options = {"curv_type": "hessian", "approx": "full", "params": params}
     H = curvature(model, nn.CrossEntropyLoss(), [(x, y)], **options).to_dense()
     assert (H - H.T).norm() <= 1e-10 * H.norm()
+
+
+class Grouped(nn.Module):
+    """W [g, o, i], each group of its own inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(2, 3, 4) * 0.5), nn.Parameter(torch.zeros(2, 3))
+
+    def forward(self, x):
+        return (torch.einsum("ngi,goi->ngo", x.unflatten(1, (2, 4)), self.weight) + self.bias).flatten(1)
+
+
+class InputsFirst(nn.Module):
+    """W [i, o], as GPT-2's Conv1D."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 6) * 0.5), nn.Parameter(torch.zeros(6))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize("approx", ["full", "kfac", "unit", "diag"])
+@pytest.mark.parametrize(
+    ("module", "groups", "stored"), [(Grouped, 2, "groups first"), (InputsFirst, 1, "inputs first")]
+)
+def test_a_weight_may_be_stored_in_another_order(module, groups, stored, approx):
+    held = dict(VIEWS)
+    register_view(
+        module,
+        lambda m, x: x.reshape(len(x), 1, groups, -1),
+        lambda m, dz: dz.reshape(len(dz), 1, groups, -1),
+        lambda m: groups,
+        stored=stored,
+    )
+    try:
+        model = cases.seeded(lambda: nn.Sequential(module(), nn.Tanh(), nn.Linear(6, 3)))
+        x, y, loss = cases.randn(5, 8), torch.arange(5) % 3, nn.CrossEntropyLoss()
+        named = list(model.named_parameters())
+        truth = oracles.ggn(model, loss, x, y, named)
+        found = curvature(model, loss, [(x, y)], approx=approx).to_dense()
+        if approx == "full":
+            torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-12)
+        elif approx == "diag":
+            torch.testing.assert_close(found.diag(), truth.diag(), rtol=1e-9, atol=1e-12)
+        optimizer = SecondOrderOptimizer(model, loss_fn=loss, approx=approx)
+        loss(model(x), y).backward()
+        optimizer.step()
+    finally:
+        VIEWS.clear()
+        VIEWS.update(held)

@@ -73,6 +73,8 @@ class ParameterUse:
         shape = self.weight.shape
         if self.view.transposed:
             return g, shape[1], shape[0] // g * shape[2:].numel()
+        if self.view.by_groups:
+            return g, shape[1], shape[2:].numel()
         outputs = max(1, shape[0] // g)  # 1 where each of the weight's dimensions counts groups
         return g, outputs, shape.numel() // (g * outputs)
 

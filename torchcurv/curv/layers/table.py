@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchcurv.curv.checks import check_one_of
 from torchcurv.curv.layers.convolution import CONVOLUTION, TRANSPOSED_CONVOLUTION
 from torchcurv.curv.layers.embedding import EMBEDDING, EMBEDDING_BAG
 from torchcurv.curv.layers.normalization import (
@@ -71,21 +72,28 @@ def register_view(
     weight: str = "weight",
     bias: str = "bias",
     arguments: tuple[str, ...] = ("input",),
+    stored: str = "outputs first",
 ) -> None:
     """Teach torchcurv to read a module type whose parameters act as a grouped linear map of what it is given.
 
     inputs(module, x) -> a [n, r, g, i], signal(module, dz) -> s [n, r, g, o] and groups(module) -> g must satisfy
-    `W.grad.reshape(g, o, i) == einsum("nrgo,nrgi->goi", s, a)` and `b.grad.reshape(g, o) ==
-    einsum("nrgo->go", s)` for x the module's first argument and dz the gradient at its output. Subclasses of
-    `module_type` are read the same way unless they are registered themselves.
+    `dW == einsum("nrgo,nrgi->goi", s, a)` and `b.grad.reshape(g, o) == einsum("nrgo->go", s)` for x the module's first
+    argument, dz the gradient at its output, and dW that of W as [g, o, i]. Subclasses of `module_type` are read the
+    same way unless they are registered themselves.
 
     Args:
         weight, bias: names of the parameters W and b; a module may lack either.
         arguments: names of the arguments of `forward`, in its order, that `inputs` gets as x.
+        stored: the shape of W. "outputs first": [g o, i ...], where i may be several dimensions; "groups first":
+            [g, o, i ...]; "inputs first": [g i, o, ...], as in a transposed convolution or GPT-2's Conv1D.
     """
+    check_one_of("stored", stored, ("outputs first", "groups first", "inputs first"))
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise TypeError(f"register_view: got {module_type!r}; pass a subclass of torch.nn.Module")
-    VIEWS[module_type] = View(inputs, signal, groups, weight=weight, bias=bias, arguments=arguments)
+    VIEWS[module_type] = View(
+        inputs, signal, groups, weight=weight, bias=bias, arguments=arguments,
+        transposed=stored == "inputs first", by_groups=stored == "groups first",
+    )  # fmt: skip
 
 
 def view_of(module: nn.Module) -> View | None:

@@ -33,6 +33,7 @@ class View:
                 `inputs(...)` are as cheap
     weight, bias: the names of the parameters
     transposed: the weight is stored [g i', o, ...] and not [g o, i ...]
+    by_groups: the weight is stored [g, o, i ...]
     tokens:     inputs returns Tokens
     batch_dependent: inputs depends on the batch as a whole
     mode:       module -> how it works at the time of the call, which `inputs` gets as a last argument
@@ -48,6 +49,7 @@ class View:
     weight: str = "weight"
     bias: str = "bias"
     transposed: bool = False
+    by_groups: bool = False
     tokens: bool = False
     batch_dependent: bool = False
     mode: Callable[[Any], Any] | None = None
