@@ -193,3 +193,18 @@ def test_it_trains(loss):
         opt.step()
         first = first or value.item()
     assert value.item() < 0.7 * first
+
+
+def test_a_loss_of_more_arguments_is_refused_and_may_be_wrapped():
+    model, variances = net(""), REAL.square() + 0.5
+    opt = optimizer(model, nn.GaussianNLLLoss())
+    with pytest.raises(ValueError, match=r"GaussianNLLLoss was called with 3 arguments.*a function of these two"):
+        opt.loss_fn(model(X), REAL, variances)
+    opt.remove()
+
+    def with_variances(f, y):
+        return nn.functional.gaussian_nll_loss(f, y[..., :V], y[..., V:])
+
+    opt, y = optimizer(model, with_variances), torch.cat([REAL, variances], -1)
+    opt.loss_fn(model(X), y).backward()
+    close(measured(opt), truth(model, with_variances, y, "ggn"), 1e-9)

@@ -182,6 +182,12 @@ class Recorder:
     def _on_loss_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
         if is_internal_forward() or not isinstance(loss, Tensor) or not loss.requires_grad:
             return
+        if self.due and len(args) + len(kwargs) > 2 and self.settings.loss(module).formula.joint:
+            raise ValueError(
+                f"{type(module).__name__} was called with {len(args) + len(kwargs)} arguments, and a loss that is not "
+                "known is a function of (output, target): give loss_fn= a function of these two that holds the others, "
+                "or say what it computes by torchcurv.register_loss(type, formula=)"
+            )
         f, target = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "target")
         if isinstance(target, Tensor) and target.grad_fn is not None and self.capture_of(target) is not None:
             raise ValueError(

@@ -125,6 +125,7 @@ class CurvatureVectorProduct:
     ) -> None:
         self.f, self.params = f, params
         self.output_matvec, self.include_second_order = output_matvec, include_second_order
+        self._batched: dict[int, bool] = {}  # whether several vectors at once give what each gives alone
         with torch.enable_grad():
             self.u = u.detach().requires_grad_()
             self.first = torch.autograd.grad(
@@ -141,14 +142,29 @@ class CurvatureVectorProduct:
             *(() if self.output_matvec is None else (self.u,)),
         ]
         sent = [v[k].to(self.first[k].dtype) for k in connected]
-        total = _each([self.first[k] for k in connected], wanted, sent)
+        total = self._each(2, [self.first[k] for k in connected], wanted, sent)
         if self.output_matvec is not None:
             at_f = torch.stack([self.output_matvec(x) for x in total.pop()])
-            first_order = _each([self.f], self.params, [at_f])
+            first_order = self._each(1, [self.f], self.params, [at_f])
             total = (
                 [x + y for x, y in zip(total, first_order, strict=True)] if self.include_second_order else first_order
             )
         return [at_least_float32(x) for x in total]
+
+    def _each(self, order: int, outputs: list[Any], inputs: list[Tensor], v: list[Tensor]) -> list[Tensor]:
+        """Vector-Jacobian products for a batch of vectors, all at once where that is right.
+
+        torch's batching of a second derivative is wrong for some operations, without a word (group norm with a weight
+        that is not differentiated). So the first products are compared, by one sum of them, with one product alone.
+        """
+        if not self._batched.get(order, True):
+            return _one_by_one(outputs, inputs, v)
+        found = _all_at_once(outputs, inputs, v)
+        if order not in self._batched and len(v[0]) > 1:
+            self._batched[order] = _add_up(found, outputs, inputs, v)
+            if not self._batched[order]:
+                return _one_by_one(outputs, inputs, v)
+        return found
 
     def at_once(self, size: int) -> int:
         """How many vectors over `size` coordinates are multiplied at once."""
@@ -165,15 +181,38 @@ class CurvatureVectorProduct:
             yield start, self(place(units))
 
 
-def _each(outputs: list[Any], inputs: list[Tensor], v: list[Tensor]) -> list[Tensor]:
-    """Vector-Jacobian products for a batch of vectors; in a loop where an operation cannot be batched."""
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+OPTIONS: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+
+
+def _one_by_one(outputs: list[Any], inputs: list[Tensor], v: list[Tensor]) -> list[Tensor]:
+    """Vector-Jacobian products for a batch of vectors."""
+    each = [torch.autograd.grad(outputs, inputs, [x[k] for x in v], **OPTIONS) for k in range(len(v[0]))]
+    return [torch.stack(parts) for parts in zip(*each, strict=True)]
+
+
+def _all_at_once(outputs: list[Any], inputs: list[Tensor], v: list[Tensor]) -> list[Tensor]:
+    """The same; in a loop where an operation cannot be batched."""
     if len(v[0]) == 1:
-        return [x.unsqueeze(0) for x in torch.autograd.grad(outputs, inputs, [x[0] for x in v], **options)]
+        return _one_by_one(outputs, inputs, v)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
         try:
-            return list(torch.autograd.grad(outputs, inputs, v, is_grads_batched=True, **options))
+            found = torch.autograd.grad(outputs, inputs, v, is_grads_batched=True, **OPTIONS)
         except RuntimeError:
-            each = [torch.autograd.grad(outputs, inputs, [x[k] for x in v], **options) for k in range(len(v[0]))]
-            return [torch.stack(parts) for parts in zip(*each, strict=True)]
+            return _one_by_one(outputs, inputs, v)
+    # torch fills in zeros without the dimension of the batch
+    return [x if x.dim() > y.dim() else x.expand(len(v[0]), *x.shape) for x, y in zip(found, inputs, strict=True)]
+
+
+def _add_up(found: list[Tensor], outputs: list[Any], inputs: list[Tensor], v: list[Tensor]) -> bool:
+    """Whether Σ ± of the products is the product with Σ ± of the vectors, or not finite. Reads a number."""
+    k = torch.arange(len(v[0]), device=v[0].device)
+    signs = torch.where(k * 7 % 5 < 2, 1.0, -1.0)  # a sum alone would let opposite errors cancel
+    total = [torch.einsum("k,k...->...", signs.to(x.dtype), x) for x in v]
+    alone = torch.autograd.grad(outputs, inputs, total, **OPTIONS)
+    together = [torch.einsum("k,k...->...", signs.to(x.dtype), x) for x in found]
+    gap = torch.stack([(x - y).norm() for x, y in zip(together, alone, strict=True)]).norm()
+    size = torch.stack([x.norm() for x in found]).norm()
+    # what is wrong is off by a part of itself, rounding by a few units of the coarsest type that takes part
+    bound = max(1e-3, 32 * max(torch.finfo(x.dtype).eps for x in found)) * size
+    return not bool(gap > bound)
