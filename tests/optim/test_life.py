@@ -207,3 +207,17 @@ def test_two_networks_play_against_each_other():
         bce(judge(make(noise)), real).backward()
         of_make.step()
     assert all(p.isfinite().all() for p in [*make.parameters(), *judge.parameters()])
+
+
+@pytest.mark.parametrize("options", [{"approx": "full", "rows_limit": 4}, {"approx": "full"}, {"approx": "kfac"}])
+def test_a_copy_after_a_layer_was_frozen_and_before_the_next_step(options):
+    """What was saved of the block that was is none of the block that is."""
+    model = mlp()
+    opt = SecondOrderOptimizer(model, model.parameters(), **options)
+    train(model, opt, 2)
+    model[2].requires_grad_(False)
+    opt.zero_grad()
+    other, again = copy.deepcopy((model, opt))
+    train(model, opt, 2)
+    train(other, again, 2)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))

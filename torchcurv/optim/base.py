@@ -118,7 +118,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             options.groups = self.param_groups
             options.accept(index, engine.step)
             if engine.recorder is not None:
-                self._build()
+                self._rebuild()
         except Exception:
             self.param_groups.pop()
             options.drop(index)
@@ -135,6 +135,13 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     def _build(self) -> None:
         """Layers, blocks and recorder for the groups as they are now."""
         self.engine.build(self.param_groups, self.state)
+
+    def _rebuild(self) -> None:
+        """The same where groups or parameters have changed: what was saved of blocks that are no more is dropped."""
+        self._build()
+        for block in self.engine.fresh:
+            self.state.get(block.params[0], {}).pop(block.layout.state_key, None)
+            self.engine.unsaved.append(block)
 
     @property
     def engine(self) -> CurvatureEngine:
@@ -199,7 +206,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         engine.step += 1
         self._save()
         if engine.outdated:
-            self._build()
+            self._rebuild()
         else:
             engine.begin_step()
         for companion in self._companions.values():
@@ -268,7 +275,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         for companion in self._companions.values():
             companion.gradients_gone()
         if self._engine.outdated:
-            self._build()
+            self._rebuild()
 
     def remove(self) -> None:
         """Take every hook off the model and the loss; the optimizer keeps its state."""

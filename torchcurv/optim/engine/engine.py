@@ -64,6 +64,7 @@ class CurvatureEngine:
         self.step = 0
         self.groups: Sequence[Group] = ()
         self.pairs: list[tuple[Curvature, int]] = []
+        self.fresh: list[Curvature] = []  # blocks that were not there before the last build
         self.recorder: Recorder | None = None
         self.hint = hint
         self.unsaved: list[Curvature] = []
@@ -95,10 +96,11 @@ class CurvatureEngine:
         old = {block.key: block for block in self.blocks}
         fresh = self.blueprint.blocks(groups)
         self.remove()
-        self.groups, self.pairs = groups, []
+        self.groups, self.pairs, self.fresh = groups, [], []
         for block, index in fresh:
             self._check_rows(block, index)
             kept = old.get(block.key, block)
+            self.fresh += [block] if kept is block else []
             kept.place(block.layout, block.options)
             if kept.factor is None and self.damping.of_draws(groups[index], self.step) is not None:
                 kept.factors.setdefault(POSTERIOR, FactorSlot())
