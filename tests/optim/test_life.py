@@ -1,6 +1,7 @@
 """State and life: copies, replaced layers, other precisions, two models in one loss, what is said once."""
 
 import copy
+import pickle
 import warnings
 
 import cases
@@ -11,7 +12,9 @@ from measured import close, measured, optimizer
 from torch import nn
 from torch.nn import functional as F
 
+import torchcurv
 from torchcurv import SecondOrderOptimizer
+from torchcurv.curv.statistics import gram
 from torchcurv.optim import DirectionalNewton
 
 CE = nn.CrossEntropyLoss()
@@ -153,9 +156,8 @@ def test_complex_parameters_train_in_a_group_without_curvature():
             return self.line((x.to(torch.complex64) @ self.c).abs())
 
     model = Rotated()
-    with pytest.raises(RuntimeError, match="approx=None"):
-        train(model, SecondOrderOptimizer(model))
-    model = Rotated()
+    with pytest.raises(ValueError, match=r"are complex .* approx=None"):
+        SecondOrderOptimizer(model)
     opt = SecondOrderOptimizer(model, [{"params": model.line.parameters()}, {"params": [model.c], "approx": None}])
     train(model, opt, 2)
     assert not torch.equal(model.c, torch.eye(4, dtype=torch.complex64))
@@ -221,3 +223,168 @@ def test_a_copy_after_a_layer_was_frozen_and_before_the_next_step(options):
     train(model, opt, 2)
     train(other, again, 2)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+class Complex(nn.Module):
+    """A complex layer below a real one."""
+
+    def __init__(self):
+        super().__init__()
+        self.low, self.head = nn.Linear(4, 3, dtype=torch.complex64), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(self.low(x.to(torch.complex64)).abs())
+
+
+def test_complex_layers_are_refused_at_once_or_train_with_the_plain_gradient():
+    model = Complex()
+    with pytest.raises(ValueError, match=r"'low' .* are complex .* approx=None"):
+        SecondOrderOptimizer(model)
+    with pytest.raises(ValueError, match=r"'low' .* are complex"):
+        torchcurv.curvature(model, CE, [(X, Y)])
+    opt = SecondOrderOptimizer(model, unsupported="gradient", lr=0.1)
+    before = model.low.weight.detach().clone()
+    F.cross_entropy(model(X), Y).backward()
+    grad = model.low.weight.grad.clone()
+    opt.step()
+    torch.testing.assert_close(model.low.weight.detach(), before - 0.1 * grad)
+    lines = {line.split()[0]: line for line in opt.summary().splitlines()}
+    assert "plain gradient" in lines["low.weight"] and "kfac" in lines["head.weight"]
+
+
+@pytest.mark.parametrize("approx", ["kfac", "ekfac", "diag", "unit", "block", "full"])
+@pytest.mark.parametrize(("first", "then"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_model_may_change_its_precision_between_backward_and_step(approx, first, then):
+    """The first step, and one that has an average."""
+    model, twin = mlp().double(), mlp().double()
+    opt, other = (SecondOrderOptimizer(m, approx=approx) for m in (model, twin))
+    for _ in range(2):
+        for m in (model, twin):
+            m.zero_grad()
+        model.to(first)
+        F.cross_entropy(model(X.to(first)), Y).backward()
+        model.to(then)
+        opt.step()
+        F.cross_entropy(twin(X.double()), Y).backward()
+        other.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert p.dtype == then
+        torch.testing.assert_close(p.double(), q, rtol=1e-3, atol=1e-4)  # float32, through the inverse at λ = 0.01
+
+
+@pytest.mark.parametrize("options", [{"approx": "lowrank"}, {"approx": "full", "rows_limit": 1, "ema_decay": 0.0}])
+def test_what_is_kept_for_the_step_in_another_precision_is_refused(options):
+    model = mlp()
+    opt = SecondOrderOptimizer(model, update_every=1, refactor_every=1, **options)
+    train(model, opt)
+    opt.zero_grad()
+    F.cross_entropy(model(X), Y).backward()
+    model.double()
+    with pytest.raises(RuntimeError, match=r"moved to torch.float64 on cpu between backward\(\) and step\(\)"):
+        opt.step()
+    train(model, opt, 2)
+
+
+@pytest.mark.parametrize("what", ["step", "zero_grad"])
+def test_compiled_methods_do_what_they_do_uncompiled(what):
+    """What the compiler traces of an optimizer may lose the attributes that it writes."""
+    (model, opt), (twin, other) = ((m, SecondOrderOptimizer(m, lr=0.1, momentum=0.9)) for m in (mlp(), mlp()))
+    called = {"step": opt.step, "zero_grad": opt.zero_grad}
+    called[what] = torch.compile(called[what], backend="eager")
+    for _ in range(4):
+        called["zero_grad"]()
+        F.cross_entropy(model(X), Y).backward()
+        called["step"]()
+        train(twin, other)
+    assert opt.metrics()["step"] == 4 and opt.metrics()["measurements"] == other.metrics()["measurements"]
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_state_goes_around_after_a_layer_was_replaced():
+    model = mlp()
+    opt = SecondOrderOptimizer(model, momentum=0.9, lr=0.1)
+    train(model, opt, 2)
+    model[2] = nn.Linear(6, 3)
+    opt.add_param_group({"params": model[2].parameters()})
+    train(model, opt, 2)
+    other, again = copy.deepcopy((model, opt))
+    third = copy.deepcopy(model)
+    saved = pickle.loads(pickle.dumps(opt.state_dict()))
+    opt.load_state_dict(copy.deepcopy(saved))
+    for m, o in ((model, opt), (other, again)):
+        train(m, o, 2)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    gone = [nn.Parameter(torch.zeros(3, 6)), nn.Parameter(torch.zeros(3))]
+    with pytest.raises(ValueError, match="not parameters of the model"):
+        SecondOrderOptimizer(third, [{"params": [*third[0].parameters(), *gone]}])
+
+
+@pytest.mark.parametrize("all_of_it", [True, False])
+def test_a_model_that_has_other_parameters_now_is_said(all_of_it):
+    model = mlp()
+    opt = SecondOrderOptimizer(model)
+    train(model, opt, 2)
+    model[2] = nn.Linear(6, 3)
+    if not all_of_it:
+        train(model, opt, 2)  # as in torch.optim: what is in no group is not trained
+        return
+    model[0] = nn.Linear(4, 6)
+    with pytest.raises(RuntimeError, match="none of the parameters of the groups belongs to the model any longer"):
+        train(model, opt)
+
+
+def test_sharded_parameters_are_refused_by_their_name():
+    """Those of fully_shard are DTensors: a type of this name stands for them, as no process group is needed for it."""
+
+    class DTensor(nn.Parameter):
+        pass
+
+    model = mlp()
+    model[2].weight = DTensor(model[2].weight.detach())
+    with pytest.raises(ValueError, match=r"'2' .* DTensors \(fully_shard"):
+        SecondOrderOptimizer(model)
+    opt = SecondOrderOptimizer(
+        model, [{"params": model[0].parameters()}, {"params": model[2].parameters(), "approx": None}]
+    )
+    train(model, opt, 2)
+
+
+@pytest.mark.parametrize("curv", [{}, {"approx": "ekfac"}, {"curv_type": "input"}])
+def test_adaptive_moves_do_not_depend_on_the_triangle_that_is_not_read(curv, monkeypatch):
+    """Gram matrices from a size on fill their lower triangle alone."""
+    found = []
+    for smallest in (512, 1):
+        monkeypatch.setattr(gram, "SYMMETRIC_FROM", smallest)
+        monkeypatch.setattr(gram, "COLUMNS", 2)
+        model = mlp().double()
+        opt = SecondOrderOptimizer(model, update_every="adaptive", refresh_warmup=0, lr=0.1, **curv)
+        train(model, opt, 3)
+        found.append({(b.name, key): p.change for b in opt.engine.blocks for key, p in b.refresh.paces.items()})
+    assert found[0].keys() == found[1].keys()
+    for key, change in found[0].items():
+        assert found[1][key] == pytest.approx(change, rel=1e-9)
+
+
+def test_a_convolutional_generator_trains_through_its_discriminator():
+    torch.manual_seed(0)
+    make = nn.Sequential(
+        nn.ConvTranspose2d(6, 8, 4, 1, 0, bias=False), nn.BatchNorm2d(8), nn.ReLU(True),
+        nn.ConvTranspose2d(8, 1, 4, 2, 1, bias=False), nn.Tanh(),
+    )  # fmt: skip
+    judge = nn.Sequential(
+        nn.Conv2d(1, 8, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True), nn.Conv2d(8, 8, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(8), nn.LeakyReLU(0.2, True), nn.Conv2d(8, 1, 4, 1, 0, bias=False),
+    )  # fmt: skip
+    bce = nn.BCEWithLogitsLoss()
+    of_make, of_judge = SecondOrderOptimizer(make, loss_fn=bce), SecondOrderOptimizer(judge, loss_fn=bce)
+    for _ in range(4):
+        of_judge.zero_grad()
+        fake = make(torch.randn(8, 6, 1, 1))
+        bce(judge(torch.randn(8, 1, 8, 8).tanh()).view(-1), torch.ones(8)).backward()
+        bce(judge(fake.detach()).view(-1), torch.zeros(8)).backward()
+        of_judge.step()
+        of_make.zero_grad()
+        bce(judge(fake).view(-1), torch.ones(8)).backward()
+        of_make.step()
+    assert of_make.metrics()["measurements"] == 4 * 3 and of_judge.metrics()["measurements"] == 4 * 4
+    assert all(p.isfinite().all() for p in [*make.parameters(), *judge.parameters()])

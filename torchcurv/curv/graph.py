@@ -347,4 +347,5 @@ def call_plainly(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
 
 
 uncompiled = torch._disable_dynamo(call_plainly)  # unlike torch.compiler.disable, imports the compiler only when called
+never_compiled = torch._disable_dynamo  # a decorator; the compiler drops what a function writes to an optimizer
 no_torch_function = torch._C.DisableTorchFunction  # a context in which no mode sees what a hook looks at

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.bundles import flattened
+from torchcurv.curv.graph import never_compiled
 from torchcurv.curv.losses.autograd import watched
 from torchcurv.curv.options import OPTIMIZER, Option
 from torchcurv.optim.engine.building import BlockRule, Blueprint
@@ -155,6 +156,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
 
     # --------------------------------------------------------------------------------------- step
 
+    @never_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from the gradients in `.grad`; what it returns is what the closure does.
@@ -266,6 +268,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         assert recorder is not None
         recorder.observe(output, target, loss_fn, weight, samples)
 
+    @never_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch.optim; what was captured for these gradients goes with them."""
         super().zero_grad(set_to_none)
@@ -318,8 +321,6 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         engine = self.engine
         self._last = {}
         engine.step = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
-        for index in range(len(self.param_groups)):
-            self._check_params(index, engine.blueprint.names)
         self._group_options.groups = self.param_groups
         self._group_options.accept_loaded(self.defaults, engine.step)
         self._build()

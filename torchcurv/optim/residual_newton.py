@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcurv.curv.checks import check_count, check_number, check_one_of, flag
+from torchcurv.curv.graph import never_compiled
 from torchcurv.curv.linalg.least_squares import DampedLeastSquares, jacobian
 from torchcurv.curv.options import LIVE, Option, table_of
 from torchcurv.optim.control.residuals import MatrixFreeLeastSquares, Weights, residual_vector
@@ -156,6 +157,7 @@ class ResidualNewton(torch.optim.Optimizer):
 
     # --------------------------------------------------------------------------------------------- step
 
+    @never_compiled
     @torch.no_grad()
     def step(self, residuals: Callable[[], Any], weights: Weights = None) -> Tensor:  # type: ignore[override]
         """One step; returns the loss before it, a 0-d tensor.

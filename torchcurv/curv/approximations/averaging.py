@@ -98,13 +98,17 @@ class Averaging(Refusing):
         for key, value in self.normalised_measurement(new).items():
             before = old[key] if key in old else torch.zeros_like(value)
             if track_change and value.dim():
-                moved = shares[key] * torch.dist(value, before) / before.norm()
+                moved = shares[key] * self.norm_of(key, value - before) / self.norm_of(key, before)
                 changes[key] = torch.where(before.any(), moved, torch.inf)
             if on_cpu(ok):
                 tensors[key] = before.lerp_(value, shares[key]) if ok else before
             else:
                 tensors[key] = torch.where(ok, before.lerp(value, shares[key]), before)
         return Averaged(tensors, ok, changes)
+
+    def norm_of(self, key: str, value: Tensor) -> Tensor:
+        """The Frobenius norm of a statistic."""
+        return value.norm()
 
     def normalised_measurement(self, tensors: Tensors) -> Tensors:
         """What was measured for one step, with as much weight in an average as that of any other."""

@@ -25,7 +25,7 @@ from torchcurv.curv.approximations.factor import Factor
 from torchcurv.curv.approximations.factors import Eigen, InputRows, KroneckerInverse
 from torchcurv.curv.approximations.kronecker import Kronecker, Sides
 from torchcurv.curv.layers.layer import Layer
-from torchcurv.curv.linalg.block_diagonal import eigenbasis, inverse, side_shape, symmetrised, times
+from torchcurv.curv.linalg.block_diagonal import eigenbasis, inverse, norm_of_side, side_shape, symmetrised, times
 from torchcurv.curv.linalg.symmetric import Damping, inverse_spd
 from torchcurv.curv.numerics import sum_of
 from torchcurv.curv.statistics.block import Stats
@@ -96,6 +96,9 @@ class InputCurvature(Approximation):
             else:
                 held[key] = torch.cat([held[key], value], -2) if key == ROWS else held[key] + value
         return held
+
+    def norm_of(self, key: str, value: Tensor) -> Tensor:
+        return norm_of_side(value) if key == "A" else value.norm()
 
     def product(self, tensors: Tensors, x: Tensor) -> Tensor:
         """x A for x [g, o, d]."""

@@ -19,6 +19,7 @@ from torchcurv.curv.linalg.block_diagonal import (
     eigenbasis,
     inverse,
     mean_diagonal,
+    norm_of_side,
     side_shape,
     symmetrised,
     times,
@@ -135,6 +136,9 @@ class Kronecker(Approximation):
         if self.corrected and basis is not None and "B" in due:
             tensors["moments"] = stats.squares(*basis)
         return tensors
+
+    def norm_of(self, key: str, value: Tensor) -> Tensor:
+        return norm_of_side(value) if key in ("A", "B", "A_t", "B_t") else value.norm()
 
     def normalised_measurement(self, tensors: Tensors) -> Tensors:
         """What was measured for one step, so that its A has as much weight in an average as that of any other: that of

@@ -128,6 +128,8 @@ class Curvature:
         """Take the averages and factors along where the model has moved to another device or precision."""
         p, held = self.params[0], next((x for x in self.tensors.values() if isinstance(x, Tensor)), None)
         wide = torch.promote_types(p.dtype, torch.float32)
+        if self.pending.measured_for not in (None, (p.dtype, p.device)):
+            self.pending.follow(p)
         if held is None or (held.dtype == wide and held.device == p.device):
             return
         like = self._like()

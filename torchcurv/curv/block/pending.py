@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
 from torch import Tensor
 
 from torchcurv.curv.approximations.base import Approximation, Tensors
@@ -16,6 +17,7 @@ class Pending:
     total: the sum of all that was added: finite if they are; None where rows are kept, which are read later.
     task: the backward call that the last measurement belongs to. objection: why it cannot be used. remark: what is
     missing in it. doubts: by why it cannot be used, whether so, where an accelerator has not told yet.
+    measured_for: the precision and the device that the parameters had.
     """
 
     def __init__(self, approx: Approximation) -> None:
@@ -26,6 +28,7 @@ class Pending:
         self.objection: str | None = None
         self.remark: str | None = None
         self.doubts: dict[str, Tensor] = {}
+        self.measured_for: tuple[torch.dtype, torch.device] | None = None
 
     def __bool__(self) -> bool:
         return bool(self.tensors)
@@ -36,6 +39,9 @@ class Pending:
         if task != -1 and self.task != task and all(p.grad is None for p in params):
             self.forget()
         self.task = task
+        if not self.tensors:
+            p = next(iter(params))
+            self.measured_for = p.dtype, p.device
 
     def add(self, measured: Tensors) -> None:
         """Add statistics to those that are here."""
@@ -44,6 +50,21 @@ class Pending:
             total = sum_of(values)  # here, where they are still in the cache
             self.total = total if self.total is None else self.total + total
         self.tensors = self.approx.collected(self.tensors, measured)
+
+    def follow(self, p: Tensor) -> None:
+        """Go along where the parameters, of which this is one, have moved to another device or precision."""
+        kind, self.measured_for = (p.dtype, p.device), (p.dtype, p.device)
+        if not self.tensors:
+            return
+        like = p.new_zeros((), dtype=torch.promote_types(p.dtype, torch.float32))
+        if not all(isinstance(x, Tensor) for x in self.tensors.values()):
+            self.objection = (
+                f"the model moved to {kind[0]} on {kind[1]} between backward() and step(), and the curvature is found "
+                "in step() from inputs and signals that were kept as they were: call optimizer.zero_grad() after "
+                "model.to(...), and then the model and backward()"
+            )
+        self.tensors = {key: x.to(like) if isinstance(x, Tensor) else x for key, x in self.tensors.items()}
+        self.total = None if self.total is None else self.total.to(like)
 
     def scale(self, factor: Tensor | float) -> None:
         """Multiply the statistics that scale with the loss."""

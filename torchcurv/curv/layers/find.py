@@ -43,7 +43,8 @@ def find_layers(
         weight, bias = (_covered(piece, covered) for piece in (sites[0].weight, _shared_bias(sites)))
         if weight is None and bias is None:
             continue
-        refusal = sites[0].view.refuses(sites[0].module)
+        reasons = (unreadable(piece.param) for piece in (weight, bias) if piece is not None)
+        refusal = next(filter(None, reasons), None) or sites[0].view.refuses(sites[0].module)
         if refusal is not None:
             name, kind = sites[0].name, type(sites[0].module).__name__
             raise ValueError(
@@ -53,6 +54,17 @@ def find_layers(
         owned = [piece.param for piece in (sites[0].weight, _shared_bias(sites)) if piece is not None]
         layers.append(Layer(sites[0].name, sites, weight, bias, owned))
     return layers
+
+
+def unreadable(p: Tensor) -> str | None:
+    """Why nothing can be measured for a parameter, whatever layer it belongs to."""
+    if p.is_complex():
+        return f"its parameters are complex ({p.dtype}), and curvatures are those of real parameters"
+    if any(kind.__name__ == "DTensor" for kind in type(p).__mro__):  # by its name: importing it takes a second
+        return (
+            "its parameters are DTensors (fully_shard, tensor parallelism), and curvatures are those of whole tensors"
+        )
+    return None
 
 
 def _covered(piece: ParamSlice | None, covered: Callable[[Tensor], bool]) -> ParamSlice | None:

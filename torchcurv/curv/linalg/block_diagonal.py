@@ -64,6 +64,11 @@ def symmetrised(side: Tensor) -> Tensor:
     return side.tril() + side.tril(-1).mT
 
 
+def norm_of_side(side: Tensor) -> Tensor:
+    """The Frobenius norm of a side whose lower triangle counts."""
+    return torch.hypot(2**0.5 * side.tril(-1).norm(), side.diagonal(dim1=-2, dim2=-1).norm())
+
+
 def mean_diagonal(side: Tensor, d: int) -> Tensor:
     """trace / d [g]."""
     return side.diagonal(dim1=-2, dim2=-1).flatten(1).sum(-1) / d

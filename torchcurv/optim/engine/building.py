@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchcurv.curv.block.block import Curvature, partition
-from torchcurv.curv.layers.find import find_layers
+from torchcurv.curv.layers.find import find_layers, unreadable
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.options import OPTION_NAMES, Options
 from torchcurv.optim.engine.damping import Group
@@ -50,6 +50,8 @@ class Blueprint:
         options = {p: Options(**{key: groups[k][key] for key in OPTION_NAMES}) for p, k in group_of.items()}
         names = self.names  # parameters of a module that was replaced stay in their group, and are none of the model
         covered = {p for p in group_of if options[p].approx is not None and p.requires_grad and p in names}
+        if self.unsupported == "gradient":
+            covered = {p for p in covered if unreadable(p) is None}
         layers = find_layers(self.model, lambda p: p in covered, lambda p: p in covered and options[p].approx == "diag")
         in_layer = {p for layer in layers for p in layer.params}
         missing = [names[p] for p in group_of if p in covered and p not in in_layer]

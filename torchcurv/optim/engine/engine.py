@@ -16,7 +16,7 @@ from torchcurv.optim.engine.building import Blueprint, same
 from torchcurv.optim.engine.damping import DampingPolicy, Group, has_changed, is_of_the_loss
 from torchcurv.optim.engine.fallback import usable_direction
 from torchcurv.optim.engine.report import warn, warn_of_failures, warn_of_plain
-from torchcurv.optim.engine.witness import check_captured, check_objections, check_unfrozen, remarks_on
+from torchcurv.optim.engine.witness import check_captured, check_objections, check_present, check_unfrozen, remarks_on
 
 # Options that all groups under one block must agree on at each step.
 _SHARED = (
@@ -159,6 +159,7 @@ class CurvatureEngine:
         """Merge what was captured and factor what is due. False: there is nothing to step on."""
         self.only_zeros = False
         if all(p.grad is None for p in self.params()):
+            check_present(self, self.params())
             return not self.waits_for_gradients
         if self.outdated:
             check_unfrozen(self)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -33,11 +33,22 @@ def check_unfrozen(engine: Watched) -> None:
     """A parameter that is trained since the blocks were built has a gradient but no curvature."""
     options = {p: group["approx"] for group in engine.groups for p in group["params"]}
     names = engine.blueprint.names
-    found = [names[p] for p in engine.unfrozen() if p.grad is not None and options[p] is not None]
+    found = [names[p] for p in engine.unfrozen() if p.grad is not None and options[p] is not None and p in names]
     if found and engine.blueprint.unsupported == "error":
         raise RuntimeError(
             f"the parameters {', '.join(found)} were frozen when the curvature blocks were built and have gradients "
             "now: call optimizer.zero_grad() after requires_grad_(True) and before the forward pass"
+        )
+
+
+def check_present(engine: Watched, params: Iterable[Tensor]) -> None:
+    """Where nothing has a gradient: whether that is because the model has others in the place of all parameters."""
+    names = engine.blueprint.names
+    if not any(p in names for p in params) and any(p.grad is not None for p in names):
+        raise RuntimeError(
+            "none of the parameters of the groups belongs to the model any longer, and those that it has now have "
+            "gradients: layers were replaced, or sharded (fully_shard), after the optimizer was built. Pass the new "
+            "parameters to optimizer.add_param_group, or build the optimizer after that"
         )
 
 
