@@ -388,3 +388,21 @@ def test_a_convolutional_generator_trains_through_its_discriminator():
         of_make.step()
     assert of_make.metrics()["measurements"] == 4 * 3 and of_judge.metrics()["measurements"] == 4 * 4
     assert all(p.isfinite().all() for p in [*make.parameters(), *judge.parameters()])
+
+
+def test_warnings_of_a_step_point_at_the_line_that_calls_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(Odd(), nn.Linear(4, 3))
+    opt = SecondOrderOptimizer(model, unsupported="gradient")
+    F.cross_entropy(model(X), Y).backward()
+    with pytest.warns(UserWarning, match="plain gradient") as said:
+        opt.step()
+    assert {one.filename for one in said} == {__file__}
+
+
+def test_warnings_of_a_residual_step_point_at_the_line_that_calls_it():
+    model = mlp()
+    opt = torchcurv.ResidualNewton(model)
+    with pytest.warns(UserWarning, match="not finite") as said:
+        opt.step(lambda: model(X) * torch.nan)
+    assert {one.filename for one in said} == {__file__}

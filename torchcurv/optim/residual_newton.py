@@ -312,7 +312,7 @@ class ResidualNewton(torch.optim.Optimizer):
     def _skipped(self, loss: Tensor, what: str) -> Tensor:
         self._count("step")
         self._count("skipped")
-        warnings.warn(f"{what} are not finite: the step was skipped, and parameters are as they were", stacklevel=5)
+        warnings.warn(f"{what} are not finite: the step was skipped, and parameters are as they were", stacklevel=7)
         return loss
 
     def metrics(self) -> dict[str, float]:

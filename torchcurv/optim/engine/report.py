@@ -33,7 +33,7 @@ def warn_of_failures(blocks: list[Curvature]) -> None:
 
 
 def warn(message: str) -> None:
-    warnings.warn(message, stacklevel=8)  # the line that calls step(), through torch's own wrappers of it
+    warnings.warn(message, stacklevel=10)  # the line that calls step(), through torch's own wrappers of it
 
 
 def warn_of_plain(plain: Sequence[str], total: int) -> None:
