@@ -33,6 +33,10 @@ CHOICES = [
     {"approx": "kfac", "curv_type": "input"},
     {"approx": "kfac", "loss_fn": "cross_entropy"},
     {"approx": "diag", "loss_fn": None},
+    {"approx": "kfac", "curv_type": "hessian"},
+    {"approx": "full", "curv_type": "hessian"},
+    {"approx": "ekfac", "curv_type": "empirical_fisher", "nesterov": True},
+    {"approx": "block", "curv_type": "fisher", "momentum_type": "raw"},
 ]
 # What a sequence may be told, each with what to do about it.
 SENTENCES = (
@@ -50,13 +54,15 @@ def make_model():
 class Calls(RuleBasedStateMachine):
     """A run, and a twin that makes the calls which count, and none of the harmless ones."""
 
-    @initialize(choice=st.sampled_from(CHOICES))
-    def start(self, choice):
+    @initialize(choice=st.sampled_from(CHOICES), later=st.sampled_from([False, False, True]))
+    def start(self, choice, later):
         self.options = {"loss_fn": CE, **choice}
-        self.pairs = []
+        self.pairs, self.later = [], later  # whether the last layer is still to be added
         for _ in range(2):
             model = make_model()
-            self.pairs.append((model, SecondOrderOptimizer(model, model.parameters(), **self.options)))
+            first = model[0].parameters() if later else model.parameters()
+            self.pairs.append((model, SecondOrderOptimizer(model, first, **self.options)))
+        self.joined = not later
         self.seed, self.steps, self.passes = 0, 0, False  # whether there was a backward since the last step
 
     def both(self, call):
@@ -142,6 +148,47 @@ class Calls(RuleBasedStateMachine):
 
         self.both(call)
 
+    @precondition(lambda self: self.later)
+    @rule()
+    def add_the_last_layer(self):
+        self.later = False
+
+        def call(k, model, optimizer):
+            model.zero_grad()
+            optimizer.add_param_group({"params": list(model[2].parameters()), "damping": 0.1})
+
+        self.both(call)
+
+    @rule(value=st.sampled_from([torch.nan, torch.inf, -torch.inf]))
+    def spoil_a_gradient(self, value):
+        """Of the first layer, which is in the optimizer; the step must not take it."""
+
+        def call(k, model, optimizer):
+            if model[0].weight.grad is not None:
+                model[0].weight.grad[0, 0] = value
+
+        self.both(call)
+
+    @rule(factor=st.sampled_from([0.1, 3.0]))
+    def edit_gradients(self, factor):
+        def call(k, model, optimizer):
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(factor)
+
+        self.both(call)
+
+    @rule()
+    def two_losses_in_one_backward(self):
+        self.seed, self.passes = self.seed + 1, True
+
+        def call(k, model, optimizer):
+            total = self.lost(model, optimizer, 3, self.seed) + 0.5 * self.lost(model, optimizer, 2, -self.seed - 1)
+            if total.requires_grad:
+                total.backward()
+
+        self.both(call)
+
     @rule(layer=st.sampled_from([0, 2]), flag=st.booleans())
     def freeze(self, layer, flag):
         def call(k, model, optimizer):
@@ -169,6 +216,11 @@ class Calls(RuleBasedStateMachine):
             model(cases.randn(5, 4, seed=9).float())
 
     @rule()
+    def a_forward_and_no_backward(self):
+        model, _ = self.pairs[0]
+        CE(model(cases.randn(2, 4, seed=7).float()), torch.arange(2))
+
+    @rule()
     def look_at_gradients(self):
         model = self.pairs[0][0]
         params = [p for p in model.parameters() if p.requires_grad]
@@ -183,7 +235,9 @@ class Calls(RuleBasedStateMachine):
         optimizer.remove()
         self.pairs[0] = copy.deepcopy((model, optimizer))
 
-    @precondition(lambda self: not self.passes and all(p.grad is None for p in self.pairs[0][0].parameters()))
+    @precondition(
+        lambda self: self.joined and not self.passes and all(p.grad is None for p in self.pairs[0][0].parameters())
+    )
     @rule()
     def save_and_load(self):
         model, optimizer = self.pairs[0]
