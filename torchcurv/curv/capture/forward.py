@@ -276,9 +276,9 @@ class Forward:
         shaped = scale.reshape(1, -1, *(1,) * (outputs[0].dim() - 2))
         return ((outputs[0] * shaped).to(inputs[0].dtype), *inputs[1:])
 
-    def capture_of(self, f: Tensor) -> tuple[Capture, Edge] | None:
+    def capture_of(self, f: Tensor, several: bool = False) -> tuple[Capture, Edge] | None:
         """See `GraphNotes.capture_of`."""
-        return self.notes.capture_of(f, self.mixed)
+        return self.notes.capture_of(f, self.mixed, several)
 
 
 def _own_parameters(site: ParameterUse) -> bool:

@@ -47,8 +47,8 @@ class LossSettings:
         """Whether the loss is known by its name alone."""
         return isinstance(self.loss_fn, str)
 
-    def loss(self, module: nn.Module | None = None) -> Loss:
-        """The loss with the settings that its module has now; module: the one that was called, a copy perhaps."""
+    def loss(self, module: Callable[..., Tensor] | None = None) -> Loss:
+        """The loss with the settings that its module has now; module: what was called, a copy perhaps."""
         loss_fn = self.loss_fn if module is None else module
         assert loss_fn is not None
         return loss_of(loss_fn, self.reduction, self.class_dim)

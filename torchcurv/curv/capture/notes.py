@@ -26,18 +26,18 @@ class GraphNotes:
         """What is noted at an edge."""
         return metadata(edge.node).get(self._key, {}).get(edge.number, NodeNotes())
 
-    def capture_of(self, f: Tensor, mixed: bool) -> tuple[Capture, Edge] | None:
+    def capture_of(self, f: Tensor, mixed: bool, several: bool = False) -> tuple[Capture, Edge] | None:
         """The capture of f, or of the model's output that f is computed from, and the edge it is kept at.
 
         Layers that lie between (or were called outside the model's own forward) make a capture of f itself.
-        mixed: whether samples meet in it, where no capture says so.
+        mixed: whether samples meet in it, where no capture says so. several: whether it may join several forward passes.
         """
         start = self._start(f)
         calls, captures = self._below(start)
         if not calls and len(captures) < 2:
             return captures[0] if captures else None
         forwards = {capture.forward for capture, _ in captures} - {None}
-        if len(forwards) > 1:
+        if len(forwards) > 1 and not several:
             raise ValueError(
                 "one loss joins the outputs of several forward passes: give each its own loss call, or call "
                 "optimizer.observe(output, target, weight=) for each of them"
@@ -51,7 +51,8 @@ class GraphNotes:
         n = captures[0][0].n if captures else (f.shape[0] if f.dim() else 1)
         parts = [capture for capture, _ in captures]
         mixed = mixed if not parts else any(part.mixed for part in parts)
-        joined = Capture(calls, n, f.shape, next(iter(forwards), None), parts, mixed=mixed)
+        forward = next(iter(forwards)) if len(forwards) == 1 else None
+        joined = Capture(calls, n, f.shape, forward, parts, mixed=mixed)
         self.at(start).capture = joined
         return joined, start
 

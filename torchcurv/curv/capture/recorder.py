@@ -26,6 +26,7 @@ from torchcurv.curv.capture.witness import OF_ANOTHER_OUTPUT, OutputWitness, wit
 from torchcurv.curv.graph import Edge, age_of, backward_id, drop_hooks, edge_of, frozen, will_run
 from torchcurv.curv.kinds.table import kind_of
 from torchcurv.curv.losses.formula import LabelFactor
+from torchcurv.curv.losses.joined import JoinedCall, leaves
 from torchcurv.curv.losses.loss import Loss
 from torchcurv.curv.losses.terms import Terms
 from torchcurv.curv.numerics import on_cpu
@@ -84,11 +85,15 @@ class Recorder:
         self._lossless = self._alone = False  # whether blocks are due that no loss concerns, and no others
         self._task = -1  # the backward call that the last loss belongs to
         self._loss_hook: Hook | None = None
+        self._join_hook: Hook | None = None
+        self._joined: tuple[JoinedCall, Tensor] | None = None  # the call of a loss that runs, and what it is one of
         self._loss_handles: list[Any] = []
         for module in (loss_fn, *loss_twins):
             if isinstance(module, nn.Module):
                 drop_hooks(module, is_inert)
                 self._loss_hook = self._loss_hook or Hook(self._on_loss_module)
+                self._join_hook = self._join_hook or Hook(self._before_loss_module)
+                self._loss_handles.append(module.register_forward_pre_hook(self._join_hook, with_kwargs=True))
                 self._loss_handles.append(module.register_forward_hook(self._loss_hook, with_kwargs=True))
         self.set_due(block.name for block in blocks)
 
@@ -107,8 +112,9 @@ class Recorder:
         self._lossless, self._alone = not all(needs_loss), not any(needs_loss)
         forward.taped = any(kind.needs_tape for kind in kinds)
         forward.twice = any(kind.needs_double_backward for kind in kinds)
-        if self._loss_hook is not None:
-            self._loss_hook.on = bool(context.due)
+        for hook in (self._loss_hook, self._join_hook):
+            if hook is not None:
+                hook.on = bool(context.due)
 
     def begin_step(self, step: int, due: Iterable[str]) -> None:
         """What was captured lives as long as the gradient: a new step starts with nothing."""
@@ -179,22 +185,43 @@ class Recorder:
             if own and kind_of(block.kind, block.options).needs_loss and _accumulates(block.params):
                 block.pending.doubt_if((gradient != 0).any(), OF_ANOTHER_OUTPUT)
 
+    def _before_loss_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Of a loss that is not known and is given more than (output, target), the outputs become one tensor."""
+        self._joined = None
+        if is_internal_forward() or not self.settings.loss(module).formula.joint:
+            return None
+        outputs = [x for x in leaves((args, kwargs)) if self._is_output(x)]
+        pair = len(args) == 2 and not kwargs and len(outputs) == 1 and outputs[0] is args[0]
+        if not outputs or (pair and isinstance(args[1], Tensor)):
+            return None
+        found = self.capture_of(outputs[0])
+        assert found is not None
+        call = JoinedCall(module, args, kwargs, self._is_output, found[0].n)
+        z = call.join()
+        self._joined = call, z
+        return call.arguments(z)
+
+    def _is_output(self, x: Any) -> bool:
+        """Whether it depends on the model."""
+        return isinstance(x, Tensor) and x.grad_fn is not None and self.capture_of(x) is not None
+
     def _on_loss_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
+        joined, self._joined = self._joined, None
         if is_internal_forward() or not isinstance(loss, Tensor) or not loss.requires_grad:
             return
-        if self.due and len(args) + len(kwargs) > 2 and self.settings.loss(module).formula.joint:
-            raise ValueError(
-                f"{type(module).__name__} was called with {len(args) + len(kwargs)} arguments, and a loss that is not "
-                "known is a function of (output, target): give loss_fn= a function of these two that holds the others, "
-                "or say what it computes by torchcurv.register_loss(type, formula=)"
-            )
+        called: Any = module
         f, target = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "target")
+        if joined is not None:
+            called, f = joined
+            target = called.samples
         if isinstance(target, Tensor) and target.grad_fn is not None and self.capture_of(target) is not None:
             raise ValueError(
                 "the second argument of the loss, the target, depends on the model: call loss(output, target) in "
                 "this order and detach the target, or call optimizer.observe for what the loss is a function of"
             )
-        found = self.capture_of(f) if isinstance(f, Tensor) and f.grad_fn is not None else None
+        found = None
+        if isinstance(f, Tensor) and f.grad_fn is not None:
+            found = self.forward.capture_of(f, several=joined is not None)
         if found is None:
             return
         capture, output_edge = found
@@ -205,7 +232,7 @@ class Recorder:
             if part.witness is not None:
                 part.witness.covered = True
         edge = edge_of(loss)
-        LossModule(self, capture, edge.number, module, output_edge, f, target).arm(edge.node)
+        LossModule(self, capture, edge.number, called, output_edge, f, target).arm(edge.node)
 
     def observe(
         self,

@@ -9,10 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import Node
 
 from torchcurv.curv.block.block import Curvature
@@ -110,10 +110,10 @@ class DerivativeTaken:
 class LossModule(Trigger):
     """At what a loss module returned for (f, target): the gradient is the factor of this loss."""
 
-    module: nn.Module
+    loss: Callable[..., Tensor]
     output_edge: Edge
     f: Tensor
-    target: Tensor
+    target: Any
 
     def event(self, gradient: Tensor) -> LossEvent:
         f, capture = self.f, self.capture
@@ -123,9 +123,9 @@ class LossModule(Trigger):
                 f"{tuple(capture.shape)} is the batch: return the batch first from the model, or call "
                 "optimizer.observe(output, target) with an output whose dimension 0 is the batch"
             )
-        loss, scale = self.listener.settings.loss(self.module), self.listener.settings.scale()
+        loss, scale = self.listener.settings.loss(self.loss), self.listener.settings.scale()
         reached = at_least_float32(gradient) / scale
-        unreduced = loss.reduction == "none"
+        unreduced = gradient.dim() > 0 if loss.formula.joint else loss.reduction == "none"
         terms = loss.terms(f, self.target, capture.n, reached if unreduced else None)
         factor = 1.0 if unreduced else reached
         return LossEvent(loss, terms, factor, f.detach(), edge_of(f), capture, self.output_edge, scale)

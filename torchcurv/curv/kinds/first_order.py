@@ -7,7 +7,7 @@ empirical_fisher  gradients at the true targets
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.hessian.products import OutputLoss
-from torchcurv.curv.kinds.base import SignalKind, Signals
+from torchcurv.curv.kinds.base import Block, SignalKind, Signals, SignalSource
 from torchcurv.curv.losses.terms import Terms
 
 
@@ -57,6 +57,15 @@ class EmpiricalFisher(SignalKind):
 
     name: ClassVar[str] = "empirical_fisher"
     rides: ClassVar[bool] = True
+
+    def measure(self, source: SignalSource, blocks: Sequence[Block]) -> None:
+        if not source.terms.formula.divisor_known:
+            raise ValueError(
+                "whether the loss is a sum or a mean over samples cannot be seen, which its empirical Fisher depends "
+                "on: pass what the loss holds for each sample as a part of the target, or write it with "
+                "torchcurv.register_loss(type, formula=)"
+            )
+        super().measure(source, blocks)
 
     def signals(self, terms: Terms, generator: torch.Generator) -> Signals:
         return Signals(1, iter([terms.gradient()]))

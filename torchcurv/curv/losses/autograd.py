@@ -1,101 +1,306 @@
-"""Losses without a formula: any function of (output, target) that is a sum or a mean over samples.
+"""Losses without a formula: any function of the outputs that is a sum or a mean over samples.
 
-The terms of one sample are the loss of that sample alone. Their gradient and Hessian with respect to the sample's
-outputs come from autograd, vectorised over the samples, and the root is that of the Hessian's positive part.
+The loss L of one call is differentiated as a whole: its gradient and its Hessian with respect to the outputs are those
+of the samples, side by side, as long as no sample's share depends on the outputs of another, which is looked at. The
+root is that of the positive part of each sample's Hessian: exact for few outputs, by Lanczos' method for many.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from torchcurv.curv.linalg.matrix_root import positive_root_times
 from torchcurv.curv.linalg.symmetric import eigh
 from torchcurv.curv.losses.formula import Layout, LossFormula, Target
+from torchcurv.curv.losses.joined import JoinedCall
+from torchcurv.curv.numerics import random_signs
 
-MAX_OUTPUTS = 64  # of a sample: its Hessian has the square of that many numbers
+MAX_OUTPUTS = 64  # of a sample whose Hessian is made as a matrix: it has the square of that many numbers
+LANCZOS_STEPS = 32  # the root of an eigenvalue is off by about a 32nd of that of the largest, or less
+HALVES = 4  # of the samples, drawn until both say something
+
+_seeds = itertools.count()
 
 
-@dataclass(frozen=True, eq=False)
-class AutogradFormula(LossFormula):
-    """c(f, y) = loss(f, y) of one sample, with H the positive part of d²c/df² wherever a root of it is asked for.
+class SamplesMeet(Exception):
+    """The loss is no sum over samples, and no mean."""
 
-    A sample is one term, and all its outputs are c. loss: a module or a function of (output [rows, ...], target [rows,
-    ...]). shape: of the output of one sample, [its rows, ...].
+
+class WholeLoss:
+    """L of one call at the outputs z of all samples, and its derivatives there.
+
+    loss: a function of (z, target). n: of samples; c: of outputs of each; shape: of z.
     """
 
-    loss: Callable[[Tensor, Tensor], Tensor]
+    def __init__(self, loss: Callable[[Tensor, Any], Tensor], z: Tensor, target: Any, n: int) -> None:
+        self.loss, self.target, self.n, self.shape = loss, target, n, z.shape
+        self.c = z.numel() // n
+        with torch.enable_grad():
+            self.z = z.detach().requires_grad_()
+            self.value = loss(self.z, target)
+            if self.value.dim():
+                raise ValueError(
+                    f"a loss that is not known returned a tensor of shape {tuple(self.value.shape)}: reduce it to a "
+                    "number"
+                )
+            (slope,) = torch.autograd.grad(self.value, self.z, create_graph=True, materialize_grads=True)
+        self._slope = slope
+        self.gradient = slope.detach().reshape(n, self.c)
+
+    def gradient_at(self, z: Tensor, target: Any) -> Tensor:
+        """dL/dz at other outputs [rows, c]."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.loss(z, target), z, materialize_grads=True)
+        return slope.reshape(-1, self.c)
+
+    def hessian_times(self, v: Tensor) -> Tensor:
+        """H v for v [n, c]; zeros where torch does not know the second derivative."""
+        if not self._slope.requires_grad or not self.twice:
+            return torch.zeros_like(v)
+        return self._product(v)
+
+    def _product(self, v: Tensor) -> Tensor:
+        with torch.enable_grad():
+            sent = v.reshape(self.shape).to(self._slope.dtype)
+            found = torch.autograd.grad(self._slope, self.z, sent, retain_graph=True, materialize_grads=True)
+        return found[0].reshape(self.n, self.c).to(v.dtype)
+
+    @cached_property
+    def twice(self) -> bool:
+        """Whether torch knows the second derivative."""
+        if self._slope.requires_grad:
+            try:
+                self._product(torch.zeros_like(self.gradient))
+            except RuntimeError as error:
+                if "not implemented" not in str(error):
+                    raise
+                return False
+        return True
+
+    @cached_property
+    def _signs(self) -> Tensor:
+        """Random ones [n, c]."""
+        generator = torch.Generator(self.z.device).manual_seed(next(_seeds))
+        return random_signs(self.gradient, generator)
+
+    @cached_property
+    def flat(self) -> bool:
+        """Whether there is no second derivative, of a loss that is not."""
+        return not self.twice or (not bool(self.hessian_times(self._signs).any()) and bool(self.gradient.any()))
+
+    @cached_property
+    def diagonal(self) -> Tensor | None:
+        """That of H [n, c], where there is nothing beside it."""
+        z, other = self._signs, self._signs * self._signs.roll(1, -1)
+        first, second = z * self.hessian_times(z), other * self.hessian_times(other)
+        close = 1e3 * torch.finfo(first.dtype).eps * first.norm()
+        return first if bool((first - second).norm() <= close) else None
+
+    @cached_property
+    def matrices(self) -> Tensor:
+        """H of each sample [n, c, c]."""
+        return torch.stack([self.hessian_times(unit.expand(self.n, -1)) for unit in self._units()], -1)
+
+    def _units(self) -> Tensor:
+        return torch.eye(self.c, dtype=self.gradient.dtype, device=self.z.device)
+
+    @cached_property
+    def roots(self) -> Tensor:
+        """S of each sample [n, c, c], symmetric, with S² the positive part of H."""
+        values, vectors = eigh(self.matrices)
+        return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
+
+    def root_times(self, v: Tensor) -> Tensor:
+        """S v for v [n, c]."""
+        if self.c <= MAX_OUTPUTS:
+            return (self.roots @ v.unsqueeze(-1)).squeeze(-1)
+        if self.diagonal is not None:
+            return self.diagonal.clamp_min(0).sqrt() * v
+        return positive_root_times(self.hessian_times, v, LANCZOS_STEPS)
+
+    # ------------------------------------------------------------------------ what the loss is of samples
+
+    def divisor(self) -> float | None:
+        """1 if L is a sum over samples, n if it is a mean; None if it cannot be seen. Reads numbers.
+
+        Each of two random halves of the samples is given to the loss alone. Of a sum, its gradient is the one it has
+        among all; of a mean, over what is counted (a mask), the two are larger by 1 / w_1 and 1 / w_2, w_1 + w_2 = 1.
+        """
+        if self.n == 1:
+            return 1.0
+        generator = torch.Generator(self.z.device).manual_seed(next(_seeds))
+        for _ in range(HALVES):
+            halves = torch.randperm(self.n, generator=generator, device=self.z.device).tensor_split(2)
+            try:
+                weights = [self._weight(half) for half in halves]
+            except SamplesMeet:
+                raise
+            except Exception:  # of a function that holds something for each sample
+                if self._change(*halves):
+                    raise SamplesMeet from None
+                return None
+            close = 1e3 * torch.finfo(self.gradient.dtype).eps
+            seen = [weight for weight in weights if weight is not None]
+            if len(seen) == 2:
+                if all(abs(weight - 1) <= close for weight in seen):
+                    return 1.0
+                if abs(sum(seen) - 1) <= close:
+                    return float(self.n)
+                raise SamplesMeet
+        return None
+
+    def _weight(self, samples: Tensor) -> float | None:
+        """By what the gradient of some samples in a batch of their own is larger than among all; None: it is zero."""
+        alone = self.gradient_at(self._part(self.z, samples), self._part(self.target, samples))
+        among, size = self.gradient[samples], alone.square().sum()
+        if not torch.isfinite(size) or (size == 0 and not among.any()):
+            return None
+        weight = (among * alone).sum() / size
+        if not weight > 0 or not self._close(weight * alone, among):
+            raise SamplesMeet
+        return float(weight)
+
+    def _part(self, x: Any, samples: Tensor) -> Any:
+        if not isinstance(x, Tensor) or x.shape[:1] != self.shape[:1]:
+            return x
+        return x.detach().unflatten(0, (self.n, -1))[samples].flatten(0, 1)
+
+    def _change(self, kept: Tensor, moved: Tensor) -> bool:
+        """Whether the gradient of some samples changes when others have other outputs."""
+        flat = self.z.detach().reshape(self.n, self.c)
+        donors = moved.roll(1) if len(moved) > 1 else kept[:1]
+        other = flat.index_copy(0, moved, flat[donors]).reshape(self.shape)
+        return not self._close(self.gradient_at(other, self.target)[kept], self.gradient[kept])
+
+    def _close(self, x: Tensor, y: Tensor) -> bool:
+        """Another share is off by a part of itself; sums in another order are off by some roundings."""
+        return bool((x - y).norm() <= 1e3 * torch.finfo(y.dtype).eps * y.norm())
+
+
+@dataclass(eq=False)
+class AutogradFormula(LossFormula):
+    """c = L / R of one call of a loss, with H the positive part of each sample's d²c/df² wherever a root of it is asked.
+
+    A sample is one term, and all its outputs are c. Of a loss that has no second derivative (an absolute error, a
+    hinge), or whose second derivative torch does not know, H is the outer product of the gradient.
+
+    loss: a module or a function of (output [rows, ...], target). shape: of the output of one sample, [its rows, ...].
+    weights: of a loss that is not reduced, those of its elements.
+    `read` binds it to one call; y [n, t] is then the numbers of samples, and f their outputs in that call.
+    """
+
+    loss: Callable[[Tensor, Any], Tensor]
     shape: tuple[int, ...] = ()
-    _roots: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    weights: Tensor | None = None
 
     name: ClassVar[str] = "autograd"
     joint: ClassVar[bool] = True
 
     def of_shape(self, shape: tuple[int, ...]) -> AutogradFormula:
-        return replace(self, shape=shape, _roots={})
+        return replace(self, shape=shape)
 
-    # -------------------------------------------------------------------------------- sample by sample
+    def weighted(self, weights: Tensor) -> AutogradFormula:
+        return replace(self, weights=weights)
 
-    def _of_sample(self, f: Tensor, y: Tensor) -> Tensor:
-        """c of one sample, f [c]."""
-        return self.loss(f.reshape(self.shape), y).sum()
+    # -------------------------------------------------------------------------------- one call
 
-    def _each(self, function: Callable[..., Tensor], f: Tensor, y: Tensor) -> Tensor:
-        """A function of (f [c], y) for every sample of f [..., c]."""
-        flat, targets = f.reshape(-1, f.shape[-1]), y.reshape(-1, *y.shape[f.dim() - 1 :])
+    def read(self, f: Tensor, target: Any, layout: Layout, options: Mapping[str, Any]) -> Target:
+        n = len(f)
+        z = f.detach().reshape(n * self.shape[0], *self.shape[1:])
+        target = target.to(f.dtype) if isinstance(target, Tensor) and target.is_floating_point() else target
+        self.whole = WholeLoss(self._reduced, z, target, n)
+        self.rows = torch.arange(n, device=f.device).unsqueeze(1)
+        known = self._said(n)
+        if known is None and bool(torch.isfinite(self.whole.gradient).all()):  # else it is left out of the average
+            known = self._seen()
+        self.divisor_known = known is not None
+        self.scale = float(n) if known is None else known
+        rows = self.rows
+        return Target(lambda: rows, None, self.scale, True)
+
+    def _seen(self) -> float | None:
         try:
-            with torch.enable_grad(), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-                return torch.func.vmap(function)(flat, targets)
-        except RuntimeError:  # a function that looks at its data cannot be vectorised
-            with torch.enable_grad():
-                return torch.stack([function(one, target) for one, target in zip(flat, targets, strict=True)])
+            return self.whole.divisor()
+        except SamplesMeet:
+            raise ValueError(
+                f"samples meet in the loss {_name_of(self.loss)!r}: it is neither a sum over the {self.whole.n} samples "
+                "of the batch nor their mean, since the share of one changes with the others. Take the whole batch as "
+                'one sample by optimizer.observe(output, target, loss_fn, samples="batch"), or say what the loss '
+                "computes by torchcurv.register_loss(type, formula=)"
+            ) from None
+
+    def _said(self, n: int) -> float | None:
+        """What the module says of itself, where it is one of torch's."""
+        known = isinstance(self.loss, JoinedCall) and type(self.loss.loss).__module__.startswith("torch.nn")
+        return {"sum": 1.0, "mean": float(n)}.get(str(self.loss.reduction)) if known and self.weights is None else None
+
+    def _reduced(self, z: Tensor, target: Any) -> Tensor:
+        loss = self.loss(z, target)
+        return loss if self.weights is None else (loss * self.weights.to(loss.dtype)).sum()
+
+    def _of(self, x: Tensor, y: Tensor) -> Tensor:
+        """The rows [..., c] that y stands for of x [n, c], times 1 / R."""
+        x = x * self.scale
+        return x.unsqueeze(1) if y is self.rows else x[y]
+
+    def _all(self, v: Tensor, y: Tensor) -> Tensor:
+        """[n, c] from those of the samples y stands for."""
+        flat = v.reshape(-1, v.shape[-1])
+        if y is self.rows:
+            return flat
+        return flat.new_zeros(self.whole.n, flat.shape[-1]).index_copy(0, y.flatten(), flat)
 
     def value(self, f: Tensor, y: Tensor) -> Tensor:
-        return self._each(self._of_sample, f, y).detach().reshape(f.shape[:-1])
+        """c [n, t]: of L it is known as a whole, and counted in equal parts."""
+        part = self.whole.value.detach().to(f.dtype) / self.whole.n
+        return self._of(part.expand(self.whole.n, 1), y).squeeze(-1)
 
     def gradient(self, f: Tensor, y: Tensor) -> Tensor:
-        return self._each(torch.func.grad(self._of_sample), f, y).detach().reshape(f.shape)
+        return self._of(self.whole.gradient.to(f.dtype), y)
 
-    def _hessian(self, f: Tensor, y: Tensor) -> Tensor:
-        """d²c/df² [..., c, c]."""
-        if f.shape[-1] > MAX_OUTPUTS:
-            raise NotImplementedError(
-                f"the Hessian of a loss that is not known takes at most {MAX_OUTPUTS} outputs of a sample, and these "
-                f"are {f.shape[-1]}: say what the loss computes by torchcurv.register_loss(type, formula=), or choose "
-                'curv_type="empirical_fisher", which needs its gradient alone'
-            )
-        found = self._each(torch.func.jacrev(torch.func.grad(self._of_sample)), f, y).detach()
-        return found.reshape(*f.shape, f.shape[-1])
-
-    def _root(self, f: Tensor, y: Tensor) -> Tensor:
-        """S [..., c, c], symmetric, with S² the positive part of the Hessian; kept for the f that was last asked."""
-        held = self._roots.get(0)
-        if held is not None and held[0] is f:
-            return held[1]
-        values, vectors = eigh(self._hessian(f, y))
-        if isinstance(self.loss, torch.nn.L1Loss) or self.loss is torch.nn.functional.l1_loss:
+    def _outer(self) -> bool:
+        """Whether H is the outer product of the gradient; said once."""
+        if not self.whole.flat:
+            return False
+        what = "has no second derivative" if self.whole.twice else "cannot be differentiated twice by torch"
+        if not self.divisor_known:
             raise ValueError(
-                "the second derivative of an absolute error is zero, so that its Gauss-Newton matrix and Hessian say "
-                'nothing: choose curv_type="empirical_fisher"'
+                f"the loss {_name_of(self.loss)!r} {what}, and whether it is a sum or a mean over samples cannot be "
+                "seen, which its empirical Fisher depends on: pass what it holds for each sample as a part of the "
+                "target"
             )
-        root = (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
-        self._roots[0] = f, root
-        return root
+        warnings.warn(
+            f"the loss {_name_of(self.loss)!r} {what}: the outer product of its gradients at the outputs stands for "
+            'it, as in curv_type="empirical_fisher"',
+            stacklevel=2,
+        )
+        return True
 
     def root(self, f: Tensor, y: Any, v: Tensor) -> Tensor:
-        return (self._root(f, y) @ v.unsqueeze(-1)).squeeze(-1)
+        if self._outer():
+            return self.gradient(f, y) * v[..., :1]
+        found = self.whole.root_times(self._all(v, y)) * self.scale**-0.5
+        return self._of(found, y).reshape(v.shape)
 
     def hessian(self, f: Tensor, y: Any, v: Tensor) -> Tensor:
         """That of c itself, which may be indefinite."""
-        return (self._hessian(f, y) @ v.unsqueeze(-1)).squeeze(-1)
+        return self._of(self.whole.hessian_times(self._all(v, y)), y).reshape(v.shape)
 
     def hessian_diagonal(self, f: Tensor, y: Any) -> Tensor:
-        return self._hessian(f, y).diagonal(dim1=-2, dim2=-1)
+        whole = self.whole
+        if whole.diagonal is not None:
+            return self._of(whole.diagonal, y)
+        units = (unit for unit in torch.eye(whole.c, dtype=f.dtype, device=f.device))
+        return self._of(torch.stack([whole.hessian_times(u.expand(whole.n, -1)) @ u for u in units], -1), y)
 
     def label_gradient(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
         raise NotImplementedError(
@@ -104,51 +309,21 @@ class AutogradFormula(LossFormula):
             "formula=)"
         )
 
-    # -------------------------------------------------------------------------------------- one call
 
-    def read(self, f: Tensor, target: Tensor, layout: Layout, options: Mapping[str, Any]) -> Target:
-        """The divisor is found by comparing the loss of all samples with those of single ones. Reads numbers."""
-        n, rows = len(f), len(f) * self.shape[0]
-        if not target.dim() or target.shape[0] != rows:
-            raise ValueError(
-                f"a loss that is not known is taken sample by sample: its target has shape {tuple(target.shape)}, and "
-                f"its output {rows} rows. Give it a target [batch, ...], or call optimizer.observe(output, target, "
-                'loss_fn, samples="batch")'
-            )
-        target = target.to(f.dtype) if target.is_floating_point() else target
-        y = target.reshape(n, 1, self.shape[0], *target.shape[1:])
-        each = self.value(f, y)
-        with torch.enable_grad():
-            whole = self.loss(f.reshape(rows, *self.shape[1:]), target).detach()
-        if whole.dim():
-            raise ValueError(
-                f"a loss that is not known returned a tensor of shape {tuple(whole.shape)}: reduce it to a number, or "
-                "call optimizer.observe for each part"
-            )
-        # single samples and all of them differ by the rounding of a sum of n numbers, and of what each goes through
-        close = 100 * torch.finfo(each.dtype).eps * n**0.5 * each.abs().sum() + torch.finfo(each.dtype).tiny
-        if bool((whole - each.sum()).abs() <= close):
-            return Target(lambda: y, None, 1.0, True)
-        if bool((whole * n - each.sum()).abs() <= close) or not bool(torch.isfinite(whole)):
-            return Target(lambda: y, None, float(n), True)
-        raise ValueError(
-            f"the loss of all {n} samples is {float(whole):.4g}, and those of single samples have the sum "
-            f"{float(each.sum()):.4g}: it is neither their sum nor their mean. Where samples meet in the loss, call "
-            'optimizer.observe(output, target, loss_fn, samples="batch"); else say what it computes by '
-            "torchcurv.register_loss(type, formula=)"
-        )
+def _name_of(loss: Any) -> str:
+    return str(getattr(loss, "__name__", type(loss).__name__))
 
 
 class WatchedLoss(torch.nn.Module):
-    """A function of (output, target) as a module, whose calls can be seen."""
+    """A function of the output and more as a module, whose calls can be seen."""
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
         self.function = function
         self.__name__ = getattr(function, "__name__", "loss")
 
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        return self.function(output, target)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.function(*args, **kwargs)
 
 
 def watched(loss_fn: Any) -> Any:

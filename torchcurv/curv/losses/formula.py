@@ -81,6 +81,7 @@ class LossFormula(KnownByName, ABC):
         known by its name alone.
     options: the settings of a loss module that `read` understands.
     joint: whether a sample is one term, whose c outputs are all of its own, in any shape; y is [n, 1, ...] then.
+    divisor_known: whether `read` found out what a mean divides by.
     """
 
     name: ClassVar[str] = ""  # by which `loss_fn=` may know it; by default that of the class
@@ -90,6 +91,7 @@ class LossFormula(KnownByName, ABC):
     hessian_needs_target: ClassVar[bool] = True
     options: ClassVar[tuple[str, ...]] = ()
     joint: ClassVar[bool] = False
+    divisor_known: bool = True
 
     def __init_subclass__(cls) -> None:
         if "name" not in vars(cls):
@@ -170,6 +172,10 @@ class LossFormula(KnownByName, ABC):
     def of_shape(self, shape: tuple[int, ...]) -> LossFormula:
         """The formula for samples whose outputs have this shape."""
         return self
+
+    def weighted(self, weights: Tensor) -> LossFormula:
+        """Of a joint loss that is not reduced: the sum of its elements times these weights."""
+        raise NotImplementedError(f"{type(self).__name__} is joint: reduce the loss to a number")
 
     # ----------------------------------------------------------------------------------- predictions
 

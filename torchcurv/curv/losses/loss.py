@@ -87,7 +87,7 @@ class Loss:
     def terms(self, f: Tensor, target: Tensor, n: int, arriving: Tensor | None = None) -> Terms:
         """Terms of one call of the loss.
 
-        arriving: for reduction "none", the gradient that reached the unreduced loss; it weights the terms.
+        arriving: of a loss that is not reduced, the gradient that reached it; it weights the terms.
         """
         canonical = at_least_float32(self.layout(f.detach(), n)[0])
 
@@ -98,10 +98,12 @@ class Loss:
 
         one = f if f.dim() else f.reshape(1)
         formula = self.formula.of_shape((len(one) // len(canonical), *one.shape[1:]))
+        if formula.joint and arriving is not None:
+            formula = formula.weighted(arriving.detach())
         y, weights, count, uniform = formula.read(canonical, _labels(target), layout, self.options)
         reduction = formula.factor / self._divisor(count)
         terms = Terms(formula, canonical, reduction, weights, uniform, y, count=count)
-        if self.reduction != "none":
+        if self.reduction != "none" or formula.joint:
             return terms
         if arriving is None:
             raise ValueError("reduction='none' says nothing about the weight of each term: reduce the loss first")
@@ -126,7 +128,7 @@ class Loss:
         return self.reduction == "mean" and not (self.formula.joint and terms.count == 1.0 and len(terms.f) > 1)
 
     def _divisor(self, count: Tensor | float) -> Tensor | float:
-        return count if self.reduction == "mean" else 1.0
+        return count if self.reduction == "mean" or self.formula.joint else 1.0
 
     # --------------------------------------------------------------- losses known by their name alone
 
@@ -192,7 +194,9 @@ class Loss:
             )
 
 
-def _labels(target: Tensor) -> Tensor:
+def _labels(target: Any) -> Any:
     """Labels in the type that torch indexes with; uint8 ones are common."""
+    if not isinstance(target, Tensor):
+        return target
     whole = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
     return target.detach().long() if whole else target.detach()

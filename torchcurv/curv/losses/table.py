@@ -99,8 +99,8 @@ def loss_of(loss_fn: Callable[..., Tensor] | str, reduction: str | None = None, 
     known = next((cls for cls in type(loss_fn).__mro__ if cls in MODULES), None)
     if known is None or type(loss_fn).forward is not known.forward:  # type: ignore[attr-defined]
         name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
-        summed = getattr(loss_fn, "reduction", "mean") == "sum"
-        return Loss(name, AutogradFormula(loss_fn), "sum" if summed else "mean", class_dim)
+        said = getattr(loss_fn, "reduction", None)
+        return Loss(name, AutogradFormula(loss_fn), said if said in REDUCTIONS else "mean", class_dim)
     name, keys = MODULES[known]
     assert isinstance(loss_fn, nn.Module)
     options = {key: getattr(loss_fn, key, None) for key in keys}
