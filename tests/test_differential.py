@@ -6,7 +6,7 @@ import differential
 import pytest
 
 # Refusals that a person may meet in what is drawn, and how many in a hundred there may be.
-REFUSED = (r"neither their sum nor their mean", r"is not a sum over samples", r"samples=")
+REFUSED = (r"samples meet in the loss", r"is not a sum over samples", r"samples=")
 SHARE = 0.05
 CHUNK = 20
 

@@ -86,3 +86,46 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
         model.weight.grad[0, 0] *= value
         optimizer.step()
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["plain", "group", "frozen", "variational", "assumed accelerator"])
+def test_a_parameter_without_curvature_does_not_move_by_what_is_not_finite(kind, value):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    if kind == "frozen":
+        model[0].requires_grad_(False)
+    body, head = list(model[0].parameters()), list(model[2].parameters())
+    if kind == "variational":
+        optimizer = VIOptimizer(model, 100, [{"params": body, "approx": None}, {"params": head}], loss_fn=CE)
+    elif kind == "plain":
+        optimizer = SecondOrderOptimizer(model, loss_fn=None, approx=None)
+    else:
+        optimizer = SecondOrderOptimizer(model, [{"params": body, "approx": None}, {"params": head}], loss_fn=CE)
+    with assume_accelerator() if kind == "assumed accelerator" else nullcontext():
+        for spoilt in (True, False):
+            optimizer.zero_grad()
+            with optimizer.sampled_params() if kind == "variational" else nullcontext():
+                CE(model(torch.randn(6, 4)), torch.arange(6) % 3).backward()
+            for p in body:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                if spoilt:
+                    p.grad.view(-1)[0] = value
+            before = [p.detach().clone() for p in body]
+            optimizer.step()
+            assert all(p.isfinite().all() for p in model.parameters())
+            if spoilt and kind != "variational":
+                assert all(torch.equal(p, x) for p, x in zip(body, before, strict=True))
+
+
+def test_a_batch_of_no_terms_is_a_step_of_the_rest():
+    """All targets are ignored, and a penalty has a gradient."""
+    torch.manual_seed(0)
+    model, loss = nn.Linear(4, 3), nn.CrossEntropyLoss(ignore_index=0, reduction="sum")
+    optimizer = SecondOrderOptimizer(model, loss_fn=loss, lr=0.1, momentum=0.0)
+    for labels in (torch.zeros(5, dtype=torch.long), torch.arange(5) % 3, torch.zeros(5, dtype=torch.long)):
+        optimizer.zero_grad()
+        before = model.weight.detach().clone()
+        (loss(model(torch.randn(5, 4)), labels) + 0.5 * model.weight.square().sum()).backward()
+        optimizer.step()
+        assert 0 < (model.weight - before).norm() <= 1

@@ -918,6 +918,29 @@ def test_damping_and_memory_may_be_functions_of_the_step(make):
         assert group["damping"] == 0.1 / (1 + t) and group["ema_decay"] == min(0.9, 0.3 * t)
 
 
+def test_a_function_may_be_put_into_a_group_and_taken_out_of_it():
+    model = make_model()
+    optimizer = SecondOrderOptimizer(model, approx="ekfac", damping=0.5)
+    group, seen = optimizer.param_groups[0], []
+    for t, (x, y) in enumerate([*DATA, *DATA][:6]):
+        if t == 1:
+            group["damping"] = group["refactor_every"] = None
+            group["damping"], group["refactor_every"] = (lambda step: 0.1 + step), (lambda step: 2 + step)
+            assert optimizer.metrics()["damping"] == 1.1
+        if t == 4:
+            group["damping"] = 0.3
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        seen.append(group["damping"])
+    assert seen == [0.5, 1.1, 2.1, 3.1, 0.3, 0.3]
+    group["damping"] = lambda step: -1.0
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(ValueError, match="damping"):
+        optimizer.step()
+
+
 def test_a_scheduled_step_is_that_of_the_number():
     results = []
     for scheduled in (True, False):

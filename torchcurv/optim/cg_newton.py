@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from torchcurv.curv.checks import flag, number
-from torchcurv.curv.hessian.products import CurvatureVectorProduct, hessian_times
+from torchcurv.curv.hessian.products import CurvatureVectorProduct
+from torchcurv.curv.losses.autograd import hessian_times
 from torchcurv.curv.options import LIVE, BlockOptions, MainOptions, Option, complete, table_of, with_defaults
 from torchcurv.optim.base import CurvatureOptimizer
 from torchcurv.optim.engine.engine import descend_uncovered

@@ -61,7 +61,8 @@ def _scaler(name: str, value: Any) -> None:
 
 def _loss_factor(name: str, value: Any) -> None:
     if not callable(value):
-        check_number(name, value, lambda x: 0 < x < math.inf, "a number > 0, or a function that returns one")
+        allowed = "a number that is not 0, or a function that returns one"
+        check_number(name, value, lambda x: 0 < abs(x) < math.inf, allowed)
 
 
 class MainStepOptions(TypedDict, total=False):
@@ -207,7 +208,7 @@ class LossOptions(TypedDict, total=False):
             _loss_factor,
             OPTIMIZER,
             "what a loss given by name is multiplied by (1/k for k micro-batches), or a function that says it; used "
-            "where the gradient does not tell it: squared errors and soft labels",
+            "where the gradient does not tell it: squared errors and soft labels. A negative one needs `negative=`",
         ),
     ]
     negative: Annotated[

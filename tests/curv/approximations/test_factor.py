@@ -1,5 +1,6 @@
 """What a block can do with its matrix, against dense linear algebra in float64."""
 
+import copy
 import warnings
 from contextlib import nullcontext
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torchcurv import SecondOrderOptimizer, curvature
+from torchcurv.curv.approximations.by_rows import rows_in
 from torchcurv.curv.approximations.dense import Dense
 from torchcurv.curv.approximations.diagonal import Diagonal
 from torchcurv.curv.approximations.factors import Eigen, KroneckerInverse
@@ -392,3 +394,45 @@ def test_the_eigenvalues_of_a_diagonal_follow_every_measurement():
         step()
         assert isinstance(block.factor, Eigen)
         assert torch.equal(block.factor.values, block.tensors["diag"])
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("approx", ["full", "block"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("top", [1e0, 1e2, 1e4, 1e6])
+def test_rows_are_as_accurate_as_the_matrix(top, dtype, approx, passes):
+    """(g - V^T (λ I + V V^T)^-1 V g) / λ as it stands would lose (C / λ)² eps where a dense solve loses C / λ eps."""
+    model = cases.seeded(lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))).float()
+    data = [(cases.randn(3, 4, seed=k).float(), torch.arange(3)) for k in range(passes)]
+
+    def of(dtype, limit):
+        own = [(x.to(dtype), y) for x, y in data]
+        return curvature(copy.deepcopy(model).to(dtype), nn.CrossEntropyLoss(), own, approx=approx, rows_limit=limit)
+
+    rows, matrix, C = of(dtype, 1), of(dtype, 10**6), of(torch.float64, 10**6).to_dense()
+    lam = torch.linalg.eigvalsh(C)[-1].item() / top
+    noise = cases.randn(len(C), seed=5).float().double()
+    for v in (noise, (C @ noise).float().double()):  # what no row reaches, and what they do
+        truth = torch.linalg.solve(C + lam * torch.eye(len(C), dtype=C.dtype), v)
+        by_rows, by_matrix = (
+            ((c.solve(v.to(dtype), lam).double() - truth).norm() / truth.norm()).item() for c in (rows, matrix)
+        )
+        assert by_rows <= 4 * by_matrix + torch.finfo(dtype).eps * (10 + top)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_by_rows_are_as_accurate_as_their_spectrum(dtype):
+    """(C + λ I)^-1/2 along the rows, for C / λ from 1e4 on."""
+    model = cases.seeded(lambda: nn.Linear(6, 3, bias=False)).to(dtype)
+    data = [((cases.randn(4, 6) * 300).to(dtype), cases.randn(4, 3).to(dtype))]
+    rows = curvature(model, nn.MSELoss(reduction="sum"), data, approx="full", rows_limit=1)
+    values, Q = torch.linalg.eigh(rows.to_dense().double())
+    along = Q[:, values > 1e4]
+    assert 0 < along.shape[1] < len(Q)
+    (block,) = rows.blocks.values()
+    for k in range(5):
+        noise = [cases.randn(*layer.shape, seed=k).to(dtype) for layer in block.layers]
+        flat = torch.cat([t.flatten() for t in noise]).double()
+        found = torch.cat([t.flatten() for t in rows_in(block.tensors).sample(noise, 1.0)]).double()
+        truth = (values[values > 1e4] + 1).rsqrt() * (along.T @ flat)
+        assert (along.T @ found - truth).norm() < 1e5 * torch.finfo(dtype).eps * truth.norm()

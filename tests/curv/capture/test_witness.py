@@ -77,7 +77,7 @@ def test_a_loss_module_with_a_forward_of_its_own_is_not_its_parent(make):
     """Those in which samples meet are refused; others are right (test_unknown_losses.py)."""
     loss = make()
     opt = optimizer(mlp(), loss)
-    with pytest.raises(ValueError, match="neither their sum nor their mean"):
+    with pytest.raises(ValueError, match="samples meet in the loss"):
         loss(opt.model(X), ONE_HOT).backward()
 
 

@@ -354,7 +354,9 @@ def test_mean_and_variance_may_be_two_heads(form):
     def nll(output, y):
         return F.gaussian_nll_loss(output["mean"], y, output["spread"])
 
-    opt = optimizer(model, nll if form == "dict" else F.gaussian_nll_loss if form == "function" else nn.GaussianNLLLoss())
+    opt = optimizer(
+        model, nll if form == "dict" else F.gaussian_nll_loss if form == "function" else nn.GaussianNLLLoss()
+    )
     output = model(X)
     if form == "dict":
         loss = opt.loss_fn(output, Y2)
@@ -437,7 +439,7 @@ def test_a_number_among_the_outputs_is_refused():
     model = cases.seeded(lambda: Heads())
     opt = optimizer(model, lambda f, y, penalty: F.huber_loss(f, y) + penalty)
     mean, spread = model(X)
-    with pytest.raises(ValueError, match="has no batch of 6 samples.*outside of the loss"):
+    with pytest.raises(ValueError, match=r"has no batch of 6 samples.*outside of the loss"):
         opt.loss_fn(mean, Y2, spread.sum())
 
 

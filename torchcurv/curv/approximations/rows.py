@@ -3,9 +3,9 @@
 V has one row per sample and signal, sqrt(scale) vec(sum_r s a^T), laid over all layers of the block. Only (a, s) is
 kept; neither V nor C is formed:
 
-    (V^T V + λ I)^-1 g = (g - V^T (λ I + V V^T)^-1 V g) / λ
+    f(V^T V) x = f(0) x + V^T U diag((f(c) - f(0)) / c) U^T V x,    V V^T = U diag(c) U^T
 
-Such a block has no running average and is not saved.
+with f(c) = 1 / (c + λ) for a step. Such a block has no running average and is not saved.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.approximations.factor import Factor
-from torchcurv.curv.linalg.symmetric import Damping, eigh, eigvalsh, inverse_spd
+from torchcurv.curv.linalg.symmetric import Damping, eigh, eigvalsh
 from torchcurv.curv.statistics.block import Stats
 from torchcurv.curv.statistics.inputs import Inputs
 from torchcurv.curv.statistics.layer import LayerData
@@ -137,12 +137,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class JacobianRows(Rows, Factor):
-    """A block through its rows; `inverse` is (λ I + V V^T)^-1 once `damped` with λ = `damping`.
+    """A block through its rows; `values` and `vectors` are c and U of V V^T once `damped` with λ = `damping`.
 
     finite: whether V V^T was; where it was not, C counts as zero.
     """
 
-    inverse: Tensor | None = None
+    values: Tensor | None = None
+    vectors: Tensor | None = None
     damping: Tensor | None = None
     finite: Tensor | None = None
 
@@ -151,7 +152,7 @@ class JacobianRows(Rows, Factor):
 
     @property
     def ready(self) -> bool:
-        return self.inverse is not None
+        return self.values is not None
 
     def on(self, layout: Any, name: str, tensors: list[Tensor], *args: Any) -> list[Tensor]:
         return layout.split(each_of_batch(getattr(self, name), layout.join(tensors), *args))
@@ -164,20 +165,42 @@ class JacobianRows(Rows, Factor):
         return {}
 
     def damped(self, damping: Damping, double: bool = False) -> tuple[JacobianRows, Tensor]:
-        """(the rows with their inverse, whether it could be computed); double: in float64."""
+        """(the rows with their spectrum, whether it could be computed); double: in float64."""
         gram = self.gram()
         finite = torch.isfinite(gram.sum())
         gram = torch.where(finite, gram, 0)
-        inverse, ok = inverse_spd((gram.double() if double else gram).unsqueeze(0), damping)
+        values, vectors = (part.to(gram.dtype) for part in eigh(gram.double() if double else gram))
         held = torch.as_tensor(damping, dtype=gram.dtype, device=gram.device)
-        return JacobianRows(self.stats, inverse[0].to(gram.dtype), held, finite), ok
+        ok = torch.isfinite(values.sum() + vectors.sum())
+        return JacobianRows(self.stats, values.clamp_min(0), vectors, held, finite), ok
 
     def solve(self, x: list[Tensor], damping: Damping | None = None) -> list[Tensor]:
-        if damping is not None or self.inverse is None:
+        if damping is not None or self.damping is None:
             return self.damped(0.0 if damping is None else damping)[0].solve(x)
-        assert self.damping is not None and self.finite is not None
-        correction = self.rows_transposed_times(self.inverse @ self.rows_times(x))
-        return [(g - torch.where(self.finite, c, 0)) / self.damping for g, c in zip(x, correction, strict=True)]
+        lam = self.damping
+        return self._function(x, lambda c: 1 / (c + lam), lambda c: -1 / (lam * (c + lam)), lam)
+
+    def _function(
+        self, x: list[Tensor], f: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor], damping: Tensor
+    ) -> list[Tensor]:
+        """f(C) x; slope: (f(c) - f(0)) / c.
+
+        Where c is far above λ, f(c) x is a small difference of f(0) x and what the rows say, which loses (c / λ)² eps.
+        So the parts of x along such rows are taken off first, twice, since once leaves a rounding of x, and multiplied
+        by f(c) alone. What is left of rounding is c / λ eps, as in a dense solve.
+        """
+        assert self.values is not None and self.vectors is not None and self.finite is not None
+        c, U = self.values, self.vectors
+        large = c > damping
+        weights = torch.where(large, 1 / c.where(large, 1), 0)
+        first = U.mT @ self.rows_times(x)
+        taken = self.rows_transposed_times(U @ (weights * first))
+        rest = [a - torch.where(self.finite, b, 0) for a, b in zip(x, taken, strict=True)]
+        second = U.mT @ self.rows_times(rest)
+        zero = f(torch.zeros_like(damping))
+        along = torch.where(large, weights * (f(c) * (first + second) - zero * second), slope(c) * second)
+        added = self.rows_transposed_times(U @ along)
+        return [zero * a + torch.where(self.finite, b, 0) for a, b in zip(rest, added, strict=True)]
 
     def matvec(self, x: list[Tensor]) -> list[Tensor]:
         return self.rows_transposed_times(self.rows_times(x))
@@ -185,20 +208,23 @@ class JacobianRows(Rows, Factor):
     def damped_matvec(self, x: list[Tensor], damping: Any = None) -> list[Tensor]:
         return [y + damping * own for y, own in zip(self.matvec(x), x, strict=True)]
 
-    # What follows is for looking: it takes an eigendecomposition of the Gram matrix, V V^T = U diag(l) U^T.
+    # What follows is for looking: it takes an eigendecomposition of the Gram matrix, V V^T = U diag(c) U^T.
 
     @property
     def _size(self) -> int:
         return sum(torch.Size(layer.shape).numel() for layer in self.stats[0].layers)
 
     def sample(self, noise: list[Tensor], damping: Any = None) -> list[Tensor]:
-        """(C + λ I)^-1/2 noise = noise / sqrt(λ) + V^T U diag((1/sqrt(l + λ) - 1/sqrt(λ)) / l) U^T V noise."""
-        values, vectors = eigh(self.gram())
-        kept = values > values.amax() * len(values) * torch.finfo(values.dtype).eps
-        root = torch.as_tensor(damping, dtype=values.dtype, device=values.device).rsqrt()
-        change = torch.where(kept, ((values + damping).rsqrt() - root) / values.where(kept, 1), 0)
-        correction = self.rows_transposed_times(vectors @ (change * (vectors.mT @ self.rows_times(noise))))
-        return [x * root + c for x, c in zip(noise, correction, strict=True)]
+        """(C + λ I)^-1/2 noise."""
+        held = self if damping is None else self.damped(damping)[0]
+        lam = held.damping
+        assert lam is not None
+
+        def slope(c: Tensor) -> Tensor:
+            a, b = (c + lam).sqrt(), lam.sqrt()
+            return -1 / (a * b * (a + b))
+
+        return held._function(noise, lambda c: (c + lam).rsqrt(), slope, lam)
 
     def eigvalsh(self) -> Tensor:
         values = eigvalsh(self.gram()).clamp_min(0)
@@ -213,8 +239,9 @@ class JacobianRows(Rows, Factor):
 
     def inverse_diag(self, damping: Any = None) -> list[Tensor]:
         """Diagonal of (C + λ I)^-1, that is 1/λ - diag(V^T (λ I + V V^T)^-1 V) / λ, one [g, o, d] per layer."""
-        inverse = self.damped(damping)[0].inverse
-        assert inverse is not None
+        held = self.damped(damping)[0]
+        assert held.values is not None and held.vectors is not None
+        inverse = (held.vectors / (held.values + damping)) @ held.vectors.mT
         diagonals = []
         for k, layer in enumerate(self.stats[0].layers):
             rows = torch.cat([stats.layer_rows(k) for stats in self.stats])

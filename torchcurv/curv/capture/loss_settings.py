@@ -72,7 +72,8 @@ class LossSettings:
     def factor(self) -> float:
         """What a named loss is multiplied by now, as the user says."""
         value = self.loss_factor() if callable(self.loss_factor) else self.loss_factor
-        check_number("loss_factor", value, lambda x: 0 < x < math.inf, "a number > 0, or a function that returns one")
+        allowed = "a number that is not 0, or a function that returns one"
+        check_number("loss_factor", value, lambda x: 0 < abs(x) < math.inf, allowed)
         return float(value)
 
     def outputs(self, output: Any, every: bool = False) -> list[Tensor]:

@@ -30,7 +30,8 @@ class GraphNotes:
         """The capture of f, or of the model's output that f is computed from, and the edge it is kept at.
 
         Layers that lie between (or were called outside the model's own forward) make a capture of f itself.
-        mixed: whether samples meet in it, where no capture says so. several: whether it may join several forward passes.
+        mixed: whether samples meet in it, where no capture says so.
+        several: whether it may join several forward passes.
         """
         start = self._start(f)
         calls, captures = self._below(start)

@@ -23,10 +23,10 @@ from torchcurv.curv.capture.rows import numbered
 from torchcurv.curv.capture.signal_pass import CurvaturePass
 from torchcurv.curv.capture.triggers import DerivativeTaken, InputsAlone, LossModule, NamedOutput, Observed, Trigger
 from torchcurv.curv.capture.witness import OF_ANOTHER_OUTPUT, OutputWitness, with_signs
-from torchcurv.curv.graph import Edge, age_of, backward_id, drop_hooks, edge_of, frozen, will_run
+from torchcurv.curv.graph import Edge, age_of, backward_id, drop_hooks, edge_of, frozen, tree_leaves, will_run
 from torchcurv.curv.kinds.table import kind_of
 from torchcurv.curv.losses.formula import LabelFactor
-from torchcurv.curv.losses.joined import JoinedCall, leaves
+from torchcurv.curv.losses.joined import JoinedCall
 from torchcurv.curv.losses.loss import Loss
 from torchcurv.curv.losses.terms import Terms
 from torchcurv.curv.numerics import on_cpu
@@ -57,6 +57,7 @@ class Recorder:
     cut: by the shapes of its arguments, whether the model runs on a part of them.
     summed: terms of the losses of this step that are sums; None: there is no such loss.
     derivatives: whether a derivative of an output was taken in this step that may be a part of the loss.
+    without_terms: whether there was a loss in this step of which no term counts.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Recorder:
         self.part: tuple[Tensor, Tensor] | None = None
         self.cut: dict[Any, bool] = {}
         self.summed: Tensor | float | None = None
-        self.derivatives = False
+        self.derivatives = self.without_terms = False
         self._lossless = self._alone = False  # whether blocks are due that no loss concerns, and no others
         self._task = -1  # the backward call that the last loss belongs to
         self._loss_hook: Hook | None = None
@@ -92,8 +93,9 @@ class Recorder:
             if isinstance(module, nn.Module):
                 drop_hooks(module, is_inert)
                 self._loss_hook = self._loss_hook or Hook(self._on_loss_module)
-                self._join_hook = self._join_hook or Hook(self._before_loss_module)
-                self._loss_handles.append(module.register_forward_pre_hook(self._join_hook, with_kwargs=True))
+                if self.settings.loss(module).formula.joint:
+                    self._join_hook = self._join_hook or Hook(self._before_loss_module)
+                    self._loss_handles.append(module.register_forward_pre_hook(self._join_hook, with_kwargs=True))
                 self._loss_handles.append(module.register_forward_hook(self._loss_hook, with_kwargs=True))
         self.set_due(block.name for block in blocks)
 
@@ -118,7 +120,8 @@ class Recorder:
 
     def begin_step(self, step: int, due: Iterable[str]) -> None:
         """What was captured lives as long as the gradient: a new step starts with nothing."""
-        self.context.step, self.context.passes, self.summed, self.derivatives = step, 0, None, False
+        self.context.step, self.context.passes, self.summed = step, 0, None
+        self.derivatives = self.without_terms = False
         self.context.tapes.clear()
         self.set_due(due)
         for block in self.blocks:
@@ -188,9 +191,9 @@ class Recorder:
     def _before_loss_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Of a loss that is not known and is given more than (output, target), the outputs become one tensor."""
         self._joined = None
-        if is_internal_forward() or not self.settings.loss(module).formula.joint:
+        if is_internal_forward():
             return None
-        outputs = [x for x in leaves((args, kwargs)) if self._is_output(x)]
+        outputs = [x for x in tree_leaves((args, kwargs)) if self._is_output(x)]
         pair = len(args) == 2 and not kwargs and len(outputs) == 1 and outputs[0] is args[0]
         if not outputs or (pair and isinstance(args[1], Tensor)):
             return None
@@ -300,12 +303,20 @@ class Recorder:
         if (check.name_fits and not on_cpu(f)) or terms.empty:
             return
         if found is None or (bool(found.known) and not bool(found.fits)):
-            loss.check_arriving(f, arriving, terms)
+            loss.check_arriving(f, arriving, terms, None if check.hard_labels is False else found)
+        if found is not None and bool(found.known & ~found.alone):
+            check.hard_labels = bool(found.fits)
         check.name_fits = True
+
+    @property
+    def hard_labels(self) -> bool:
+        """Whether a loss known by its name has shown to be one of labels."""
+        return self.context.check.hard_labels is True
 
     def measure(self, event: LossEvent, blocks: list[Curvature]) -> None:
         """Feed the blocks by one loss."""
         if event.terms.empty:
+            self.without_terms = True
             return
         for block in blocks:
             block.pending.begin(backward_id(), block.params)

@@ -39,6 +39,11 @@ class Listener(Protocol):
         """The blocks that a gradient at this trigger feeds."""
         ...
 
+    @property
+    def hard_labels(self) -> bool:
+        """Whether a loss known by its name has shown to be one of labels."""
+        ...
+
     def check_named(self, loss: Loss, f: Tensor, arriving: Tensor, terms: Terms, found: LabelFactor | None) -> None:
         """Raise if what arrives at f cannot be the gradient of a loss that is known by its name."""
         ...
@@ -170,7 +175,8 @@ class NamedOutput(AtOutput):
         loss, scale = self.listener.settings.loss(), self.listener.settings.scale()
         arrived = gradient.reshape(f.shape)
         said = self.listener.settings.factor()
-        terms, factor, found = loss.terms_from_gradient(f, arrived, self.capture.n, scale, said)
+        hard = self.listener.hard_labels
+        terms, factor, found = loss.terms_from_gradient(f, arrived, self.capture.n, scale, said, hard)
         self.listener.check_named(loss, f, arrived, terms, found)
         return LossEvent(loss, terms, factor, f, edge, self.capture, edge, scale, gradient)
 

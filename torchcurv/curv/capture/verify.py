@@ -99,6 +99,7 @@ class GradientCheck:
         self.names, self.unknown_uses, self.unsupported = names, unknown_uses, unsupported
         self.excluded: set[str] = set()  # blocks that failed, under unsupported="gradient"
         self.name_fits = False  # whether a gradient was found to be that of the loss known by its name
+        self.hard_labels: bool | None = None  # whether the last that told was of labels times a factor
         self._verified: set[Hashable] = set()
         self._rows: dict[Hashable, Rows] = {}  # by the path, where they are not equal runs
         self._one_row: set[Hashable] = set()  # (block, number of a call) where each sample had a row of its own

@@ -99,14 +99,6 @@ class OutputLoss:
         )
 
 
-def hessian_times(slope: Tensor, f: Tensor, v: Tensor) -> Tensor:
-    """H_L v like f, for the slope dL/df made with create_graph=True."""
-    if not slope.requires_grad:  # the loss is linear in f
-        return torch.zeros_like(v)
-    with torch.enable_grad():
-        return torch.autograd.grad(slope, f, v.to(slope.dtype), retain_graph=True, materialize_grads=True)[0]
-
-
 class CurvatureVectorProduct:
     """C v = J^T M (J v) + sum_k u_k (d²f_k/dθ²) v over some parameters, of an output f.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -20,7 +20,6 @@ from torch import Tensor
 from torchcurv.curv.linalg.matrix_root import positive_root_times
 from torchcurv.curv.linalg.symmetric import eigh
 from torchcurv.curv.losses.formula import Layout, LossFormula, Target
-from torchcurv.curv.losses.joined import JoinedCall
 from torchcurv.curv.numerics import random_signs
 
 MAX_OUTPUTS = 64  # of a sample whose Hessian is made as a matrix: it has the square of that many numbers
@@ -28,6 +27,14 @@ LANCZOS_STEPS = 32  # the root of an eigenvalue is off by about a 32nd of that o
 HALVES = 4  # of the samples, drawn until both say something
 
 _seeds = itertools.count()
+
+
+def hessian_times(slope: Tensor, f: Tensor, v: Tensor) -> Tensor:
+    """H_L v like f, for the slope dL/df made with create_graph=True."""
+    if not slope.requires_grad:  # the loss is linear in f
+        return torch.zeros_like(v)
+    with torch.enable_grad():
+        return torch.autograd.grad(slope, f, v.to(slope.dtype), retain_graph=True, materialize_grads=True)[0]
 
 
 class SamplesMeet(Exception):
@@ -64,43 +71,59 @@ class WholeLoss:
 
     def hessian_times(self, v: Tensor) -> Tensor:
         """H v for v [n, c]; zeros where torch does not know the second derivative."""
-        if not self._slope.requires_grad or not self.twice:
-            return torch.zeros_like(v)
-        return self._product(v)
+        return self._product(v) if self.twice else torch.zeros_like(v)
 
     def _product(self, v: Tensor) -> Tensor:
-        with torch.enable_grad():
-            sent = v.reshape(self.shape).to(self._slope.dtype)
-            found = torch.autograd.grad(self._slope, self.z, sent, retain_graph=True, materialize_grads=True)
-        return found[0].reshape(self.n, self.c).to(v.dtype)
+        return hessian_times(self._slope, self.z, v.reshape(self.shape)).reshape(self.n, self.c).to(v.dtype)
 
     @cached_property
     def twice(self) -> bool:
         """Whether torch knows the second derivative."""
-        if self._slope.requires_grad:
-            try:
-                self._product(torch.zeros_like(self.gradient))
-            except RuntimeError as error:
-                if "not implemented" not in str(error):
-                    raise
-                return False
+        try:
+            self._product(torch.zeros_like(self.gradient))
+        except RuntimeError as error:
+            if "not implemented" not in str(error):
+                raise
+            return False
         return True
 
     @cached_property
-    def _signs(self) -> Tensor:
-        """Random ones [n, c]."""
+    def _direction(self) -> Tensor:
+        """A random one [n, c]."""
         generator = torch.Generator(self.z.device).manual_seed(next(_seeds))
-        return random_signs(self.gradient, generator)
+        return torch.empty_like(self.gradient).normal_(generator=generator)
 
     @cached_property
     def flat(self) -> bool:
-        """Whether there is no second derivative, of a loss that is not."""
-        return not self.twice or (not bool(self.hessian_times(self._signs).any()) and bool(self.gradient.any()))
+        """Whether the loss has no second derivative, here and where else it is looked for. Reads numbers."""
+        if not self.twice:
+            return True
+        if bool(self.hessian_times(self._direction).any()) or not bool(self.gradient.any()):
+            return False
+        return not any(self._curved_at(z) for z in self._elsewhere())
+
+    def _elsewhere(self) -> Iterator[Tensor]:
+        """Outputs at which a loss that is flat here would be curved: near the target, and downhill, as far as a loss
+        with this slope is zero. So a Huber loss far from its targets is told from an absolute error."""
+        z, gradient = self.z.detach(), self.gradient.reshape(self.shape)
+        if isinstance(self.target, Tensor) and self.target.is_floating_point() and self.target.shape == z.shape:
+            for part in (1e-4, 1e-2, 0.1):
+                yield self.target + part * (z - self.target)
+        down = self.value.detach().abs() / gradient.square().sum()
+        for part in (0.25, 0.5, 0.75, 0.9, 1.0):
+            yield z - part * down * gradient
+
+    def _curved_at(self, z: Tensor) -> bool:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.loss(z, self.target), z, create_graph=True, materialize_grads=True)
+            return bool(hessian_times(slope, z, self._direction.reshape(self.shape)).any())
 
     @cached_property
     def diagonal(self) -> Tensor | None:
         """That of H [n, c], where there is nothing beside it."""
-        z, other = self._signs, self._signs * self._signs.roll(1, -1)
+        z = random_signs(self.gradient, torch.Generator(self.z.device).manual_seed(next(_seeds)))
+        other = z * self._direction.sign()
         first, second = z * self.hessian_times(z), other * self.hessian_times(other)
         close = 1e3 * torch.finfo(first.dtype).eps * first.norm()
         return first if bool((first - second).norm() <= close) else None
@@ -188,7 +211,7 @@ class WholeLoss:
 
 @dataclass(eq=False)
 class AutogradFormula(LossFormula):
-    """c = L / R of one call of a loss, with H the positive part of each sample's d²c/df² wherever a root of it is asked.
+    """c = L / R of one call of a loss, with H the positive part of each sample's d²c/df² where a root of it is asked.
 
     A sample is one term, and all its outputs are c. Of a loss that has no second derivative (an absolute error, a
     hinge), or whose second derivative torch does not know, H is the outer product of the gradient.
@@ -219,7 +242,8 @@ class AutogradFormula(LossFormula):
         target = target.to(f.dtype) if isinstance(target, Tensor) and target.is_floating_point() else target
         self.whole = WholeLoss(self._reduced, z, target, n)
         self.rows = torch.arange(n, device=f.device).unsqueeze(1)
-        known = self._said(n)
+        said = getattr(self.loss, "divisor", None)  # of a call that knows
+        known = None if said is None or self.weights is not None else said()
         if known is None and bool(torch.isfinite(self.whole.gradient).all()):  # else it is left out of the average
             known = self._seen()
         self.divisor_known = known is not None
@@ -232,16 +256,11 @@ class AutogradFormula(LossFormula):
             return self.whole.divisor()
         except SamplesMeet:
             raise ValueError(
-                f"samples meet in the loss {_name_of(self.loss)!r}: it is neither a sum over the {self.whole.n} samples "
-                "of the batch nor their mean, since the share of one changes with the others. Take the whole batch as "
-                'one sample by optimizer.observe(output, target, loss_fn, samples="batch"), or say what the loss '
-                "computes by torchcurv.register_loss(type, formula=)"
+                f"samples meet in the loss {_name_of(self.loss)!r}: it is neither a sum over the {self.whole.n} "
+                "samples of the batch nor their mean, since the share of one changes with the others. Take the whole "
+                'batch as one sample by optimizer.observe(output, target, loss_fn, samples="batch"), or say what the '
+                "loss computes by torchcurv.register_loss(type, formula=)"
             ) from None
-
-    def _said(self, n: int) -> float | None:
-        """What the module says of itself, where it is one of torch's."""
-        known = isinstance(self.loss, JoinedCall) and type(self.loss.loss).__module__.startswith("torch.nn")
-        return {"sum": 1.0, "mean": float(n)}.get(str(self.loss.reduction)) if known and self.weights is None else None
 
     def _reduced(self, z: Tensor, target: Any) -> Tensor:
         loss = self.loss(z, target)

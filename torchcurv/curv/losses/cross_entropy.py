@@ -109,7 +109,7 @@ class CrossEntropy(LossFormula):
     def check_gradient(self, f: Tensor, gradient: Tensor, tolerance: float) -> str | None:
         p = self._p(f)
         kept = (gradient != 0).any(-1)
-        return misfit(p[kept], gradient[kept], tolerance) or row_factors(p[kept], gradient[kept], tolerance)
+        return row_factors(p[kept], gradient[kept], tolerance) or misfit(p[kept], gradient[kept], tolerance)
 
     def predictive(self, f: Tensor, variance: Tensor) -> Tensor:
         return moderated(f, variance).softmax(-1)

@@ -41,7 +41,25 @@ def _shrunk(p: Tensor, gradient: Tensor) -> float | None:
 
 
 def label_factor(p: Tensor, gradient: Tensor, counted: Tensor | None, tolerance: float) -> LabelFactor:
-    """k for which a gradient [..., c] is k (p - y) for labels y: Σ |gradient| / Σ |p - y| over the rows that count."""
+    """k for which a gradient [..., c] is k (p - y) for labels y: ± Σ |gradient| / Σ |p - y| over the rows that count.
+
+    Of more than two classes the largest entry of k (p - y) belongs to the label, and its sign is that of -k. Of two, a
+    gradient of either sign may be that of some labels, and the negative k is taken where the positive one does not fit.
+    """
+    if p.shape[-1] == 2:
+        positive, negative = (_label_factor(p, g, counted, tolerance) for g in (gradient, -gradient))
+        swapped = negative.close & ~positive.close
+        return LabelFactor(*(torch.where(swapped, x, y) for x, y in zip(_times(negative, -1.0), positive, strict=True)))
+    sign = torch.where((gradient.amax(-1) + gradient.amin(-1)).sum() > 0, -1.0, 1.0).to(gradient.dtype)
+    return _times(_label_factor(p, sign * gradient, counted, tolerance), sign)
+
+
+def _times(found: LabelFactor, sign: Tensor | float) -> LabelFactor:
+    return found._replace(value=found.value * sign)
+
+
+def _label_factor(p: Tensor, gradient: Tensor, counted: Tensor | None, tolerance: float) -> LabelFactor:
+    """The positive one."""
     gap = _to_labels(p, gradient)
     if counted is not None:
         gap = gap * counted.unsqueeze(-1)
@@ -54,9 +72,8 @@ def label_factor(p: Tensor, gradient: Tensor, counted: Tensor | None, tolerance:
     uniform = (p - 1 / p.shape[-1]).abs().amax() <= tolerance
     smoothed = uniform & (value > 0.5) & (value < 1) if p.shape[-1] > 1 else torch.zeros_like(known)
     known = known & torch.isfinite(value)
-    if p.shape[-1] == 2:  # one row alone may as well be a soft label
-        close = close & ((gap.abs().sum(-1) > tolerance).sum() > 1)
-    return LabelFactor(value, known, known & close & ~smoothed)
+    alone = torch.zeros_like(close) if p.shape[-1] != 2 else close & ((gap.abs().sum(-1) > tolerance).sum() == 1)
+    return LabelFactor(value, known, known & close & ~alone & ~smoothed, close, alone & known & ~smoothed)
 
 
 def row_factors(p: Tensor, gradient: Tensor, tolerance: float) -> str | None:
@@ -66,16 +83,21 @@ def row_factors(p: Tensor, gradient: Tensor, tolerance: float) -> str | None:
     """
     if p.shape[-1] < 3:
         return None
-    gap = _to_labels(p, gradient)
+    sign = torch.where(gradient.amax(-1, keepdim=True) + gradient.amin(-1, keepdim=True) > 0, -1.0, 1.0)
+    gap = _to_labels(p, sign * gradient)
     size = gap.abs().sum(-1, keepdim=True)
     kept = (size > tolerance).squeeze(-1) & torch.isfinite(gradient).all(-1)
-    gradient, gap, size = gradient[kept], gap[kept], size[kept]
-    k = gradient.abs().sum(-1, keepdim=True) / size
+    gradient, gap, size, sign = gradient[kept], gap[kept], size[kept], sign[kept]
+    k = sign * gradient.abs().sum(-1, keepdim=True) / size
     uniform = (p[kept] - 1 / p.shape[-1]).abs().amax() <= tolerance if len(k) else True
-    if len(k) < 2 or uniform or bool(((gradient - k * gap).abs() > tolerance * k).any()):
+    if len(k) < 2 or uniform or bool(((gradient - k * gap).abs() > tolerance * k.abs()).any()):
         return None
     low, high = float(k.amin()), float(k.amax())
-    return f"its terms seem to be multiplied by weights from {low:.4g} to {high:.4g}" if high > 1.01 * low else None
+    return (
+        f"its terms seem to be multiplied by weights from {low:.4g} to {high:.4g}"
+        if high - low > 0.01 * abs(high)
+        else None
+    )
 
 
 def _to_labels(p: Tensor, gradient: Tensor) -> Tensor:

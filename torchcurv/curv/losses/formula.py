@@ -40,12 +40,16 @@ class LabelFactor(NamedTuple):
     """What a gradient says of the factor of a loss whose targets are labels.
 
     value: a 0-d tensor. known: whether the terms determine it: where all are right and saturated they do not.
-    fits: whether it is known, and the gradient is that of labels times this value. 0-d bool tensors.
+    fits: whether it is known, and the gradient is that of labels times this value, and of nothing else that is likely.
+    close: whether the gradient is that of labels times this value. alone: whether it is, of one term of two classes:
+    that may as well be a soft label. 0-d bool tensors.
     """
 
     value: Tensor
     known: Tensor
     fits: Tensor
+    close: Tensor
+    alone: Tensor
 
 
 class KnownByName:
@@ -56,7 +60,7 @@ class KnownByName:
         return None
 
     def factor_in(self, f: Tensor, gradient: Tensor, counted: Tensor | None, tolerance: float) -> LabelFactor | None:
-        """The factor k > 0 for which `gradient` is k dc/df at targets that are labels, from all terms together.
+        """The factor k for which `gradient` is k dc/df at targets that are labels, from all terms together.
 
         counted: as it is returned above. None: the gradient of this loss tells no factor.
         """

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-BATCH_DIMS: dict[type[nn.Module], int] = {nn.CTCLoss: 1}  # of the first argument, [time, batch, classes]
+from torchcurv.curv.graph import tree_flatten, tree_leaves, tree_unflatten
+
+BATCH_DIMS: dict[type[nn.Module], int] = {nn.CTCLoss: 1}  # of what it is given first, [time, batch, classes]
 
 
 @dataclass(frozen=True)
-class Slot:
-    """The place of one of the outputs among what the loss is given.
-
-    shape: of the output, its batch first. dim: where the batch is in it.
-    """
+class Place:
+    """Of one of the outputs: its number among all that the loss is given, its shape, and where the batch is in it."""
 
     number: int
-    shape: tuple[int, ...]
+    shape: torch.Size
     dim: int
 
 
@@ -30,97 +28,78 @@ class JoinedCall:
     the call is held. samples: their numbers, a LongTensor.
     """
 
-    def __init__(
-        self, loss: Callable[..., Tensor], args: Any, kwargs: Any, is_output: Callable[[Tensor], bool], n: int
-    ) -> None:
+    def __init__(self, loss: Any, args: Any, kwargs: Any, is_output: Callable[[Any], bool], n: int) -> None:
         self.loss, self.n = loss, n
         self.__name__ = getattr(loss, "__name__", type(loss).__name__)
-        self.reduction = getattr(loss, "reduction", None)
         self.samples = torch.arange(n)
-        self.outputs: list[Tensor] = []
-        self.slots: list[Slot] = []
-        self._call = _mapped((args, kwargs), lambda x: self._slot(x) if is_output(x) else x)
 
-    def _slot(self, x: Tensor) -> Slot:
+        def of_samples(x: Any) -> bool:
+            """Whether it is a list with an entry for each sample."""
+            listed = isinstance(x, list | tuple) and len(x) == n and x is not args
+            return listed and not any(map(is_output, tree_leaves(x)))
+
+        self._held, self._tree = tree_flatten((args, kwargs), is_leaf=of_samples)
+        self._listed = [k for k, x in enumerate(self._held) if isinstance(x, list | tuple)]
+        self.outputs = [x for x in self._held if is_output(x)]
+        self._places = [self._place(k, x) for k, x in enumerate(self._held) if is_output(x)]
+        for place in self._places:
+            self._held[place.number] = None
+
+    def _place(self, number: int, x: Tensor) -> Place:
         dims = [dim for dim, size in enumerate(x.shape[:2]) if size == self.n]
         own = next((dim for cls, dim in BATCH_DIMS.items() if isinstance(self.loss, cls)), None)
         if not dims:
             raise ValueError(
-                f"the loss {self.__name__!r} was given a tensor of shape {tuple(x.shape)} that depends on the model and "
-                f"has no batch of {self.n} samples: give it tensors [batch, ...], and add what is a number outside of "
-                "the loss"
+                f"the loss {self.__name__!r} was given a tensor of shape {tuple(x.shape)} that depends on the model "
+                f"and has no batch of {self.n} samples: give it tensors [batch, ...], and add what is a number outside "
+                "of the loss"
             )
-        slot = Slot(len(self.slots), tuple(x.shape), own if own in dims else dims[0])
-        self.outputs.append(x)
-        self.slots.append(slot)
-        return slot
+        return Place(number, x.shape, own if own in dims else dims[0])
+
+    def divisor(self) -> float | None:
+        """What a mean over samples divides by, 1 for a sum, where it is one of torch's modules."""
+        if not isinstance(self.loss, nn.Module) or not type(self.loss).__module__.startswith("torch.nn"):
+            return None
+        return {"sum": 1.0, "mean": float(self.n)}.get(str(getattr(self.loss, "reduction", None)))
 
     @property
-    def simple(self) -> bool:
+    def _simple(self) -> bool:
         """Whether there is one output, with the batch first: then it is z itself."""
-        return len(self.slots) == 1 and self.slots[0].dim == 0
+        return len(self._places) == 1 and self._places[0].dim == 0
 
     def join(self) -> Tensor:
         """z; what the call held of the graph is let go."""
         outputs, self.outputs = self.outputs, []
-        if self.simple:
+        if self._simple:
             return outputs[0]
-        flat = [x.movedim(slot.dim, 0).reshape(self.n, -1) for x, slot in zip(outputs, self.slots, strict=True)]
+        flat = [x.movedim(place.dim, 0).reshape(self.n, -1) for x, place in zip(outputs, self._places, strict=True)]
         return torch.cat(flat, 1)
 
     def arguments(self, z: Tensor, samples: Tensor | None = None) -> Any:
         """(args, kwargs) with the outputs of z, and what is held of each sample for some of them; None: all."""
-        rows = len(z)
-        parts: list[Tensor] = [z]
-        if not self.simple:
-            sizes = [torch.Size(slot.shape).numel() // self.n for slot in self.slots]
-            parts = []
-            for part, slot in zip(z.split(sizes, 1), self.slots, strict=True):
-                shape = [size for dim, size in enumerate(slot.shape) if dim != slot.dim]
-                parts.append(part.reshape(rows, *shape).movedim(0, slot.dim))
+        given = self._held.copy() if samples is None else [self._of(k, samples) for k in range(len(self._held))]
+        for place, part in zip(self._places, self._parts(z), strict=True):
+            given[place.number] = part
+        return tree_unflatten(given, self._tree)
 
-        held = self._call if samples is None else self._of(samples)
-        return _mapped(held, lambda x: parts[x.number] if isinstance(x, Slot) else x)
+    def _parts(self, z: Tensor) -> list[Tensor]:
+        if self._simple:
+            return [z]
+        parts = []
+        for part, place in zip(
+            z.split([p.shape.numel() // self.n for p in self._places], 1), self._places, strict=True
+        ):
+            shape = [size for dim, size in enumerate(place.shape) if dim != place.dim]
+            parts.append(part.reshape(len(z), *shape).movedim(0, place.dim))
+        return parts
 
-    def _of(self, samples: Tensor) -> Any:
+    def _of(self, number: int, samples: Tensor) -> Any:
         """What is held of some of the samples: of tensors and of lists that have as many entries as there are."""
+        x = self._held[number]
+        if isinstance(x, Tensor) and x.shape[:1] == (self.n,):
+            return x.index_select(0, samples.to(x.device))
+        return type(x)(x[k] for k in samples.tolist()) if number in self._listed else x
 
-        def chosen(x: Any) -> Any:
-            if isinstance(x, Tensor) and x.shape[:1] == (self.n,):
-                return x.index_select(0, samples.to(x.device))
-            if isinstance(x, list | tuple) and len(x) == self.n and not any(isinstance(y, Slot) for y in leaves(x)):
-                return type(x)(x[k] for k in samples.tolist())
-            return x
-
-        args, kwargs = self._call
-        return tuple(map(chosen, args)), {key: chosen(value) for key, value in kwargs.items()}
-
-    def __call__(self, z: Tensor, samples: Tensor) -> Tensor:
+    def __call__(self, z: Tensor, samples: Tensor) -> Any:
         args, kwargs = self.arguments(z, None if len(samples) == self.n else samples)
         return self.loss(*args, **kwargs)
-
-
-def leaves(values: Any) -> list[Any]:
-    """What is in nested tuples, lists, mappings and objects that hold tensors."""
-    found: list[Any] = []
-    _mapped(values, found.append)
-    return found
-
-
-def _mapped(values: Any, function: Callable[[Any], Any]) -> Any:
-    """Nested tuples, lists, mappings and objects that hold tensors, with a function of what is in them."""
-    if isinstance(values, tuple) and hasattr(values, "_fields"):
-        return type(values)(*(_mapped(value, function) for value in values))
-    if isinstance(values, list | tuple):
-        return type(values)(_mapped(value, function) for value in values)
-    if isinstance(values, Mapping):
-        made: Any = copy.copy(values)
-        for key, value in values.items():
-            made[key] = _mapped(value, function)
-        return made
-    if any(isinstance(value, Tensor) for value in getattr(values, "__dict__", {}).values()) and not callable(values):
-        made = copy.copy(values)
-        for key, value in vars(values).items():
-            setattr(made, key, _mapped(value, function))
-        return made
-    return function(values)

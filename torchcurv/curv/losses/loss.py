@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -146,12 +147,19 @@ class Loss:
             )
 
     def terms_from_gradient(
-        self, f: Tensor, arriving: Tensor, n: int, loss_scale: Tensor | float = 1.0, loss_factor: float = 1.0
+        self,
+        f: Tensor,
+        arriving: Tensor,
+        n: int,
+        loss_scale: Tensor | float = 1.0,
+        loss_factor: float = 1.0,
+        hard_labels: bool = False,
     ) -> tuple[Terms, Tensor | float, LabelFactor | None]:
         """(terms, factor, found) of a loss that was named, not seen: the gradient that arrived stands for the target.
 
         factor: what the loss was multiplied by. Where the targets are labels, the gradient says it, as `found` tells
-        (None: that of this loss never does). Elsewhere it is `loss_factor`.
+        (None: that of this loss never does). Elsewhere it is `loss_factor`. hard_labels: whether earlier gradients of
+        this loss were those of labels, so that one term that may be of a label is.
         """
         canonical = at_least_float32(self.layout(f.detach(), n)[0])
         reached = at_least_float32(self.layout(arriving, n)[0]) / loss_scale
@@ -159,14 +167,18 @@ class Loss:
         elements = canonical.numel() if self.formula.elementwise else canonical.shape[:2].numel()
         count = elements if weights is None else weights.sum()
         reduction = self.formula.factor / self._divisor(count)
-        found = self.formula.factor_in(canonical, reached, weights, self._tolerance(f, arriving))
+        sign = math.copysign(1.0, loss_factor)  # of two that fit, the one that is said is taken
+        found = self.formula.factor_in(canonical, sign * reached, weights, self._tolerance(f, arriving))
         factor: Tensor | float = loss_factor
         if found is not None:
-            said = found.value / reduction
+            if hard_labels:
+                found = found._replace(fits=found.fits | found.alone, alone=torch.zeros_like(found.alone))
+            said = sign * found.value / reduction
             # a few roundings of either tensor are no factor: what is 1 stays 1
             eps = max(1e3 * torch.finfo(canonical.dtype).eps, 4 * torch.finfo(arriving.dtype).eps)
-            said = torch.where((said - loss_factor).abs() <= eps * loss_factor, loss_factor, said)
-            factor = torch.where(found.fits, said, loss_factor)
+            same = (said - loss_factor).abs() <= eps * abs(loss_factor)
+            factor = torch.where(found.fits & ~same, said, loss_factor)
+            found = found._replace(alone=found.alone & ~same)
         terms = Terms(
             self.formula, canonical, reduction, weights, True, None, lambda: reached / (reduction * factor), count
         )
@@ -177,13 +189,15 @@ class Loss:
         type may lose a few roundings of either tensor, 32 of them in a softmax and a sum over classes."""
         return max(1e-3, 32 * max(torch.finfo(arriving.dtype).eps, torch.finfo(f.dtype).eps))
 
-    def check_arriving(self, f: Tensor, arriving: Tensor, terms: Terms) -> None:
+    def check_arriving(self, f: Tensor, arriving: Tensor, terms: Terms, found: LabelFactor | None) -> None:
         """Raise if the gradient at the output, which is not that of labels, cannot be that of the named loss at other
-        targets. Reads numbers."""
+        targets, or may be of both. Reads numbers."""
         gradient = terms.gradient()
         if not bool(torch.isfinite(gradient).all() & torch.isfinite(terms.f).all()):
             return  # it is left out and counted when it is averaged
         why = self.formula.check_gradient(terms.f, gradient, self._tolerance(f, arriving))
+        if why is None and found is not None and bool(found.alone):
+            why = "it has one term, of which a soft label and a factor cannot be told from each other"
         if why is not None:
             raise ValueError(
                 f"the gradient that arrived at the model's output is not that of loss_fn={self.name!r} with "

@@ -14,7 +14,7 @@ from torchcurv.curv.capture.recorder import Recorder
 from torchcurv.curv.kinds.table import kind_of
 from torchcurv.optim.engine.building import Blueprint, same
 from torchcurv.optim.engine.damping import DampingPolicy, Group, has_changed, is_of_the_loss
-from torchcurv.optim.engine.fallback import usable_direction
+from torchcurv.optim.engine.fallback import finite_or_zero, usable_direction
 from torchcurv.optim.engine.report import warn, warn_of_failures, warn_of_plain
 from torchcurv.optim.engine.witness import check_captured, check_objections, check_present, check_unfrozen, remarks_on
 
@@ -279,7 +279,10 @@ class CurvatureEngine:
         return self.damping.shift(block, group, self.step)
 
     def precondition(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """(C + λ I)^-1 applied to the gradients of the covered parameters, in float32 or better."""
+        """(C + λ I)^-1 applied to the gradients of the covered parameters, in float32 or better.
+
+        Of the others, `gradients` has zero from then on in the place of what is not finite.
+        """
         solved: dict[Tensor, Tensor] = {}
         for block, group in self.by_group():
             if not block.factors[STEP].ready or not any(p in gradients for p in block.params):
@@ -295,6 +298,7 @@ class CurvatureEngine:
                     solved[p] = x
                 elif p in gradients:
                     piece.of(solved.setdefault(p, gradients[p].to(x.dtype, copy=True))).copy_(x)
+        gradients.update({p: finite_or_zero(g) for p, g in gradients.items() if p not in solved})
         return solved
 
     def _direction(self, block: Curvature, group: Group, gradients: list[Tensor]) -> list[Tensor]:
@@ -336,4 +340,4 @@ def descend_uncovered(groups: Sequence[Group], blocks: Sequence[Curvature]) -> N
     for group in groups:
         for p in group["params"]:
             if p.grad is not None and p not in covered:
-                p.add_(p.grad, alpha=-group["lr"])
+                p.add_(finite_or_zero(p.grad), alpha=-group["lr"])

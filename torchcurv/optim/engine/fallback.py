@@ -10,6 +10,14 @@ from torchcurv.curv.kinds.table import kind_of
 from torchcurv.curv.numerics import at_least_float32, on_cpu, sum_of
 
 
+def finite_or_zero(gradient: Tensor) -> Tensor:
+    """A gradient, or zero where it has an entry that is not finite: what has no curvature does not move then."""
+    finite = torch.isfinite(gradient.sum())
+    if on_cpu(finite):
+        return gradient if finite else torch.zeros_like(gradient)
+    return torch.where(finite, gradient, 0)
+
+
 def usable_direction(block: Curvature, gradients: list[Tensor], found: list[Tensor]) -> list[Tensor]:
     """The direction of a block, if it is finite and something was measured; else its gradient, of length 1 at the
     most, or nothing where that is not finite.

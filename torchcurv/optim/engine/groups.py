@@ -23,7 +23,10 @@ VALUES = ("damping", "ema_decay")  # which may be functions of the step, too
 AUTO_INTERVAL = 10
 SINGLE_BATCH = ("full", "block")  # which are made of the rows of one batch where these are few
 # What torch and its schedulers write into groups.
-_TORCH_KEYS = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")
+_TORCH_KEYS = (
+    *("params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"),
+    "differentiable",
+)
 
 GroupRule = Callable[[Group, Options, Mapping[str, Any]], None]  # raises on a group that is not allowed
 
@@ -48,6 +51,7 @@ class GroupOptions:
         self.groups: Sequence[Group] = ()
         self.schedules: dict[tuple[int, str], Callable[[int], Any]] = {}
         self.early: set[tuple[int, str]] = set()  # (group, interval) that are 1 in the beginning
+        self._held: dict[tuple[int, str], Any] = {}  # what the functions said last
         self._accepted: dict[int, dict[str, Any]] = {}  # what was last checked, by group
         self._sizes: dict[int, int] = {}  # how many keys each had then
 
@@ -81,6 +85,7 @@ class GroupOptions:
         self.early |= {(index, key) for key in INTERVALS if given.get(key) == AUTO}
         for key, value in given.items():
             self.schedules.pop((index, key), None)
+            self._held.pop((index, key), None)
             if callable(value):
                 self.schedules[index, key] = value
         self._sizes[index] = len(group)
@@ -129,11 +134,25 @@ class GroupOptions:
 
     def apply(self, step: int) -> None:
         """What functions of the step say now; what was changed in a group since is checked."""
+        for index, group in enumerate(self.groups):
+            self._take_schedules(index, group)
         for (index, key), schedule in self.schedules.items():
             if key in VALUES:
-                self.groups[index][key] = value_at(key, schedule, step)
+                self.groups[index][key] = self._held[index, key] = value_at(key, schedule, step)
         for index, group in enumerate(self.groups):
             self._check_changes(index, group)
+
+    def _take_schedules(self, index: int, group: Group) -> None:
+        """Functions of the step that were put into a group since, and numbers that were put in the place of one."""
+        for key in (*INTERVALS, *VALUES):
+            pair, value = (index, key), group.get(key)
+            if callable(value):
+                if key in self.numbers:
+                    raise ValueError(f"{key} is a function of the step; {self.numbers[key]}")
+                self.schedules[pair] = value
+                group[key] = self._accepted[index][key]
+            elif pair in self.schedules and pair in self._held and value != self._held[pair]:
+                del self.schedules[pair], self._held[pair]
 
     def _check_changes(self, index: int, group: Group) -> None:
         accepted = self._accepted[index]
@@ -156,7 +175,7 @@ class GroupOptions:
         """Steps until it is due again."""
         group, schedule = self.groups[index], self.schedules.get((index, key))
         if schedule is not None:
-            group[key] = interval_at(key, schedule, step)
+            group[key] = self._held[index, key] = interval_at(key, schedule, step)
         interval = check_interval(key, group[key])
         assert isinstance(interval, int)
         return 1 if step < AUTO_INTERVAL and (index, key) in self.early else interval

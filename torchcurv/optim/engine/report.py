@@ -62,7 +62,8 @@ def metrics_of(
     gradients = [p.grad for p in params if p.grad is not None]
     if gradients:
         tensors["gradient_norm"] = norm_of(gradients)
-    tensors["damping"] = torch.as_tensor(groups[0]["damping"], dtype=torch.float64)
+    damping = groups[0]["damping"]  # a function, if it was put there since the last step
+    tensors["damping"] = torch.as_tensor(damping(step) if callable(damping) else damping, dtype=torch.float64)
     tensors |= last
     values = torch.stack([value.to(device, torch.float64) for value in tensors.values()]).tolist()
     return {**counts, **dict(zip(tensors, values, strict=True))}
