@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from torchcurv import SecondOrderOptimizer, VIOptimizer, curvature
+from torchcurv.curv.linalg.symmetric import inverse_spd
 from torchcurv.curv.numerics import assume_accelerator
 
 CE = nn.CrossEntropyLoss()
@@ -129,3 +130,78 @@ def test_a_batch_of_no_terms_is_a_step_of_the_rest():
         (loss(model(torch.randn(5, 4)), labels) + 0.5 * model.weight.square().sum()).backward()
         optimizer.step()
         assert 0 < (model.weight - before).norm() <= 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"approx": "kfac"},
+        {"approx": "kfac", "damping_type": "exact"},
+        {"approx": "ekfac"},
+        {"approx": "block"},
+        {"approx": "full"},
+        {"approx": "unit"},
+        {"approx": "diag"},
+        {"approx": "kfac", "curv_type": "input"},
+        {"approx": "kfac", "curv_type": "input", "damping_type": "exact"},
+    ],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_raw_inputs_of_very_different_sizes_do_not_make_a_step_of_rounding(options):
+    """Features from 1 to 2e6 in float32: the small eigenvalues of their covariance are rounding, and negative at times.
+
+    With kl_clip=None nothing else bounds a step: with these eigenvalues as they come, exact damping ends at inf.
+    """
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(0, 6.3, 20)
+    X = torch.randn(200, 20, generator=generator) * scales
+    Y = (X @ (torch.randn(20, generator=generator) / scales)).unsqueeze(1)
+    torch.manual_seed(1)
+    model, loss_fn = nn.Linear(20, 1), nn.MSELoss()
+    loss = None if options.get("curv_type") == "input" else loss_fn
+    optimizer = SecondOrderOptimizer(model, loss_fn=loss, kl_clip=None, **options)
+    first = loss_fn(model(X), Y).item()
+    for _ in range(60):
+        rows = torch.randint(200, (64,), generator=generator)
+        optimizer.zero_grad()
+        loss_fn(model(X[rows]), Y[rows]).backward()
+        optimizer.step()
+    assert loss_fn(model(X), Y).item() < 1e-2 * first
+    assert optimizer.metrics()["failed_factorisations"] == 0
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e-12, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_inverse_of_a_matrix_without_full_rank_is_bounded_by_what_is_known(dtype, shift):
+    """30 dimensions, 10 samples, rows that differ by 1e6: on the diagonal counts what is known in this precision."""
+    scales = torch.logspace(0, 6, 30, dtype=torch.float64)
+    x = cases.randn(10, 30) * scales
+    A = (x.mT @ x).to(dtype).unsqueeze(0)
+    inverse, ok = inverse_spd(A, shift)
+    level = 30 * torch.finfo(dtype).eps * A[0].diagonal().double()
+    assert ok and inverse.isfinite().all()
+    truth = torch.linalg.inv((x.mT @ x) + torch.diag(level.clamp_min(shift)))
+    D = torch.diag(scales)  # in which all rows are of one size
+    assert (D @ (inverse[0].double() - truth) @ D).norm() < 0.3 * (D @ truth @ D).norm()
+
+
+def test_a_shift_above_what_is_known_is_taken_as_it_is():
+    A = cases.randn(1, 5, 8)
+    A = A @ A.mT
+    close = torch.linalg.inv(A + 1e-3 * torch.eye(5, dtype=A.dtype))
+    assert torch.allclose(inverse_spd(A, 1e-3)[0], close, rtol=1e-10)
+
+
+@pytest.mark.parametrize("approx", ["kfac", "block"])
+def test_eigenvalues_below_the_rounding_of_the_largest_count_as_that(approx):
+    model = cases.seeded(lambda: nn.Linear(6, 1, bias=False)).float()
+    x = cases.randn(3, 6).float() * 1e3
+    loss = nn.MSELoss()
+    optimizer = SecondOrderOptimizer(
+        model, loss_fn=loss, approx=approx, damping=1e-9, damping_type="exact", samples=None, rows_limit=10**6
+    )
+    loss(model(x), torch.zeros(3, 1)).backward()
+    optimizer.step()
+    (block,) = optimizer.blocks.values()
+    values = block.factor.values.flatten()
+    assert values.min() > 0.5 * torch.finfo(torch.float32).eps * values.max()

@@ -95,7 +95,7 @@ class Dense(Approximation):
         if damping_type == "factored" and self.spectrum is None:  # one factor alone takes all of the damping
             right, ok = inverse(matrix, damping, d)
             return KroneckerInverse(right, shape=(1, d)), ok
-        values, vectors = eigenbasis(matrix, d)
+        values, vectors = eigenbasis(matrix, d, self.spectrum is None)
         values = map_negative_eigenvalues(values.unsqueeze(-2), self.spectrum)
         return Eigen(values, right=vectors, damping=damping_tensor(damping, values)), torch.isfinite(
             sum_of([values, vectors])

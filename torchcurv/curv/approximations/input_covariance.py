@@ -139,7 +139,7 @@ class InputCurvature(Approximation):
             right, ok = inverse(A, lam, d)
             return KroneckerInverse(right, identity, (o, d), lam), ok
         values, right = eigenbasis(A, d)
-        values = values.clamp_min(0).unsqueeze(-2).repeat(1, o, 1)
+        values = values.unsqueeze(-2).repeat(1, o, 1)
         return Eigen(values, identity, right, lam), torch.isfinite(sum_of([values, right]))
 
 

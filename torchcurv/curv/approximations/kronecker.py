@@ -188,12 +188,11 @@ class Kronecker(Approximation):
             right, ok_right = inverse(right, shift_right, d)
             left, ok_left = inverse(left, shift_left, o)
             return KroneckerInverse(right, left, (o, d)), ok_right & ok_left
-        (a, right), (b, left) = eigenbasis(right, d), eigenbasis(left, o)
+        (a, right), (b, left) = eigenbasis(right, d), eigenbasis(left, o, self.spectrum is None)
         if "moments" in tensors and basis is not None:
             values = project_moments(tensors["moments"], basis, (left, right))
         else:
-            b = b.clamp_min(0) if self.spectrum is None else b
-            values = map_negative_eigenvalues(b.unsqueeze(-1) * a.clamp_min(0).unsqueeze(-2), self.spectrum)
+            values = map_negative_eigenvalues(b.unsqueeze(-1) * a.unsqueeze(-2), self.spectrum)
         return Eigen(values, left, right, lam), torch.isfinite(sum_of([values, left, right]))
 
     def sides_of(self, tensors: Tensors) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchcurv.curv.linalg.symmetric import Damping, eigh, inverse_spd
+from torchcurv.curv.linalg.symmetric import (
+    Damping,
+    at_least,
+    eigh,
+    inverse_damped,
+    inverse_spd,
+    known_values,
+    rounding_level,
+)
 from torchcurv.curv.numerics import on_cpu
 
 
@@ -85,28 +93,29 @@ def inverse(side: Tensor, shift: Damping, d: int) -> tuple[Tensor, Tensor]:
     if side.dim() == 3:
         return inverse_spd(side, shift)
     g, k, m, _ = side.shape
-    damped = side + torch.eye(m, dtype=side.dtype, device=side.device) * (
-        shift.reshape(-1, 1, 1, 1) if isinstance(shift, Tensor) else shift
-    )
+    damped = side + torch.diag_embed(at_least(shift, rounding_level(side)))
     if m > 1:
         _padding(damped, d).fill_(1)
-        blocks, ok = inverse_spd(damped.flatten(0, 1), 0.0)
+        blocks, ok = inverse_damped(damped.flatten(0, 1))
         return blocks.unflatten(0, (g, k)), ok
     fine = (damped > 0).all() & torch.isfinite(damped.sum())
     return torch.where(damped > 0, damped, torch.inf).reciprocal(), fine
 
 
-def eigenbasis(side: Tensor, d: int) -> tuple[Tensor, Tensor]:
+def eigenbasis(side: Tensor, d: int, semidefinite: bool = True) -> tuple[Tensor, Tensor]:
     """(eigenvalues [g, d], eigenvectors in the shape of the side).
+
+    semidefinite: whether no eigenvalue is negative but by rounding; those below the rounding level count as that then.
 
     The padding of the last block gets eigenvalues below all others, and its unit vectors are then moved to the end,
     so that the first d columns are the eigenvectors of what is there.
     """
     if side.dim() == 3:
-        return eigh(side)
+        values, vectors = eigh(side)
+        return known_values(values) if semidefinite else values, vectors
     g, k, m, _ = side.shape
     if m == 1:
-        return side[..., 0, 0], torch.ones_like(side)
+        return side[..., 0, 0].clamp_min(0) if semidefinite else side[..., 0, 0], torch.ones_like(side)
     pad = k * m - d
     if pad:
         below = -1 - side.diagonal(dim1=-2, dim2=-1).flatten(1).sum(-1).abs()
@@ -115,6 +124,7 @@ def eigenbasis(side: Tensor, d: int) -> tuple[Tensor, Tensor]:
     values, vectors = eigh(side)
     if pad:
         values[:, -1], vectors[:, -1] = values[:, -1].roll(-pad, -1), vectors[:, -1].roll(-pad, -1)
+    values = known_values(values) if semidefinite else values
     return values.flatten(1)[:, :d], vectors
 
 

@@ -119,6 +119,13 @@ def _inverse_and_info(damped: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cholesky_inverse(root), info
 
 
+def at_least(shift: Damping, level: Tensor) -> Tensor:
+    """The larger of a shift, a number or a tensor [g], and a level [g, ..., d]; the shift where that is NaN."""
+    own = torch.as_tensor(shift, dtype=level.dtype, device=level.device)
+    own = own.reshape(own.shape + (1,) * (level.dim() - own.dim())) if own.dim() else own
+    return torch.where(level > own, level, own)
+
+
 ROWS = 256  # of a large triangular matrix that are multiplied at once
 
 
@@ -151,19 +158,38 @@ def times_squares(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
+def rounding_level(matrix: Tensor) -> Tensor:
+    """d eps A_jj [..., d]: with so much on the diagonal of a positive semidefinite A [..., d, d] in this precision its
+    Cholesky factorisation succeeds, however different its rows are in size (Higham, "Accuracy and Stability of
+    Numerical Algorithms" (2002), theorem 10.7)."""
+    return matrix.shape[-1] * torch.finfo(matrix.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1)
+
+
+def known_values(values: Tensor) -> Tensor:
+    """Eigenvalues [..., d] of positive semidefinite matrices, of which none is known better than to eps times the
+    largest: those below count as that, and no direction is divided by a rounding."""
+    return torch.maximum(values, torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True).clamp_min(0))
+
+
 def inverse_spd(matrix: Tensor, shift: Damping) -> tuple[Tensor, Tensor]:
     """((matrix + shift I)^-1, ok) for a batch [g, d, d]; ok is a 0-d bool tensor, no host sync.
 
-    shift: a number or a tensor [g]. Where Cholesky fails the answer is I / (trace + shift), which never
-    overestimates the inverse, and ok is False.
+    shift: a number or a tensor [g]; what the diagonal needs to be known in this precision, if that is more. Where
+    Cholesky fails the answer is I / (trace + shift), which never overestimates the inverse, and ok is False.
     """
     damped = matrix.clone()
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
-    diagonal.add_(shift.to(damped.dtype).reshape(-1, 1) if isinstance(shift, Tensor) else shift)
+    diagonal.add_(at_least(shift, rounding_level(matrix)))
+    return inverse_damped(damped)
+
+
+def inverse_damped(damped: Tensor) -> tuple[Tensor, Tensor]:
+    """(the inverse, ok) of a batch [g, d, d] that is positive definite; see `inverse_spd`."""
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
     inverse, info = _inverse_and_info(damped)
     fine = (info == 0) & torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1)).all(-1)
     if not on_cpu(fine) or not fine.all():
-        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        bound = identity / diagonal.sum(-1).clamp_min(torch.finfo(matrix.dtype).tiny)[:, None, None]
+        identity = torch.eye(damped.shape[-1], dtype=damped.dtype, device=damped.device)
+        bound = identity / diagonal.sum(-1).clamp_min(torch.finfo(damped.dtype).tiny)[:, None, None]
         inverse = torch.where(fine[:, None, None], inverse, bound)
     return inverse, fine.all()
