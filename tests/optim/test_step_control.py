@@ -1388,6 +1388,35 @@ def test_batches_of_64_do_not_blow_it_up(net, seed):
         assert F.cross_entropy(model(x), y) < 1.0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("batch", [32, 64])
+def test_a_separable_problem_in_small_batches_stays_sane(batch, seed):
+    """A batch of a separable problem is fitted by ever longer steps, each of which its own loss welcomes."""
+    x, y = digits()
+    torch.manual_seed(seed)
+    model, generator = nn.Linear(64, 10), torch.Generator().manual_seed(seed)
+    optimizer = SecondOrderOptimizer(model, step_rule="quadratic", damping_rule="lm")
+    for _ in range(300):
+        chosen = torch.randperm(len(x), generator=generator)[:batch]
+        assert float(optimizer.step(closure(model, x[chosen], y[chosen]))) < 50
+    with torch.no_grad():
+        assert F.cross_entropy(model(x), y) < 1.0
+
+
+def test_the_damping_grows_where_a_step_did_harm_to_the_next_batch():
+    """Two batches that contradict each other, of which each is fitted well."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 3), torch.randn(8, 5)
+    optimizer = SecondOrderOptimizer(model, step_rule="quadratic", damping_rule="lm")
+    dampings = []
+    for t in range(6):
+        y = torch.full((8,), t % 2)
+        optimizer.step(closure(model, x, y))
+        dampings.append(optimizer.param_groups[0]["damping"])
+    assert dampings == sorted(dampings) and dampings[-1] > 2 * dampings[0]
+
+
 def test_the_other_coefficients_are_least_for_a_bounded_one():
     A = cases.randn(3, 3)
     K, slope = A @ A.T, cases.randn(3, seed=1)

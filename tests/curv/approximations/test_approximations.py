@@ -1,6 +1,7 @@
 """Every layer, loss, kind and approximation against dense truths in float64."""
 
 import math
+from contextlib import nullcontext
 
 import cases
 import oracles
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torchcurv import SecondOrderOptimizer, curvature
+from torchcurv.curv.numerics import assume_accelerator
 
 APPROXIMATIONS = ["full", "block", "unit", "kfac", "ekfac", "diag"]
 KINDS = ["ggn", "fisher", "empirical_fisher"]
@@ -170,6 +172,47 @@ def test_whole_gradients_of_one_position_have_the_units_of_those_of_several():
         A, B, total = A + trace * own, B + trace * left, total + trace
     both = oracles.to_param_order(torch.kron(B, A / total), model.one)
     close(curvature(model, loss, [(x, y), (z, y)], **options).to_dense(), both)
+
+
+@pytest.mark.parametrize("approx", ["kfac", "ekfac"])
+@pytest.mark.parametrize("cut", [(6,), (2, 4), (1, 1, 4)])
+def test_whole_gradients_of_one_position_are_expanded_ones_however_the_data_is_cut(cut, approx):
+    found = []
+    for sharing in ("whole", "expand"):
+        model = cases.seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double())
+        optimizer = SecondOrderOptimizer(
+            model, loss_fn=nn.CrossEntropyLoss(reduction="sum"), approx=approx, sharing=sharing, samples=None,
+            ema_decay=0.7, update_every=1, refactor_every=1, momentum=0.0,
+        )  # fmt: skip
+        for step in range(3):
+            optimizer.zero_grad()
+            x, y = cases.randn(6, 4, seed=step) * (1 + step), (torch.arange(6) + step) % 3
+            for inputs, labels in zip(x.split(cut), y.split(cut), strict=True):
+                optimizer.loss_fn(model(inputs), labels).backward()
+            optimizer.step()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    close(*found)
+
+
+@pytest.mark.parametrize("first", [1, 3])
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_averages_over_one_position_and_several_have_one_unit(first, accelerator):
+    """The mean of the curvature of two steps, whichever came first."""
+    model, loss = cases.seeded(lambda: Mixed().double()), nn.CrossEntropyLoss(reduction="sum")
+    optimizer = SecondOrderOptimizer(
+        model, loss_fn=loss, sharing="whole", samples=None, ema_decay=1.0, update_every=1, lr=0.0, damping_type="exact"
+    )
+    traces, y = [], torch.arange(6) % cases.CLASSES
+    with assume_accelerator() if accelerator else nullcontext():
+        for positions in (first, 4 - first):
+            x = cases.randn(6, positions, 4, seed=positions)
+            optimizer.zero_grad()
+            optimizer.loss_fn(model(x), y).backward()
+            optimizer.step()
+            own = curvature(model, loss, [(x, y)], params=list(model.one.parameters()), sharing="whole")
+            traces.append(own.trace())
+        block = optimizer.blocks["one"]
+        close(block.approx.trace(block.tensors), sum(traces) / 2)
 
 
 def test_a_weight_of_unlike_modules_is_not_taken_as_a_whole():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.base import Approximation, Basis, Statistic, Tensors, damping_tensor
+from torchcurv.curv.approximations.base import Approximation, Averaged, Basis, Statistic, Tensors, damping_tensor
 from torchcurv.curv.approximations.factor import Factor
 from torchcurv.curv.approximations.factors import Eigen, KroneckerInverse
 from torchcurv.curv.approximations.spectrum import map_negative_eigenvalues
@@ -27,10 +28,13 @@ from torchcurv.curv.linalg.block_diagonal import (
     to_blocks,
 )
 from torchcurv.curv.linalg.symmetric import Damping
-from torchcurv.curv.numerics import sum_of
+from torchcurv.curv.numerics import chosen, sum_of
 from torchcurv.curv.statistics.block import Stats
 from torchcurv.curv.statistics.inputs import Inputs
 from torchcurv.curv.statistics.layer import LayerData
+
+SUFFIXES = ("", "_t")  # of the statistics of a layer as it stands, and of its weight transposed
+ONE = "one"  # the key, with a suffix, that says that B was measured at one position
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Kronecker(Approximation):
         takes the gradient G = sum_r s a^T [o, d] of a sample as it is: B = sum G G^T and A = sum G^T G / sum norm(G)²,
         so that B ⊗ A has the partial traces of C, and is C where that is a Kronecker product; elsewhere it is one step
         of the power iteration towards the nearest one (Morwani et al. 2025, 2406.17748). With one position all are the
-        same.
+        same, and kept as by "expand".
     corrected: keep also the exact second moments in the eigenbasis of B ⊗ A, and use them as its eigenvalues
         (ekfac; George et al. 2018). They are measured in the basis of the last factor and carried to a new one.
     sides: how A and B are kept; None: dense. A weight that is also used transposed (an embedding and its output
@@ -81,7 +85,7 @@ class Kronecker(Approximation):
         """A with the count of its rows, whose scale drops out, and B with the moments in the basis of B ⊗ A."""
         return {
             "A": Statistic(("A", "count", "A_t", "count_t"), False, needs_signals=self.sharing == "whole"),
-            "B": Statistic(("B", "B_t", "moments"), True, needs_signals=True),
+            "B": Statistic(("B", "B_t", "moments", *(ONE + suffix for suffix in SUFFIXES)), True, needs_signals=True),
         }
 
     def side_names(self, o: int, d: int) -> tuple[str, str]:
@@ -121,8 +125,8 @@ class Kronecker(Approximation):
         for use in stats.only_layer("kfac"):
             suffix, inner, outer = ("_t", left, right) if use.transposed else ("", right, left)
             found: Tensors = {}
-            if self.sharing == "whole":
-                found = _whole_gradients(use, due, outer, inner, stats.scale)
+            if self.sharing == "whole" and use.s.shape[2] > 1:
+                found = _whole_gradients(use, due, outer, inner, stats.scale, suffix)
             else:
                 if "A" in due:
                     cov, count = use.inputs.cov(self.sharing, inner)
@@ -131,6 +135,8 @@ class Kronecker(Approximation):
                     found = {f"A{suffix}": cov, f"count{suffix}": count}
                 if "B" in due:
                     found[f"B{suffix}"] = use.output_cov(self.sharing, outer).mul_(stats.scale)
+                    if self.sharing == "whole":
+                        found[ONE + suffix] = use.s.new_zeros(())
             for key, value in found.items():
                 tensors[key] = tensors[key] + value if key in tensors else value
         if self.corrected and basis is not None and "B" in due:
@@ -140,15 +146,20 @@ class Kronecker(Approximation):
     def norm_of(self, key: str, value: Tensor) -> Tensor:
         return norm_of_side(value) if key in ("A", "B", "A_t", "B_t") else value.norm()
 
-    def normalised_measurement(self, tensors: Tensors) -> Tensors:
-        """What was measured for one step, so that its A has as much weight in an average as that of any other: that of
-        whole gradients is large where they are.
-        """
-        if self.sharing != "whole" or "A" not in tensors:
-            return tensors
-        A, count = tensors["A"], tensors["count"]
-        mean = A / _by_group(count.clamp_min(torch.finfo(count.dtype).tiny), A)
-        return {**tensors, "A": mean, "count": (count > 0).to(count.dtype)}
+    def collected(self, held: Tensors, new: Tensors) -> Tensors:
+        return super().collected(*_in_one_unit(held, new)) if self.sharing == "whole" else super().collected(held, new)
+
+    def measured_keys(self, new: Tensors) -> AbstractSet[str]:
+        return {key for key in new if not key.startswith(ONE)}
+
+    def averaged(
+        self, old: Tensors, new: Tensors, total: Tensor | None, shares: Mapping[str, Tensor], track_change: bool
+    ) -> Averaged:
+        if self.sharing != "whole":
+            return super().averaged(old, new, total, shares, track_change)
+        before, now = _averageable(old, new)
+        found = super().averaged(before, now, total, shares, track_change)
+        return replace(found, tensors={**{k: x for k, x in before.items() if x is not old[k]}, **found.tensors})
 
     def product(self, tensors: Tensors, x: Tensor) -> Tensor:
         """B x A for x [g, o, d]."""
@@ -159,7 +170,7 @@ class Kronecker(Approximation):
         if "moments" in tensors:
             return tensors["moments"].sum()
         total = next(iter(tensors.values())).new_zeros(())
-        for suffix in ("", "_t"):
+        for suffix in SUFFIXES:
             if f"B{suffix}" in tensors:
                 of_A, of_B = (_traces(tensors[f"{key}{suffix}"]) for key in "AB")
                 count = tensors[f"count{suffix}"]
@@ -174,7 +185,7 @@ class Kronecker(Approximation):
         for suffix in sides.uses:
             A, B = (left, right) if suffix else (right, left)
             count = like.new_zeros(g if self.sharing == "whole" else ())
-            tensors |= {f"A{suffix}": A.clone(), f"count{suffix}": count, f"B{suffix}": B.clone()}
+            tensors |= {f"A{suffix}": A.clone(), f"count{suffix}": count.clone(), f"B{suffix}": B.clone()}
         return {**tensors, "moments": like.new_zeros(g, o, d)} if self.corrected else tensors
 
     def factor(
@@ -198,7 +209,7 @@ class Kronecker(Approximation):
     def sides_of(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
         """(B, A), whose lower triangles count."""
         pairs = []
-        for suffix in ("", "_t"):
+        for suffix in SUFFIXES:
             if f"B{suffix}" in tensors:
                 A, count, B = (tensors[f"{key}{suffix}"] for key in ("A", "count", "B"))
                 A = A / _by_group(count.clamp_min(torch.finfo(count.dtype).tiny), A)
@@ -213,22 +224,94 @@ class Kronecker(Approximation):
         return left, right / total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
-def _whole_gradients(use: LayerData, due: Collection[str], outer: int, inner: int, scale: Tensor | float) -> Tensors:
-    """A = sum G^T G, count = tr A of each group, and B = sum G G^T.
+def _whole_gradients(
+    use: LayerData, due: Collection[str], outer: int, inner: int, scale: Tensor | float, suffix: str
+) -> Tensors:
+    """A = sum G^T G, count = tr A of each group, and B = sum G G^T."""
+    found: Tensors = {}
+    if "A" in due:
+        A = use.row_gram("right", inner) * scale
+        found = {f"A{suffix}": A, f"count{suffix}": _traces(A)}
+    if "B" in due:
+        found[f"B{suffix}"] = use.row_gram("left", outer) * scale
+    return found
 
-    With one position B ⊗ A / count is what "expand" has, in the same units as with several.
-    """
-    if use.s.shape[2] > 1:
-        A = use.row_gram("right", inner) if "A" in due else None
-        B = use.row_gram("left", outer) if "B" in due else None
-    else:
-        cov, count = use.inputs.cov("expand", inner)
-        count = count.clamp_min(torch.finfo(count.dtype).tiny)
-        A = cov * _by_group(use.s.square().sum((0, 1, 2, 4)) / count, cov) if "A" in due else None
-        B = use.output_cov("expand", outer) if "B" in due else None
-        B = None if B is None else B * _by_group(_traces(cov) / count, B)
-    found = {} if A is None else {"A": A * scale, "count": _traces(A) * scale}
-    return found if B is None else {**found, "B": B * scale}
+
+# What was measured at one position is in the units of "expand", with one number as the count of A, and ONE beside B.
+# The averages have a count for each group in both units; in those of whole gradients it is tr A.
+
+
+def _in_one_unit(held: Tensors, new: Tensors) -> tuple[Tensors, Tensors]:
+    """Two measurements in the units of whole gradients, where one of them has these."""
+    for suffix in SUFFIXES:
+        one = {_of_one_position(tensors, suffix) for tensors in (held, new)}
+        if one == {True, False}:
+            held, new = (
+                _as_whole(tensors, suffix) if _of_one_position(tensors, suffix) else tensors for tensors in (held, new)
+            )
+    return held, new
+
+
+def _of_one_position(measured: Tensors, suffix: str) -> bool | None:
+    """Whether a use was measured at one position, in the units of "expand"; None: it was not."""
+    if f"count{suffix}" in measured:
+        return not measured[f"count{suffix}"].dim()
+    return ONE + suffix in measured if f"B{suffix}" in measured else None
+
+
+def _averageable(old: Tensors, new: Tensors) -> tuple[Tensors, Tensors]:
+    """Averages and a measurement in one unit, where that of whole gradients has an A of trace 1, so that every step
+    has the same weight."""
+    before, now = dict(old), {key: value for key, value in new.items() if not key.startswith(ONE)}
+    for suffix in SUFFIXES:
+        keys = [f"{name}{suffix}" for name in ("A", "count", "B")]
+        own = {key: now[key] for key in keys if key in now}
+        one = _of_one_position(new, suffix)
+        if one is None:
+            continue
+        if f"count{suffix}" in own:
+            own[keys[1]] = own[keys[1]].expand(_traces(own[keys[0]]).shape)
+        whole = _normalised(_as_whole(own, suffix) if one else own, suffix)
+        if keys[0] not in old:
+            now |= own if one else whole
+            continue
+        held = {key: old[key] for key in keys if key in old}
+        is_whole = _is_whole(old[keys[0]], old[keys[1]])
+        if one:  # a B whose A is not known has no units of whole gradients, and is left out
+            now |= {key: chosen(is_whole, whole.get(key, held.get(key, x)), x) for key, x in own.items()}
+        else:
+            now |= whole
+            changed = _normalised(_as_whole(held, suffix), suffix)
+            before |= {key: chosen(is_whole, x, changed[key]) for key, x in held.items()}
+    return before, now
+
+
+def _is_whole(A: Tensor, count: Tensor) -> Tensor:
+    """Whether an average has the units of whole gradients. (Where tr A is n by chance, both are the same.)"""
+    return ((_traces(A) - count).abs() <= 1e-4 * count).all()
+
+
+def _as_whole(tensors: Tensors, suffix: str) -> Tensors:
+    """B tr A / n, and A tr B / n with its trace as the count, of what was measured at one position."""
+    A, B, count = (tensors.get(f"{key}{suffix}") for key in ("A", "B", "count"))
+    rest = {key: value for key, value in tensors.items() if key not in (ONE + suffix, f"B{suffix}")}
+    if A is None or count is None:
+        return rest
+    n = count.clamp_min(torch.finfo(count.dtype).tiny)
+    of_A = _traces(A) / n
+    if B is None:
+        return {**rest, f"A{suffix}": A / _by_group(n, A), f"count{suffix}": of_A}
+    A = A * _by_group(_traces(B) / n, A)
+    return {**rest, f"A{suffix}": A, f"count{suffix}": _traces(A), f"B{suffix}": B * _by_group(of_A, B)}
+
+
+def _normalised(tensors: Tensors, suffix: str) -> Tensors:
+    """With an A of trace 1: that of whole gradients is large where they are."""
+    if f"A{suffix}" not in tensors:
+        return tensors
+    A, count = tensors[f"A{suffix}"], tensors[f"count{suffix}"]
+    mean = A / _by_group(count.clamp_min(torch.finfo(count.dtype).tiny), A)
+    return {**tensors, f"A{suffix}": mean, f"count{suffix}": (count > 0).to(count.dtype)}
 
 
 def _traces(side: Tensor) -> Tensor:

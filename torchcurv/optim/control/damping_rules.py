@@ -25,14 +25,18 @@ class FixedDamping:
 
     needs_closure = False
 
-    def steps_to_check(self, settings: dict[str, Any], step: int, rejected: bool) -> int:
-        """Over how many steps the damping is to change after this one; 0: not at all."""
+    def steps_to_check(self, settings: dict[str, Any], step: int, bad: bool) -> int:
+        """Over how many steps the damping is to change after this one; 0: not at all. bad: whether the last step was
+        rejected, or did harm."""
         return 0
 
-    def adapt(self, optimizer: Any, evaluation: Evaluation, before: Vector, steps: int, jumped: bool) -> bool:
+    def adapt(
+        self, optimizer: Any, evaluation: Evaluation, before: Vector, steps: int, jumped: bool, harmed: bool
+    ) -> bool:
         """Change the damping of the groups; whether the step is rejected.
 
-        jumped: whether the loss of this batch is far above those of the batches before.
+        jumped: whether the loss of this batch is far above those of the batches before. harmed: whether the last step
+        made it larger.
         """
         return False
 
@@ -42,20 +46,22 @@ class LevenbergMarquardt:
 
     needs_closure = True
 
-    def steps_to_check(self, settings: dict[str, Any], step: int, rejected: bool) -> int:
-        """The first T steps one by one, and one that comes after a rejected step; then all T."""
+    def steps_to_check(self, settings: dict[str, Any], step: int, bad: bool) -> int:
+        """The first T steps one by one, and one that comes after a bad step; then all T."""
         interval = settings["damping_interval"]
         if step < 0:
             return 0
         if (step + 1) % interval == 0 and step >= interval:
             return interval
-        return int(step < interval or rejected)
+        return int(step < interval or bad)
 
-    def adapt(self, optimizer: Any, evaluation: Evaluation, before: Vector, steps: int, jumped: bool) -> bool:
+    def adapt(
+        self, optimizer: Any, evaluation: Evaluation, before: Vector, steps: int, jumped: bool, harmed: bool
+    ) -> bool:
         """Levenberg and Marquardt's rule, for the step that was made, to count for so many; one host read.
 
-        Where the loss has jumped the damping grows whatever ρ says, as much as for a whole interval: a small batch is
-        fitted well by a step that does harm to the others.
+        Where the last step did harm to this batch the damping grows whatever ρ says, and where the loss has jumped as
+        much as for a whole interval: a small batch is fitted well by a step that does harm to the others.
         """
         moved = {p: (p.detach() - x).to(torch.promote_types(x.dtype, torch.float32)) for p, x in before.items()}
         l2 = {p: group["l2"] for group in optimizer.param_groups for p in group["params"]}
@@ -76,7 +82,7 @@ class LevenbergMarquardt:
         factor = levenberg_marquardt(read[0], read[1], omega, read[2])
         if dimension_ratio > 2 / 3:  # smaller by ω, it would leave up to half as many more
             factor = max(1.0, factor)
-        if dimension_ratio > 1:
+        if dimension_ratio > 1 or harmed:
             factor = 1 / omega
         if jumped:
             factor = optimizer.settings["damping_decay"] ** -optimizer.settings["damping_interval"]

@@ -31,6 +31,7 @@ class StepControl(Companion):
         self.damping_rule = DAMPING_RULES[self.settings["damping_rule"]]()
         self.rejected = False  # whether the last step was
         self.jumped = False  # whether the loss of this step is far above those of the steps before
+        self.harmed = False  # whether the last step made the loss of the batch of this one larger
         self._mean_loss: float | None = None
         self._previous: Vector = {}  # the parameters before the last step, where a jump of the loss may reject it
         self._evaluation: Evaluation | None = None
@@ -52,7 +53,7 @@ class StepControl(Companion):
             )
         engine = self.optimizer.engine
         step = engine.step - engine.warmup
-        self._checked = self.damping_rule.steps_to_check(self.settings, step, self.rejected)
+        self._checked = self.damping_rule.steps_to_check(self.settings, step, self.rejected or self.harmed)
         self.optimizer.zero_grad()
         products = (self.step_rule.needs_closure and not engine.warming_up) or self._checked > 0
         self._evaluation = self._evaluated(closure, products)
@@ -60,8 +61,26 @@ class StepControl(Companion):
             self._look_at(float(self._evaluation.loss), step)
             if self.jumped:
                 self._evaluation = self._compared(self._evaluation, closure, products)
+        self.harmed = bool(self._checked and self._previous) and self._harm_of_last_step(self._evaluation)
         self._backward(self._evaluation)
         return self._evaluation.loss.detach()
+
+    def _harm_of_last_step(self, evaluation: Evaluation) -> bool:
+        """Whether this batch has a larger loss after the last step than before. Reads numbers.
+
+        It was not made for this batch, so that it says what the ratio of its own batch cannot: that a small batch was
+        fitted, and not the problem. Of one batch for all steps the answer is that of the ratio.
+        """
+        now = {p: p.data for p in self._previous}  # the graph of the loss needs what is there as it is
+        try:
+            for p, x in self._previous.items():
+                p.data = x
+            before = evaluation.loss_now()
+        finally:
+            for p, data in now.items():
+                p.data = data
+        noise = before.abs() * (8 * torch.finfo(before.dtype).eps)
+        return not bool(evaluation.loss.detach() <= before + noise)
 
     def _compared(self, evaluation: Evaluation, closure: Callable[[], Any], products: bool) -> Evaluation:
         """Where the last step has done harm to this batch it is rejected, and the batch evaluated where that began;
@@ -124,7 +143,9 @@ class StepControl(Companion):
             return
         assert evaluation is not None
         try:
-            self.rejected = self.damping_rule.adapt(self.optimizer, evaluation, before, self._checked, self.jumped)
+            self.rejected = self.damping_rule.adapt(
+                self.optimizer, evaluation, before, self._checked, self.jumped, self.harmed
+            )
         except Exception:
             self._reject(before)
             raise
