@@ -9,6 +9,7 @@ import pytest
 import torch
 from measured import KINDS, Part, close, covered, measured, optimizer, truth
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -416,7 +417,7 @@ def test_packed_tokens(said, kind):
 
 
 @pytest.mark.parametrize("said", [True, False])
-def test_rows_that_cannot_be_found_raise_and_name_what_says_them(said):
+def test_rows_that_cannot_be_found_need_not_be_for_a_curvature_that_is_none_of_samples(said):
     """Packed tokens of a model that cannot be differentiated twice."""
     model = cases.seeded(lambda: Attending(False)).double()
     opt = optimizer(model, None)
@@ -424,12 +425,20 @@ def test_rows_that_cannot_be_found_raise_and_name_what_says_them(said):
     y = torch.randint(V, (int(kept.sum()),), generator=torch.Generator().manual_seed(1))
     f = model(tokens)[kept]
     opt.observe(f, y, CE, samples=(torch.arange(12) // 4)[kept] if said else None)
-    if said:
-        CE(f, y).backward()
-        got = measured(opt)
-        with sdpa_kernel(SDPBackend.MATH):
-            close(got, truth(opt, CE, tokens, y, "ggn", Part(model, lambda out: out[kept])))
-        return
+    CE(f, y).backward()
+    got = measured(opt)
+    with sdpa_kernel(SDPBackend.MATH):
+        close(got, truth(opt, CE, tokens, y, "ggn", Part(model, lambda out: out[kept])))
+
+
+def test_of_rows_that_cannot_be_found_there_is_no_empirical_fisher():
+    """It is made of gradients of samples."""
+    model = cases.seeded(lambda: Attending(False)).double()
+    opt = optimizer(model, None, curv_type="empirical_fisher")
+    tokens, kept = torch.randint(7, (3, 4), generator=torch.Generator().manual_seed(0)), torch.arange(12) % 5 != 3
+    y = torch.randint(V, (int(kept.sum()),), generator=torch.Generator().manual_seed(1))
+    f = model(tokens)[kept]
+    opt.observe(f, y, CE)
     with pytest.raises(ValueError, match=r"observe\(output, target, samples=\)"):
         CE(f, y).backward()
 
@@ -446,12 +455,15 @@ def test_what_is_said_of_rows_must_fit(samples):
         opt.observe(opt.model(x), y, CE, samples=samples)
 
 
-def test_rows_that_are_said_wrongly_are_refused():
-    opt, (x, y) = optimizer(Mixed(), None), batch(4)
-    f = opt.model(x)
-    opt.observe(f, y, CE, samples=torch.tensor([0, 1, 2, 2]))
-    with pytest.raises(RuntimeError, match="not a sum over samples"):
-        CE(f, y).backward()
+def test_samples_that_are_said_are_those_of_the_terms_where_they_meet_in_the_layers():
+    opt, (x, y) = optimizer(Mixed(), None, curv_type="empirical_fisher"), batch(4)
+    f, said = opt.model(x), torch.tensor([0, 1, 2, 2])
+    opt.observe(f, y, CE, samples=said)
+    CE(f, y).backward()
+    got, f = measured(opt), opt.model(x)
+    each = torch.zeros(3, dtype=torch.double).index_add(0, said, F.cross_entropy(f, y, reduction="none"))
+    G = rows_of(opt, each)
+    close(got, G.T @ G / 4)
 
 
 # ------------------------------------------------------------------- verified again, and refused where they meet
@@ -489,11 +501,35 @@ COUPLED = {
 }
 
 
+def rows_of(opt, f):
+    """df/dθ [numel, P], in the order of `covered`."""
+    params = [p for _, p in covered(opt)]
+    return torch.stack([
+        torch.cat([
+            (torch.zeros_like(p) if g is None else g).flatten()
+            for p, g in zip(params, torch.autograd.grad(one, params, retain_graph=True, allow_unused=True), strict=True)
+        ])
+        for one in f.flatten()
+    ])  # fmt: skip
+
+
+def curvature_of_rows(opt, f, y, kind):
+    """J^T H J for the rows of f, and the sum of the outer products of their gradients."""
+    if kind == "empirical_fisher":
+        G = rows_of(opt, F.cross_entropy(f, y, reduction="none"))
+        return G.T @ G / len(f)
+    J, p = rows_of(opt, f).reshape(*f.shape, -1), f.detach().softmax(-1)
+    H = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+    return torch.einsum("ncp,ncd,ndq->pq", J, H, J) / len(f)
+
+
+@pytest.mark.parametrize("kind", ["ggn", "empirical_fisher"])
 @pytest.mark.parametrize("coupled", COUPLED)
 @pytest.mark.parametrize("n", [2, 3, 8])
 @pytest.mark.parametrize("before", [0, 1, 3])
-def test_samples_that_meet_are_refused_also_after_losses_in_which_they_did_not(before, n, coupled):
-    opt = optimizer(mlp(), None)
+def test_samples_that_meet_have_the_curvature_of_what_each_depends_on(before, n, coupled, kind):
+    """Also after losses in which they did not meet."""
+    opt = optimizer(mlp(), None, curv_type=kind)
     x, y = batch(n)
     labels = torch.arange(n)
 
@@ -505,8 +541,19 @@ def test_samples_that_meet_are_refused_also_after_losses_in_which_they_did_not(b
         step(opt, lambda: loss(opt.model(x), y))
         step(opt, lambda: loss(opt.model(x) @ FIXED[:n].T, labels))
     f = COUPLED[coupled](opt.model(x))
-    with pytest.raises(RuntimeError, match="not a sum over samples"):
-        loss(f, labels if f.shape[1] >= n else y.clamp_max(f.shape[1] - 1)).backward()
+    target = labels if f.shape[1] >= n else y.clamp_max(f.shape[1] - 1)
+    expected = curvature_of_rows(opt, f, target, kind)
+    close(step(opt, lambda: loss(COUPLED[coupled](opt.model(x)), target)), expected)
+
+
+@pytest.mark.parametrize("approx", ["kfac", "ekfac", "diag", "unit", "block"])
+def test_of_samples_that_meet_random_signals_add_up(approx):
+    """The mean over many draws is the curvature; of "kfac" that with all rows as positions of one sample."""
+    model, (x, y) = Mixed(), batch(3)
+    exact = curvature(model, CE, [(x, y)], approx=approx, params=model.a.parameters())
+    drawn = curvature(model, CE, [(x, y)] * 4000, approx=approx, samples=1, params=model.a.parameters())
+    expected, found = exact.to_dense(), drawn.to_dense()
+    assert (found - expected).norm() < 0.1 * expected.norm()
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -776,7 +823,7 @@ def test_rows_are_found_in_every_precision(dtype):
     assert (got - exact).norm() <= 30 * torch.finfo(dtype).eps * exact.norm()
 
 
-def test_blocks_whose_samples_meet_are_left_out_and_the_others_keep_their_rows():
+def test_blocks_whose_samples_meet_are_measured_beside_the_others():
     class Below(nn.Module):
         def __init__(self):
             super().__init__()
@@ -786,10 +833,18 @@ def test_blocks_whose_samples_meet_are_left_out_and_the_others_keep_their_rows()
             return self.head(self.mixed(x).tanh())
 
     model, (x, y) = cases.seeded(Below).double(), batch(4)
-    opt = optimizer(model, CE, approx="block", unsupported="gradient")
+    opt = optimizer(model, CE, approx="block")
     for _ in range(2):
         step_once(opt, lambda: CE(model(x), y))
-    assert {name for name, block in opt.blocks.items() if block.factors["step"].ready} == {"mixed.b", "head"}
+    f, p = model(x), model(x).detach().softmax(-1)
+    H = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+    for name, block in opt.blocks.items():
+        params = list(model.get_submodule(name).parameters())
+        J = torch.stack([
+            torch.cat([g.flatten() for g in torch.autograd.grad(one, params, retain_graph=True)]) for one in f.flatten()
+        ]).reshape(*f.shape, -1)  # fmt: skip
+        truth_of_block = torch.einsum("ncp,ncd,ndq->pq", J, H, J) / len(f)
+        close(block.approx.trace(block.tensors), truth_of_block.trace())
 
 
 def test_blocks_that_are_measured_in_turns():

@@ -25,6 +25,9 @@ class StatisticsAssembler:
 
     layers, members: all layers, and by the name of a block the numbers of its own. rows: by the id of a call, the rows
     of each sample [n, k], -1 for those that it lacks; calls that are not there have an equal run for each.
+    common: numbers of layers whose rows belong to no sample in particular (positions of a table that all samples read;
+    samples that meet), so that all rows are positions of each. True: signals are sent sample by sample, and arrive
+    [n, ...]; False: they are the sum over samples, and count as those of one, as signals of random signs may.
     It refers to no node of the graph, so that the layers' nodes may refer to it.
     """
 
@@ -35,9 +38,10 @@ class StatisticsAssembler:
         terms: Terms,
         calls: list[Call],
         rows: Mapping[int, Tensor],
+        common: Mapping[int, bool],
     ) -> None:
         self.layers, self._members, self.terms, self.n = layers, members, terms, terms.f.shape[0]
-        self._rows = rows
+        self._rows, self.common = rows, common
         self.calls: dict[int, list[Call]] = {}
         for call in calls:
             if not call.superseded:
@@ -55,6 +59,10 @@ class StatisticsAssembler:
         """A layer's inputs over the calls of one site, or sites alike, that this loss reaches, of every stride-th
         sample."""
         key = stride, *(id(call) for call in used)
+        if used[0].layer in self.common:
+            if key not in self._inputs:
+                self._inputs[key] = self._inputs_in_common(used)
+            return self._inputs[key]
         if stride > 1 and used[0].site.view.batch_dependent:
             return self.inputs(used).of(slice(None, None, stride))
         if key not in self._inputs:
@@ -69,6 +77,14 @@ class StatisticsAssembler:
             calls = [(call.site.module, tuple(self._strided(x, call, stride) for x in call.x)) for call in used]
             self._inputs[key] = Inputs(layer, used[0].site, calls, self._num_strided(stride), weights, present)
         return self._inputs[key]
+
+    def _inputs_in_common(self, used: list[Call]) -> Inputs:
+        """All rows as positions of one sample, or of each."""
+        layer, site = self.layers[used[0].layer], used[0].site
+        for call in used:
+            self._check_edited(call)
+        whole = Inputs(layer, site, [(site.module, call.x) for call in used], 1, None)
+        return whole.repeated(self.n) if self.common[used[0].layer] else whole
 
     def _regrouped(self, used: list[Call]) -> Inputs:
         """Inputs that are known only of the whole batch, and then taken for the samples."""
@@ -114,7 +130,7 @@ class StatisticsAssembler:
     def _sample_stride(self, block: Curvature, reached: Callable[[Call], bool]) -> int:
         """Every how many-th sample makes the statistics of a block, given which calls the loss reaches."""
         limit = block.options.max_positions
-        if limit is None or not block.approx.subsampled:
+        if limit is None or not block.approx.subsampled or not self.common.keys().isdisjoint(self.layers_of(block)):
             return 1
         calls = (call for k in self.layers_of(block) for call in self.calls.get(k, []))
         positions = sum(call.positions(self.layers[call.layer]) for call in calls if reached(call))
@@ -122,7 +138,7 @@ class StatisticsAssembler:
 
     def fits(self, call: Call) -> bool:
         """Whether the rows of a call are those of the samples."""
-        return id(call) in self._rows or call.batch % self.n == 0
+        return call.layer in self.common or id(call) in self._rows or call.batch % self.n == 0
 
     def check(self, call: Call) -> None:
         name, n = self.layers[call.layer].name, self.n
@@ -133,6 +149,10 @@ class StatisticsAssembler:
                 "with optimizer.observe(output, target, samples=) which sample each row of the output belongs to, or "
                 "give this layer's parameters a group with approx=None"
             )
+        self._check_edited(call)
+
+    def _check_edited(self, call: Call) -> None:
+        name = self.layers[call.layer].name
         if call.edited:
             raise RuntimeError(
                 f"the input of layer {name!r} was edited in place after the layer had read it: apply that operation "
@@ -140,15 +160,21 @@ class StatisticsAssembler:
             )
 
     def signal(self, used: list[Call], grads: list[Tensor]) -> Tensor:
-        """s [n, r, g, o] from the gradients at the outputs of the calls."""
-        parts = []
+        """s [n, r, g, o] from the gradients at the outputs of the calls; of each sample, where they are taken so."""
+        parts, each = [], self.common.get(used[0].layer)
         for call, grad in zip(used, grads, strict=True):
-            parts.append(self._by_sample(call, at_least_float32(call.signal(grad))))
+            own = [at_least_float32(call.signal(one)) for one in (grad if each else (grad,))]
+            if each is None:
+                parts.append(self._by_sample(call, own[0]))
+            else:
+                parts.append(torch.stack([one.flatten(0, 1) for one in own]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _positions(self, call: Call) -> int:
         """Those of a sample."""
         rows, all_of_them = self._rows.get(id(call)), call.positions(self.layers[call.layer])
+        if call.layer in self.common:
+            return all_of_them
         return all_of_them // self.n if rows is None else rows.shape[1] * all_of_them // call.batch
 
     def _alike(self, layer: int, reached: Callable[[Call], bool]) -> Iterable[list[Call]]:
@@ -200,7 +226,7 @@ class StatisticsAssembler:
             inputs = self.inputs(used)
             g, o, _ = layer.site_shape(used[0].site)
             positions = sum(self._positions(call) for call in used)
-            uses.append(LayerData(inputs, layer.params[0].new_empty(0, self.n, positions, g, o)))
+            uses.append(LayerData(inputs, layer.params[0].new_empty(0, inputs.n, positions, g, o)))
         if uses:
             block.measure(Stats([uses], 1.0, 1.0, block.layers))
 

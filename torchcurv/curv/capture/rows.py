@@ -113,19 +113,23 @@ def candidates(m: int, batches: set[int]) -> Iterator[Tensor]:
         yield torch.zeros(m, dtype=torch.long)
 
 
-def found(send: Send, labels: Tensor) -> Rows | None:
-    """The rows of the calls for these samples of the output's rows; None where a row has a part in several of them."""
+def alone(labels: Tensor) -> Rows:
+    """The samples of the output's rows, where nothing is known of the calls."""
+    return Rows(labels, _table(labels, int(labels.max()) + 1), {}, {}, False)
+
+
+def found(send: Send, labels: Tensor) -> tuple[Rows, set[Mark]]:
+    """The rows of the calls for these samples of the output's rows, and calls of which a row has a part in several."""
     n = int(labels.max()) + 1
     read = _decoded(send, labels)
-    if read is None:
-        return None
-    calls, idle, lasting = {}, {}, True
+    calls, idle, mixed, lasting = {}, {}, set(), True
     for mark, own in read.items():
-        if bool((own >= n).any()):
-            return None
+        if own is None or bool((own >= n).any()):
+            mixed.add(mark)
+            continue
         calls[mark], idle[mark], sure = _filled(_table(own, n), (own < 0).nonzero().flatten(), n)
         lasting = lasting and sure
-    return Rows(labels, _table(labels, n), calls, idle, lasting)
+    return Rows(labels, _table(labels, n), calls, idle, lasting), mixed
 
 
 def depending(carry: Callable[[Tensor], Tensor | None], b: int) -> Tensor | None:
@@ -140,27 +144,28 @@ def depending(carry: Callable[[Tensor], Tensor | None], b: int) -> Tensor | None
         change = carry(factors)
         return {} if change is None else {(): change}
 
-    read = _decoded(send, torch.arange(b))
-    if read is None or bool(((read[()] < 0) | (read[()] >= b)).any()):
+    own = _decoded(send, torch.arange(b))[()]
+    if own is None or bool(((own < 0) | (own >= b)).any()):
         return None
-    return read[()].unique(return_inverse=True)[1]
+    return own.unique(return_inverse=True)[1]
 
 
-def _decoded(send: Callable[[Tensor], Mapping[Any, Tensor]], labels: Tensor) -> dict[Any, Tensor] | None:
-    """Whose signal arrives at each row, -1 for nobody's; None where that of several does."""
+def _decoded(send: Callable[[Tensor], Mapping[Any, Tensor]], labels: Tensor) -> dict[Any, Tensor | None]:
+    """Whose signal arrives at each row, -1 for nobody's; None of what has a row at which that of several does."""
     first = send(torch.ones(len(labels), dtype=torch.float64))
     bits = 2 if torch.float16 in [x.dtype for x in first.values()] else 4  # other types have room for 2^8, and 2^-8
     half = 1 << (bits - 1)
-    read = {mark: torch.zeros(len(x), dtype=torch.long) for mark, x in first.items()}
+    read: dict[Any, Tensor | None] = {mark: torch.zeros(len(x), dtype=torch.long) for mark, x in first.items()}
     for digit in range(0, max(1, int(labels.max()).bit_length()), bits):
         powers = (labels >> digit) % (2 * half) - half
         second = send(2.0 ** powers.double())
         for mark, before in first.items():
-            power = _power(before, second[mark])
-            if power is None:
-                return None
-            read[mark] += (power + half).clamp_min(0) << digit
-    return {mark: read[mark].masked_fill((x == 0).all(1).cpu(), -1) for mark, x in first.items()}
+            power, own = _power(before, second[mark]), read[mark]
+            read[mark] = None if power is None or own is None else own + ((power + half).clamp_min(0) << digit)
+        if all(own is None for own in read.values()):
+            break
+    nobodys = {mark: (x == 0).all(1).cpu() for mark, x in first.items()}
+    return {mark: None if own is None else own.masked_fill(nobodys[mark], -1) for mark, own in read.items()}
 
 
 def _power(before: Tensor, after: Tensor) -> Tensor | None:

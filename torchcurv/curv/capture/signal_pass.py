@@ -7,7 +7,7 @@ Fisher. Which signals there are, if any, is said by the kinds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
@@ -60,6 +60,8 @@ class CurvaturePass(SignalSource):
             if self.sampled().verify() is not None and self._part is not None:
                 self._part = None  # which is of samples in equal runs
                 self.verify()
+            for source in (self, self.sampled()):
+                source.take_common()
             for kind, blocks in self._by_kind().items():
                 kind.measure(self, blocks)
 
@@ -81,6 +83,24 @@ class CurvaturePass(SignalSource):
                 self.assembler = self.source.arranged(self.rows)
         return self.rows
 
+    def take_common(self) -> None:
+        """Arrange the layers that the samples have in common: sample by sample, unless the signals are random signs and
+        nothing has to tell which sample they are of."""
+        modes: dict[int, bool] = {}
+        for block in self.blocks:
+            if block.name in self.context.check.common:
+                if self.rows is None and self.context.kind_of(block).of_samples and self.source.labels()[0] is None:
+                    raise ValueError(
+                        f"the {block.kind} of block {block.name!r} is made of gradients of samples, and which rows of "
+                        "the output belong to which sample cannot be found: say it by optimizer.observe(output, "
+                        "target, samples=), the number of the sample of each row"
+                    )
+                each = block.approx.keeps_inputs or len(block.layers) > 1 or self.context.kind_of(block).drawn is None
+                for k in self.context.layers_of(block):
+                    modes[k] = modes.get(k, False) or each
+        if modes:
+            self.assembler = self.source.arranged(self.rows, modes)
+
     # ------------------------------------------------------------------------ what kinds ask
 
     @property
@@ -95,12 +115,17 @@ class CurvaturePass(SignalSource):
 
     def send(self, signals: Signals, blocks: Sequence[Curvature]) -> None:
         calls = self.assembler.calls_of(blocks)
-        scale = self.event.factor * self.terms.reduction
-        size = max(1, SIGNAL_ELEMENTS // sum(call.shape.numel() for call in calls))
+        common = self.assembler.common
+        each = [call for call in calls if common.get(call.layer)]
+        once = [call for call in calls if not common.get(call.layer)]
+        calls = once + each
+        scale, n = self.event.factor * self.terms.reduction, len(self.terms.f)
+        numel = sum(call.shape.numel() for call in once) + n * sum(call.shape.numel() for call in each)
+        size = max(1, SIGNAL_ELEMENTS // max(1, numel))
         chunk: list[list[Tensor | None]] = []
         done = 0
         for done, signal in enumerate(signals.values, 1):
-            chunk.append(self.backward(calls, signal))
+            chunk.append([*(self.backward(once, signal) if once else ()), *self._of_each_sample(each, signal)])
             if len(chunk) == size or done == signals.count:
                 self.assembler.deliver(blocks, calls, chunk, scale, len(chunk) / signals.count)
                 chunk = []
@@ -109,11 +134,27 @@ class CurvaturePass(SignalSource):
                 f"a kind said that it sends {signals.count} signals, and sent {done}: Signals(count, values)"
             )
 
+    def _of_each_sample(self, calls: list[Call], signal: Tensor) -> list[Tensor | None]:
+        """Gradients at the outputs of the calls [n, ...], of the signal of one sample after the other."""
+        found: list[list[Tensor | None]] = []
+        for k in range(len(signal) if calls else 0):
+            alone = torch.zeros_like(signal)
+            alone[k] = signal[k]
+            found.append(self.backward(calls, alone))
+        together: list[Tensor | None] = []
+        for grads in zip(*found, strict=True):
+            like = next((grad for grad in grads if grad is not None), None)
+            parts = [torch.zeros_like(like) if grad is None else grad for grad in grads] if like is not None else []
+            together.append(torch.stack(parts) if parts else None)
+        return together
+
     def listen(self, blocks: Sequence[Curvature]) -> bool:
         """The gradients are loss_scale * factor * R times the signals of L / R, whose square is to count factor * R."""
         event, capture = self.event, self.event.capture
         own_loss_only = self.terms.uniform and not capture.explicit and backward_id() != -1
         differentiated = capture.witness is not None and capture.witness.differentiated
+        if any(self.assembler.common.get(k) for block in blocks for k in self.assembler.layers_of(block)):
+            return False
         if not own_loss_only or differentiated or capture.mixed or any(call.losses > 1 for call in event.calls):
             return False
         scale = torch.as_tensor(event.factor * self.terms.reduction * event.loss_scale**2, device=event.f.device)
@@ -169,7 +210,7 @@ class RowSource:
     def __init__(self, context: PassContext, event: LossEvent) -> None:
         self.context, self.event = context, event
         self.edges = {id(call): event.edge_at(edge) for call, edge in event.capture.calls}
-        self._arranged: tuple[Rows | None, StatisticsAssembler] | None = None  # the last, with inputs it has read
+        self._arranged: dict[Any, tuple[Rows | None, StatisticsAssembler]] = {}  # with inputs they have read
 
     @cached_property
     def structure(self) -> Structure:
@@ -247,17 +288,18 @@ class RowSource:
         site = self.context.layers[call.layer].sites.index(call.site)
         return Mark(call.layer, site, place, edge.number, tuple(call.shape), call.batch)
 
-    def arranged(self, rows: Rows | None) -> StatisticsAssembler:
-        context, event = self.context, self.event
-        if self._arranged is None or self._arranged[0] is not rows:
+    def arranged(self, rows: Rows | None, common: Mapping[int, bool] | None = None) -> StatisticsAssembler:
+        context, event, common = self.context, self.event, common or {}
+        key = id(rows), tuple(sorted(common.items()))
+        if key not in self._arranged:
             terms, tables = event.terms, dict[int, Tensor]()
             if rows is not None:
                 marks = {id(call): self.mark_of(call) for call in event.calls}
                 tables = {key: rows.calls[mark].to(event.f.device) for key, mark in marks.items() if mark in rows.calls}
                 terms = rows.grouped(terms)
-            made = StatisticsAssembler(context.layers, context.members, terms, event.calls, tables)
-            self._arranged = rows, made
-        return self._arranged[1]
+            made = StatisticsAssembler(context.layers, context.members, terms, event.calls, tables, common)
+            self._arranged = {key: (rows, made)}
+        return self._arranged[key][1]
 
     def send(
         self, calls: Sequence[Call], signal: Tensor, params: Sequence[Tensor]

@@ -8,84 +8,23 @@ the calls, the kind of loss.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.assemble import StatisticsAssembler
-from torchcurv.curv.capture.calls import Call
-from torchcurv.curv.capture.rows import Mark, Rows, candidates, found
-from torchcurv.curv.graph import has_backward_hooks
+from torchcurv.curv.capture.probe import Findings, Path, Probe, Source
+from torchcurv.curv.capture.rows import Mark, Rows, alone, candidates, found
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.numerics import at_least_float32, random_signs
 from torchcurv.curv.statistics.layer import LayerData
 
-HALVES = 3  # pairs of random halves of the samples by which a structure that was never seen is checked
 SIZES = 16  # other sizes of a structure that are all checked; then every second, fourth, eighth time as many
 KEPT = 4096  # structures that are remembered
-
-
-class Path(NamedTuple):
-    """The way from the layers of a pass to its loss. Each is equal where it is the same.
-
-    functions: from the calls of each block, without sizes. values: with all that says how rows are moved; None: that
-    cannot be read. chosen: whether a tensor chooses rows. marks: of the calls of each block. samples: how many.
-    of_samples: functions, with the shapes of each sample. waits: whether reading a value waits for an accelerator.
-    """
-
-    functions: Mapping[str, Hashable]
-    values: Hashable
-    chosen: bool
-    marks: dict[str, tuple[Mark, ...]]
-    samples: int
-    of_samples: Mapping[str, Hashable]
-    waits: bool
-
-
-class Source(Protocol):
-    """One pass, as its check sees it."""
-
-    def draws(self) -> tuple[Tensor, torch.Generator]:
-        """(a signal [n, t, c] in equal runs of rows, a generator for more)."""
-        ...
-
-    def path(self, blocks: Sequence[Curvature]) -> Path:
-        """From the calls of the blocks to the loss."""
-        ...
-
-    def labels(self) -> tuple[Tensor | None, int, Tensor | None]:
-        """(the sample of each row where each has an equal run; None where that cannot be, the number of rows, what the
-        user said they are)."""
-        ...
-
-    def depending(self, calls: Sequence[Call]) -> Tensor | None:
-        """The sample of each row, if it depends on one row alone of the call that has fewest; None: it does not."""
-        ...
-
-    def mark_of(self, call: Call) -> Mark: ...
-
-    def arranged(self, rows: Rows | None) -> StatisticsAssembler:
-        """What makes statistics of the calls, for these rows."""
-        ...
-
-    def send(
-        self, calls: list[Call], signal: Tensor, params: Sequence[Tensor]
-    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Gradients at calls and at params of a signal in equal runs of rows."""
-        ...
-
-
-class Findings(NamedTuple):
-    """Names of parameters whose gradient the calls of a block do not explain; whether samples meet; whether the signal
-    was finite."""
-
-    unexplained: list[str]
-    coupled: bool
-    finite: bool
 
 
 class GradientCheck:
@@ -98,6 +37,7 @@ class GradientCheck:
     def __init__(self, names: dict[Tensor, str], unknown_uses: dict[Tensor, str], unsupported: str) -> None:
         self.names, self.unknown_uses, self.unsupported = names, unknown_uses, unsupported
         self.excluded: set[str] = set()  # blocks that failed, under unsupported="gradient"
+        self.common: set[str] = set()  # blocks that have rows of no sample in particular
         self.name_fits = False  # whether a gradient was found to be that of the loss known by its name
         self.hard_labels: bool | None = None  # whether the last that told was of labels times a factor
         self._verified: set[Hashable] = set()
@@ -109,9 +49,21 @@ class GradientCheck:
         """Which rows belong to which sample (None: equal runs), so that the gradient of every parameter is
         sum_r s a^T over the recorded calls, and what one sample sends arrives at no other.
 
-        Finds weights that are used outside their layers, layers that do more than their type, batches that are not
-        dimension 0, and samples that meet; raises, or excludes a block.
+        Finds weights that are used outside their layers, layers that do more than their type, and batches that are not
+        dimension 0; raises, or excludes a block. Where the rows of a block belong to no sample in particular, it is
+        `common`: positions that all samples read, samples that meet.
         """
+        rows = None
+        while own := [block for block in blocks if block.name not in self.common]:
+            before = len(self.common)
+            rows = self._settled(own, source)
+            if len(self.common) == before:
+                break
+        self._check_common([block for block in blocks if block.name in self.common], source)
+        said = source.labels()[2]
+        return alone(said) if rows is None and said is not None else rows
+
+    def _settled(self, blocks: list[Curvature], source: Source) -> Rows | None:
         path = source.path(blocks)
         rows = None if path.values is None else self._rows.get(path.values)
         doubtful = [block for block in blocks if self._doubtful(block, path)]
@@ -133,17 +85,35 @@ class GradientCheck:
                 return None
         first: dict[str, Findings] | None = None
         if runs is not None and said is None and path.values not in self._rows:
-            first = _Probe(self, doubtful, source, None, runs).run(light)
+            first = Probe(self.compared, doubtful, source, None, runs).run(light)
             if first is not None and not any(found.coupled and not found.unexplained for found in first.values()):
                 return self._conclude(doubtful, path, first, None)
-        for rows in self._found(blocks, path, source):
-            second = _Probe(self, blocks, source, rows, rows.labels).run(False)
+        for rows, mixed in self._found(blocks, path, source):
+            own = [block for block in blocks if mixed.isdisjoint(path.marks[block.name])]
+            second = Probe(self.compared, own, source, rows, rows.labels).run(False) if own else None
             if second is not None and not any(found.coupled for found in second.values()):
-                return self._conclude(blocks, path, second, rows)
+                self.common |= {block.name for block in blocks} - {block.name for block in own}
+                return self._conclude(own, path, second, rows)
         if first is None:
-            self._refuse_rows(blocks, source)
+            assembler = source.arranged(None)
+            unfit = {b.name for b in blocks if not all(map(assembler.fits, assembler.calls_of([b])))}
+            self.common |= unfit or {block.name for block in blocks}
             return None
         return self._conclude(doubtful, path, first, None)
+
+    def _check_common(self, blocks: list[Curvature], source: Source) -> None:
+        """Compare the gradients of blocks that the samples have in common."""
+        if not blocks:
+            return
+        path = source.path(blocks)
+        doubtful = [block for block in blocks if self._doubtful(block, path)]
+        if not doubtful:
+            return
+        layers = {k: False for block in doubtful for k in source.arranged(None).layers_of(block)}
+        one = torch.zeros(source.labels()[1], dtype=torch.long)
+        findings = Probe(self.compared, doubtful, source, None, one, layers).run(True)
+        assert findings is not None
+        self._conclude(doubtful, path, findings, None)
 
     def _doubtful(self, block: Curvature, path: Path) -> bool:
         """Whether the gradient of a block has to be compared."""
@@ -171,7 +141,7 @@ class GradientCheck:
             if unexplained:
                 self.exclude(block, self.gradient_mismatch_message(block, unexplained))
             elif coupled:
-                self.exclude(block, self.coupled_samples_message(block))
+                self.common.add(block.name)
             elif finite and path.values is not None and (rows is None or rows.lasting):
                 self._verified.add((block.name, path.values, path.marks[block.name]))
                 self._sizes.setdefault(path.functions[block.name], 0)
@@ -205,8 +175,9 @@ class GradientCheck:
         calls = [(b.name, k, mark.batch) for b in blocks for k, mark in enumerate(path.marks[b.name])]
         return any(batch == 1 and (name, k) in self._one_row for name, k, batch in calls)
 
-    def _found(self, blocks: list[Curvature], path: Path, source: Source) -> Iterator[Rows]:
-        """Rows that signals show, for the samples that the rows of the output may belong to."""
+    def _found(self, blocks: list[Curvature], path: Path, source: Source) -> Iterator[tuple[Rows, AbstractSet[Mark]]]:
+        """Rows that signals show, for the samples that the rows of the output may belong to, and calls in whose rows
+        several of them meet: none, if that can be."""
         calls = source.arranged(None).calls_of(blocks)
         draw, generator = source.draws()
         signal = random_signs(draw, generator)
@@ -220,16 +191,19 @@ class GradientCheck:
 
         _, m, said = source.labels()
         known = [self._rows[path.values].labels] if path.values in self._rows else []
+        tried: list[tuple[Rows, AbstractSet[Mark]]] = []
         for labels in [*known, *candidates(m, {call.batch for call in reached})] if said is None else [said]:
-            rows = found(send, labels)
-            if rows is not None:
-                yield rows
+            tried.append(found(send, labels))
+            if not tried[-1][1]:
+                yield tried[-1]
         if said is None:
             one = self._is_one_sample(blocks, path)
             last = torch.zeros(m, dtype=torch.long) if one else source.depending(reached)
-            rows = found(send, last) if last is not None and (one or int(last.max()) > 0) else None
-            if rows is not None:
-                yield rows
+            if last is not None and (one or int(last.max()) > 0):
+                tried.append(found(send, last))
+                if not tried[-1][1]:
+                    yield tried[-1]
+        yield from sorted((rows for rows in tried if rows[1] and rows[0].calls), key=lambda rows: len(rows[1]))[:1]
 
     def _still_idle(self, rows: Rows, blocks: list[Curvature], source: Source) -> bool:
         """Whether rows that belonged to no sample still get no signal."""
@@ -242,14 +216,6 @@ class GradientCheck:
         pairs = [(call, grad) for call, grad in zip(calls, got, strict=True) if grad is not None]
         flags = [call.signal(grad)[rows.idle[source.mark_of(call)].to(grad.device)].any() for call, grad in pairs]
         return not flags or not bool(torch.stack(flags).any())
-
-    def _refuse_rows(self, blocks: list[Curvature], source: Source) -> None:
-        """No samples were found for rows that are no equal runs: say so of the first block they fail for."""
-        assembler = source.arranged(None)
-        for call in assembler.calls_of(blocks):
-            assembler.check(call)
-        for block in blocks:
-            self.exclude(block, self.coupled_samples_message(block))
 
     # --------------------------------------------------------------------------------- one signal
 
@@ -270,7 +236,8 @@ class GradientCheck:
             grads = [at_call.get(id(call)) for call in assembler.calls.get(k, [])]
             eps = max((torch.finfo(grad.dtype).eps for grad in grads if grad is not None), default=0.0)
             wrong += self._unexplained(assembler.layers[k], uses, gradients, eps) if gradients else []
-            mixed += [use.s[:, silent].nan_to_num(0, 0, 0).any() for use in uses]  # 0 times inf is no signal
+            if k not in assembler.common:
+                mixed += [use.s[:, silent].nan_to_num(0, 0, 0).any() for use in uses]  # 0 times inf is no signal
             finite += [torch.isfinite(use.s.sum()) for use in uses]
         unexplained = bool(wrong) and bool(torch.stack([flag for flag, _ in wrong]).any())
         return Findings(
@@ -322,74 +289,3 @@ class GradientCheck:
             "parameter is used elsewhere too (F.linear(x, layer.weight), a layer of another type that shares it), or "
             f"the layer does more to its output than a layer of its type{bare if uses else ''}"
         )
-
-    def coupled_samples_message(self, block: Curvature) -> str:
-        names = ", ".join(self.names.get(p, block.name) for p in block.params)
-        return (
-            f"the gradient of {names} is not a sum over samples: what one sample of the output (its dimension 0) sends "
-            "back arrives at another sample of the layer. Either the layer is called with another dimension first: "
-            "put the batch first. Or the samples meet on the way: call optimizer.observe(output, target, loss_fn, "
-            'samples="batch") to take them as one. Or a sample has several rows of the output: say which by '
-            "optimizer.observe(output, target, samples=), the number of the sample of each row"
-        )
-
-
-class _Probe:
-    """Signals of some of the samples, and what they show of blocks for some rows."""
-
-    def __init__(
-        self, check: GradientCheck, blocks: list[Curvature], source: Source, rows: Rows | None, labels: Tensor
-    ) -> None:
-        self.check, self.blocks, self.source, self.labels = check, blocks, source, labels
-        self.assembler = source.arranged(rows)
-        self.calls = self.assembler.calls_of(blocks)
-        draw, self.generator = source.draws()
-        dead = (draw == 0).all(-1, keepdim=True)  # where the loss is flat, any other signal shows the way as well
-        self.signal = torch.where(dead, random_signs(draw, self.generator), draw)
-        # a hook on a parameter may change its gradient, and must not run more often than the user's backward
-        self.params = [p for block in blocks for p in block.params if p.requires_grad and not has_backward_hooks(p)]
-
-    def run(self, light: bool) -> dict[str, Findings] | None:
-        """What was found of each block; None where a call has no such rows.
-
-        light: one random half of the samples sends; else both, and both of other halves: no two of up to 2^HALVES
-        samples are together in all of them.
-        """
-        findings: dict[str, Findings] = {}
-        for number, silent in enumerate(self._halves(light)):
-            findings = self._sent(silent, findings, number == 0)
-            if not findings:
-                return None
-        return findings
-
-    def _halves(self, light: bool) -> Iterator[Tensor]:
-        """Samples that send nothing [n]."""
-        n = int(self.labels.max()) + 1
-        device = self.signal.device
-        if n == 1:
-            yield torch.zeros(1, dtype=torch.bool, device=device)
-            return
-        code = torch.randperm(n, generator=self.generator, device=device)
-        for bit in range(1 if light else min(HALVES, (n - 1).bit_length())):
-            half = (code >> bit) % 2 == 1
-            yield half
-            if not light:
-                yield ~half
-
-    def _sent(self, silent: Tensor, before: dict[str, Findings], compare: bool) -> dict[str, Findings]:
-        sends = ~silent[self.labels.to(silent.device)]
-        flat = self.signal.reshape(len(sends), -1)
-        signal = torch.where(sends.unsqueeze(1), flat, 0).reshape(self.signal.shape)
-        got, at_params = self.source.send(self.calls, signal, self.params if compare else ())
-        at_call = {id(call): grad for call, grad in zip(self.calls, got, strict=True)}
-        if any(grad is not None and not self.assembler.fits(call) for call, grad in zip(self.calls, got, strict=True)):
-            return {}
-        gradients = dict(zip(self.params, at_params, strict=True)) if compare else {}
-        after = {}
-        for block in self.blocks:
-            found = self.check.compared(block, self.assembler, at_call, gradients, silent)
-            old = before.get(block.name, Findings([], False, True))
-            after[block.name] = Findings(
-                found.unexplained or old.unexplained, found.coupled or old.coupled, found.finite and old.finite
-            )
-        return after

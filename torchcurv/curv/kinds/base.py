@@ -121,7 +121,7 @@ class CurvatureKind(ABC):
     second_order: whether C has the term with the second derivatives of the network, so that the graph is
         differentiated twice. needs_tape: whether the functions of the forward pass are noted.
     indefinite: whether C may have negative eigenvalues. of_the_loss: whether C has the units of the loss.
-    by_passes: whether passes measure it. needs_loss: whether what is measured depends on the
+    of_samples: whether it depends on which terms are those of one sample. by_passes: whether passes measure it. needs_loss: whether what is measured depends on the
         loss. approximations: the only ones it is known as; None: any.
     """
 
@@ -134,6 +134,7 @@ class CurvatureKind(ABC):
     needs_tape: ClassVar[bool] = False
     indefinite: ClassVar[bool] = False
     of_the_loss: ClassVar[bool] = True
+    of_samples: ClassVar[bool] = False
     by_passes: ClassVar[bool] = True
     needs_loss: ClassVar[bool] = True
     approximations: ClassVar[tuple[str, ...] | None] = None

@@ -57,6 +57,7 @@ class EmpiricalFisher(SignalKind):
 
     name: ClassVar[str] = "empirical_fisher"
     rides: ClassVar[bool] = True
+    of_samples: ClassVar[bool] = True
 
     def measure(self, source: SignalSource, blocks: Sequence[Block]) -> None:
         if not source.terms.formula.divisor_known:
@@ -80,6 +81,7 @@ class GradientShares(SignalKind):
     """The share of every sample in the gradient of L / R: no curvature, but rows to read together with those of one."""
 
     name: ClassVar[str] = "gradient"
+    of_samples: ClassVar[bool] = True
 
     def signals(self, terms: Terms, generator: torch.Generator) -> Signals:
         root, gradient = terms.root_weights, terms.gradient()

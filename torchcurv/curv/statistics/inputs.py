@@ -112,6 +112,17 @@ class Inputs:
         some.__dict__["_all"] = self._all[samples] if self.tokens is None else self.tokens.of(samples)
         return some
 
+    def repeated(self, n: int) -> Inputs:
+        """The inputs of one sample as those of n, without copies."""
+        more = Inputs(self.layer, self.site, self.calls, n, None)
+        one = self._all
+        if isinstance(one, Tokens):
+            index, weight = (x.expand(n, -1, -1) for x in (one.index, one.weight))
+            more.__dict__["_all"] = replace(one, index=index, weight=weight)
+        else:
+            more.__dict__["_all"] = one.expand(n, -1, -1, -1)
+        return more
+
     @property
     def with_ones(self) -> Tensor:
         """a with the columns that the joined parameters have: inputs if the weight is covered, 1 for the bias."""

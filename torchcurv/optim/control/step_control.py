@@ -174,11 +174,15 @@ class StepControl(Companion):
     def save(self, state: dict[str, Any], p: Tensor, group: Group) -> None:
         if self.damping_rule.needs_closure:
             state.setdefault("rejected_steps", 0)
-            state["taken_back"] = self.rejected
+            state["taken_back"], state["did_harm"] = self.rejected, self.harmed
+            held = self._previous.get(p)
+            state["previous"] = p.detach().clone() if held is None else held
             state["mean_loss"] = math.nan if self._mean_loss is None else self._mean_loss
 
     def loaded(self, state: dict[Any, dict[str, Any]]) -> None:
         self.rejected = any(own.get("taken_back") for own in state.values())
+        self.harmed = any(own.get("did_harm") for own in state.values())
+        self._previous = {p: own["previous"] for p, own in state.items() if "previous" in own}
         mean = next((own["mean_loss"] for own in state.values() if "mean_loss" in own), math.nan)
         self._mean_loss = None if math.isnan(mean) else mean
 
