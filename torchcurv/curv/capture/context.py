@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.calls import Call, Capture
@@ -17,6 +18,7 @@ from torchcurv.curv.capture.verify import GradientCheck
 from torchcurv.curv.graph import Edge
 from torchcurv.curv.hessian.tape import Tape
 from torchcurv.curv.kinds.base import CurvatureKind
+from torchcurv.curv.layers.layer import ParameterUse
 from torchcurv.curv.losses.loss import Loss
 from torchcurv.curv.losses.terms import Terms
 from torchcurv.curv.numerics import full_precision
@@ -94,6 +96,7 @@ class PassContext:
         self.layers = list({id(layer): layer for block in blocks for layer in block.layers}.values())
         index = {id(layer): k for k, layer in enumerate(self.layers)}
         self.members = {block.name: [index[id(layer)] for layer in block.layers] for block in blocks}
+        self.bare = {k for k, layer in enumerate(self.layers) if layer.sites[0].bare}
         self.forward = Forward(model, self.layers, ended)
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.check = GradientCheck(names, self.forward.unknown_uses, unsupported)
@@ -104,6 +107,25 @@ class PassContext:
     def layers_of(self, block: Curvature) -> list[int]:
         """The numbers of the layers of a block."""
         return self.members[block.name]
+
+    def calls_at_parameters(self, calls: list[Call]) -> list[tuple[Call, Edge]]:
+        """A call at the parameter itself, for each parameter of a module's own that is used in a way that is not known:
+        what arrives there is its gradient, whatever uses it. calls: those that are known of the others."""
+        found, seen = [], {call.layer for call in calls if not call.superseded}
+        for k in self.forward.due:
+            (site, *others), bias = self.layers[k].sites, self.layers[k].bias
+            if not site.bare or bias is None:
+                continue
+            superseded = any(call.superseded for call in calls if call.layer == k)
+            sites = [site, *others]
+            unknown = bias.param in self.forward.unknown_uses or any(one.opaque for one in sites) or k not in seen
+            if not unknown or (any(one.by_sample for one in sites) and (superseded or k in seen)):
+                continue
+            for call in calls:
+                call.superseded |= call.layer == k
+            found.append(_at_parameter(k, site, bias.param))
+            self.check.common |= {name for name, members in self.members.items() if k in members}
+        return found
 
     def kind_of(self, block: Curvature) -> CurvatureKind:
         """What the next pass measures of a block."""
@@ -134,3 +156,9 @@ class PassContext:
             yield
         finally:
             self.forward.constant_statistics = True
+
+
+def _at_parameter(layer: int, site: ParameterUse, param: Tensor) -> tuple[Call, Edge]:
+    edge = Edge(*get_gradient_edge(param)[:2], param.shape)
+    call = Call(layer, site, (param.detach().new_empty(1),), param.shape, 1, lambda dz: dz.reshape(1, -1))
+    return call, edge

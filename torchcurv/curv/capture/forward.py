@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchcurv.curv.capture.calls import Call, Capture
 from torchcurv.curv.capture.hooks import Hook, argument, is_inert, is_internal_forward
+from torchcurv.curv.capture.loss_functions import LossFunctions
 from torchcurv.curv.capture.notes import GraphNotes
 from torchcurv.curv.capture.parameter_trace import ParameterTrace, sample_gradients
 from torchcurv.curv.graph import (
@@ -53,6 +54,7 @@ class Forward:
         self.inside = self.mixed = False
         self.constant_statistics, self.twice, self.taped = True, False, False
         self.tape: Tape | None = None  # of the last forward pass of the model
+        self.losses: LossFunctions | None = None  # where the model may compute its loss itself
         self._twice: AbstractContextManager[Any] = nullcontext()
         self.due: set[int] = set()
         self.unknown_uses: dict[Tensor, str] = {}  # functions that used a bare parameter in a way that is not known
@@ -122,6 +124,8 @@ class Forward:
             self.tape = Tape(module) if self.taped else None
             if self.tape is not None:
                 self.tape.__enter__()
+            if self.losses is not None:
+                self.losses.__enter__()
         self._depth += 1
 
     def _on_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -130,6 +134,8 @@ class Forward:
         self._depth -= 1
         if self._depth:
             return
+        if self.losses is not None and self.losses.active:
+            self.losses.__exit__(None, None, None)
         if self.tape is not None:
             self.tape.__exit__(None, None, None)
         self._twice.__exit__(None, None, None)

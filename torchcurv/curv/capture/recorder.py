@@ -18,6 +18,7 @@ from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.calls import Call, Capture
 from torchcurv.curv.capture.context import LossEvent, PassContext
 from torchcurv.curv.capture.hooks import Hook, argument, is_inert, is_internal_forward
+from torchcurv.curv.capture.inner_losses import InnerLosses
 from torchcurv.curv.capture.loss_settings import LossSettings
 from torchcurv.curv.capture.rows import numbered
 from torchcurv.curv.capture.signal_pass import CurvaturePass
@@ -85,6 +86,7 @@ class Recorder:
         self.derivatives = self.without_terms = False
         self._lossless = self._alone = False  # whether blocks are due that no loss concerns, and no others
         self._task = -1  # the backward call that the last loss belongs to
+        self._inner = InnerLosses(self) if self.settings.named else None
         self._loss_hook: Hook | None = None
         self._join_hook: Hook | None = None
         self._joined: tuple[JoinedCall, Tensor] | None = None  # the call of a loss that runs, and what it is one of
@@ -112,6 +114,8 @@ class Recorder:
         kinds = [context.kind_of(block) for block in self.blocks if block.name in context.due]
         needs_loss = [kind_of(b.kind, b.options).needs_loss for b in self.blocks if b.name in context.due]
         self._lossless, self._alone = not all(needs_loss), not any(needs_loss)
+        if self._inner is not None:
+            self._inner.begin(forward)
         forward.taped = any(kind.needs_tape for kind in kinds)
         forward.twice = any(kind.needs_double_backward for kind in kinds)
         for hook in (self._loss_hook, self._join_hook):
@@ -146,7 +150,8 @@ class Recorder:
 
     def _gather(self, calls: list[tuple[Call, Edge]], output: Any) -> None:
         """One capture per output, of the calls that came before it: references only go down the graph."""
-        forward, outputs = object(), self.settings.outputs(output, every=self._alone)
+        inner = self._inner is not None and self._inner.ended(self.forward)
+        forward, outputs = object(), self.settings.outputs(output, every=self._alone or inner)
         if self.forward.tape is not None:
             self.context.tapes.keep(forward, self.forward.tape)
         numbered = [(age_of(edge.node), call, edge) for call, edge in calls]
@@ -168,7 +173,7 @@ class Recorder:
                 self._witness(capture, edge)
             if self._lossless:
                 InputsAlone(self, capture, edge.number, edge.shape, frozen(out)).arm(edge.node)
-            if self.settings.named and not self._alone:
+            if self.settings.named and not self._alone and not inner:
                 NamedOutput(self, capture, edge.number, edge.shape, frozen(out)).arm(edge.node)
 
     def _witness(self, capture: Capture, edge: Edge) -> None:
@@ -279,7 +284,7 @@ class Recorder:
         context, capture = self.context, trigger.capture
         if self.forward.inside or not self.due or not capture.n:
             return []
-        layers = {call.layer for call, _ in capture.calls}
+        layers = {call.layer for call, _ in capture.calls} | context.bare
         due = [block for block in self.blocks if block.name in self.due]
         due = [block for block in due if kind_of(block.kind, block.options).needs_loss == trigger.of_a_loss]
         reached = [block for block in due if not layers.isdisjoint(context.layers_of(block))]

@@ -209,7 +209,10 @@ class RowSource:
 
     def __init__(self, context: PassContext, event: LossEvent) -> None:
         self.context, self.event = context, event
-        self.edges = {id(call): event.edge_at(edge) for call, edge in event.capture.calls}
+        known = [(call, event.edge_at(edge)) for call, edge in event.capture.calls]
+        known += context.calls_at_parameters(event.calls)
+        self.calls = [call for call, _ in known]
+        self.edges = {id(call): edge for call, edge in known}
         self._arranged: dict[Any, tuple[Rows | None, StatisticsAssembler]] = {}  # with inputs they have read
 
     @cached_property
@@ -294,10 +297,10 @@ class RowSource:
         if key not in self._arranged:
             terms, tables = event.terms, dict[int, Tensor]()
             if rows is not None:
-                marks = {id(call): self.mark_of(call) for call in event.calls}
+                marks = {id(call): self.mark_of(call) for call in self.calls}
                 tables = {key: rows.calls[mark].to(event.f.device) for key, mark in marks.items() if mark in rows.calls}
                 terms = rows.grouped(terms)
-            made = StatisticsAssembler(context.layers, context.members, terms, event.calls, tables, common)
+            made = StatisticsAssembler(context.layers, context.members, terms, self.calls, tables, common)
             self._arranged = {key: (rows, made)}
         return self._arranged[key][1]
 

@@ -121,8 +121,8 @@ class CurvatureKind(ABC):
     second_order: whether C has the term with the second derivatives of the network, so that the graph is
         differentiated twice. needs_tape: whether the functions of the forward pass are noted.
     indefinite: whether C may have negative eigenvalues. of_the_loss: whether C has the units of the loss.
-    of_samples: whether it depends on which terms are those of one sample. by_passes: whether passes measure it. needs_loss: whether what is measured depends on the
-        loss. approximations: the only ones it is known as; None: any.
+    of_samples: whether C depends on which terms are those of one sample. by_passes: whether passes measure it.
+    needs_loss: whether what is measured depends on the loss. approximations: the only ones it is known as; None: any.
     """
 
     name: ClassVar[str] = ""  # in messages; by default that of the class

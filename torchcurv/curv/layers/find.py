@@ -29,14 +29,11 @@ def find_layers(
     found = list(_sites(model))
     held = {id(piece.param) for site in found if site.weight for piece in (site.weight, site.bias) if piece}
     for site in found:
-        if site.inner and site.weight is None and site.bias is not None and id(site.bias.param) in held:
+        if site.bare and site.bias is not None and id(site.bias.param) in held:
             continue  # the bias of a layer that another module holds too
         key = site.weight or site.bias
         assert key is not None
-        if site.inner and site.weight is None:
-            site.by_sample = by_sample(key.param)
-        if site.opaque and not site.by_sample:
-            continue
+        site.by_sample = site.bare and by_sample(key.param)
         shared.setdefault((id(key.param), 0 if key.rows is None else key.rows.start), []).append(site)
     layers = []
     for sites in shared.values():

@@ -35,8 +35,8 @@ class ParameterUse:
 
     weight, bias: the module's own, covered or not. transposed: whether its W is the layer's transposed.
     part: the name in the module, where the use is inside it and not its whole call.
-    opaque: whether nothing is known of it but the gradients of samples. by_sample: whether these may be taken, by
-    running the module sample by sample.
+    opaque: whether it is not known what the module computes with it. by_sample: whether the gradients of samples may
+    be taken then, by running the module sample by sample.
     """
 
     name: str
@@ -52,6 +52,11 @@ class ParameterUse:
     @property
     def inner(self) -> bool:
         return bool(self.part)
+
+    @property
+    def bare(self) -> bool:
+        """Whether it is a parameter of a module's own, whose elements are taken one by one."""
+        return self.inner and self.weight is None
 
     @property
     def reading(self) -> tuple[Any, ...]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from torchcurv.curv.graph import tree_flatten, tree_leaves, tree_unflatten
 
-BATCH_DIMS: dict[type[nn.Module], int] = {nn.CTCLoss: 1}  # of what it is given first, [time, batch, classes]
+BATCH_SECOND = (nn.CTCLoss, F.ctc_loss)  # whose first argument is [time, batch, classes]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class JoinedCall:
         self.loss, self.n = loss, n
         self.__name__ = getattr(loss, "__name__", type(loss).__name__)
         self.samples = torch.arange(n)
+        self._reduction = getattr(loss, "reduction", kwargs.get("reduction", "mean"))  # of torch's losses
 
         def of_samples(x: Any) -> bool:
             """Whether it is a list with an entry for each sample."""
@@ -47,7 +49,7 @@ class JoinedCall:
 
     def _place(self, number: int, x: Tensor) -> Place:
         dims = [dim for dim, size in enumerate(x.shape[:2]) if size == self.n]
-        own = next((dim for cls, dim in BATCH_DIMS.items() if isinstance(self.loss, cls)), None)
+        own = self.batch_dim_of(self.loss)
         if not dims:
             raise ValueError(
                 f"the loss {self.__name__!r} was given a tensor of shape {tuple(x.shape)} that depends on the model "
@@ -56,11 +58,17 @@ class JoinedCall:
             )
         return Place(number, x.shape, own if own in dims else dims[0])
 
+    @staticmethod
+    def batch_dim_of(loss: Any) -> int:
+        """Where the batch is in what a loss is given first."""
+        return int(loss in BATCH_SECOND or type(loss) in BATCH_SECOND)
+
     def divisor(self) -> float | None:
-        """What a mean over samples divides by, 1 for a sum, where it is one of torch's modules."""
-        if not isinstance(self.loss, nn.Module) or not type(self.loss).__module__.startswith("torch.nn"):
+        """What a mean over samples divides by, 1 for a sum, where it is one of torch's."""
+        own = type(self.loss) if isinstance(self.loss, nn.Module) else self.loss
+        if not str(getattr(own, "__module__", "")).startswith("torch.nn"):
             return None
-        return {"sum": 1.0, "mean": float(self.n)}.get(str(getattr(self.loss, "reduction", None)))
+        return {"sum": 1.0, "mean": float(self.n)}.get(str(self._reduction))
 
     @property
     def _simple(self) -> bool:
