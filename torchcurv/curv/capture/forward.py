@@ -35,6 +35,7 @@ from torchcurv.curv.graph import (
 from torchcurv.curv.hessian.tape import Tape
 from torchcurv.curv.layers.layer import Layer, ParameterUse
 from torchcurv.curv.layers.normalization import BATCH_NORMS, uses_batch_statistics
+from torchcurv.curv.layers.table import has_forward_of_its_view
 from torchcurv.curv.numerics import at_least_float32
 
 Ended = Callable[[list[tuple[Call, Edge]], Any], None]  # with what was noted in a forward pass, and its output
@@ -67,6 +68,7 @@ class Forward:
         self._inner: dict[
             int, list[tuple[int, ParameterUse]]
         ] = {}  # the sites inside modules, by the id of their parameter
+        self._functions: set[int] = set()  # ids of parameters that are known by torch functions
         self._hook_layers()
         start, end = Hook(self._on_start), Hook(self._on_end)
         for inner in model.modules():
@@ -83,6 +85,8 @@ class Forward:
         inside: dict[nn.Module, list[tuple[int, ParameterUse]]] = {}
         for k, layer in enumerate(self.layers):
             for site in layer.sites:
+                if site.function:
+                    self._functions.add(_owner(site))
                 if site.inner:
                     inside.setdefault(site.module, []).append((k, site))
                     self._inner.setdefault(_owner(site), []).append((k, site))
@@ -91,7 +95,7 @@ class Forward:
                 self._hooks.append((hook, {k}))
                 self._handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
         for module, sites in inside.items():
-            bare = [site.bias.param for _, site in sites if site.weight is None and site.bias is not None]
+            bare = [site.bias.param for _, site in sites if site.bare and site.bias is not None]
             before, after = Hook(partial(self._watch, bare)), Hook(partial(self._unwatch, sites))
             self._hooks += [(hook, {k for k, _ in sites}) for hook in (before, after)]
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -187,7 +191,9 @@ class Forward:
         given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and not isinstance(x, nn.Parameter))
         first = next((x for x in given if x.dim()), None)
         note = _unnoted if running else self._note_inner
-        watch = ParameterTrace(note, None if first is None else len(first), bare, self.unknown_uses.setdefault)
+        at_function = _unnoted_call if running else self._note_function
+        batch = None if first is None else len(first)
+        watch = ParameterTrace(note, batch, bare, self.unknown_uses.setdefault, at_function, self._functions)
         self._watches.append(watch)
         self._recent |= {id(p): [] for p in bare}
         watch.__enter__()
@@ -204,7 +210,7 @@ class Forward:
         if watch is None:
             return None
         watch.__exit__(None, None, None)
-        bare = [site.bias.param for _, site in sites if site.weight is None and site.bias is not None]
+        bare = [site.bias.param for _, site in sites if site.bare and site.bias is not None]
         recent = {id(p): self._recent.pop(id(p), []) for p in bare}
         out = output[0] if isinstance(output, tuple) and output else output
         if is_internal_forward() or not isinstance(out, Tensor) or not out.requires_grad or not out.dim():
@@ -242,6 +248,20 @@ class Forward:
         noted = self._note(out, calls) if calls else None
         return out if noted is None else noted
 
+    def _note_function(self, param: Tensor, x: Tensor, out: Tensor) -> Tensor:
+        """A call of the function that a layer is about."""
+        if not out.requires_grad:
+            return out
+        calls = []
+        for k, site in self._inner.get(id(param), ()):
+            if k in self.due and site.function:
+                given: tuple[Any, ...] = (x.detach(),)
+                if site.view.mode is not None:
+                    given += (site.view.mode(site.module),)
+                calls.append(Call(k, site, given, out.shape, out.shape[0] if out.dim() else 1))
+        noted = self._note(out, calls) if calls else None
+        return out if noted is None else noted
+
     def _on_batch_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Through batch statistics the samples meet: a pass of our own takes the statistics as constants."""
         x = argument(args, kwargs, 0, "input")
@@ -253,7 +273,11 @@ class Forward:
         ):
             return
         self.mixed = True
-        if isinstance(x, Tensor) and x.requires_grad and out.grad_fn is not None:
+        if not isinstance(x, Tensor) or not x.requires_grad or out.grad_fn is None:
+            return
+        if not has_forward_of_its_view(module):
+            self.cut_between(edge_of(out), edge_of(x))  # its forward does more than normalise
+        else:
             out.grad_fn.register_hook(partial(self._cut, module, x.detach()))
 
     @torch.no_grad()
@@ -312,3 +336,7 @@ def _unnoted(param: Tensor, rows: slice | None, x: Tensor, out: Tensor, batch_fi
 
 def _columns(batch_first: Callable[[Tensor], Tensor], columns: slice, gradient: Tensor) -> Tensor:
     return batch_first(gradient)[..., columns]
+
+
+def _unnoted_call(param: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    return out

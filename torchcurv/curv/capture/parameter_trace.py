@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -60,6 +61,11 @@ _MOVES = _of(
     "movedim", "swapaxes", "expand", "expand_as", "broadcast_to", "repeat", "select", "narrow", "view_as",
 )  # fmt: skip
 _KEEPS = _of("to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "cuda", "cpu")
+# What layers with a view are about, by torch's own forward.
+LAYER_FUNCTIONS = {
+    *(F.linear, F.embedding, F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, F.prelu),
+    *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+}
 _ADDS, _SUBTRACTS = _of("add", "add_", "__radd__"), _of("sub", "sub_", "subtract")
 _MULTIPLIES = _of("mul", "mul_", "multiply", "__rmul__")
 
@@ -112,6 +118,8 @@ class ParameterTrace(TorchFunctionMode):
 
     note: called for each product. batch: dimension 0 of what the module was given. bare: its bare parameters.
     unknown: called with a bare parameter and the function that used it in a way that is not known.
+    at_function: called with (parameter, input, output) of a function of `LAYER_FUNCTIONS` that is given a parameter
+    whose id is in `functions`.
     """
 
     def __init__(
@@ -120,9 +128,12 @@ class ParameterTrace(TorchFunctionMode):
         batch: int | None,
         bare: Iterable[Tensor],
         unknown: Callable[[Tensor, str], object],
+        at_function: Callable[[Tensor, Tensor, Tensor], Tensor],
+        functions: AbstractSet[int],
     ) -> None:
         super().__init__()
         self.note, self.batch, self.unknown = note, batch, unknown
+        self.at_function, self.functions = at_function, functions
         self.bare = {id(p): Bare(p, p, torch.arange(p.numel()).reshape(p.shape)) for p in bare}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -136,9 +147,19 @@ class ParameterTrace(TorchFunctionMode):
             return self._attention(*args, **kwargs)
         if func in UNROLLED:
             return UNROLLED[func](self._linear, *args, **kwargs)
+        if func in LAYER_FUNCTIONS and args:
+            own = next((x for x in (*args[1:], *kwargs.values()) if id(x) in self.functions), None)
+            if own is not None:
+                return self._layer_function(own, args[0], func(*args, **kwargs))
         if self.bare:
             return self._bare_function(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _layer_function(self, param: Tensor, x: Tensor, out: Tensor) -> Tensor:
+        others = [mode.at_function for mode in function_modes() if isinstance(mode, ParameterTrace)]
+        for note in dict.fromkeys([self.at_function, *others]):  # one for each optimizer on the model
+            out = note(param, x, out)
+        return out
 
     # ------------------------------------------------------------------------------------ products
 

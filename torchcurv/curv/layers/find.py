@@ -13,8 +13,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from torchcurv.curv.graph import parameters_of
 from torchcurv.curv.layers.inner_layers import InnerLayer, inner_parts
-from torchcurv.curv.layers.layer import Layer, ParameterUse, ParamSlice
-from torchcurv.curv.layers.table import view_of
+from torchcurv.curv.layers.layer import FUNCTION, Layer, ParameterUse, ParamSlice
+from torchcurv.curv.layers.table import has_forward_of_its_view, view_of
 
 
 def find_layers(
@@ -106,7 +106,8 @@ def _sites(model: nn.Module) -> Iterator[ParameterUse]:
         if view is not None:
             weight, bias = _own(name, module, view.weight), _own(name, module, view.bias)
             if weight is not None or bias is not None:
-                yield ParameterUse(name, module, view, weight, bias)
+                inside_of = "" if has_forward_of_its_view(module) else FUNCTION
+                yield ParameterUse(name, module, view, weight, bias, inside_of)
         parts, children = inner_parts(module, view)
         inside |= {id(child) for child in children}
         for part in parts:

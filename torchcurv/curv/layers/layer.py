@@ -29,12 +29,16 @@ class ParamSlice(NamedTuple):
         return self.param.shape if self.rows is None else self.param[self.rows].shape
 
 
+FUNCTION = "function"  # the part of a module that is the torch function its type is about, and not its whole forward
+
+
 @dataclass(eq=False)
 class ParameterUse:
     """A place where a layer's parameters are used: a module, and how it is read.
 
     weight, bias: the module's own, covered or not. transposed: whether its W is the layer's transposed.
-    part: the name in the module, where the use is inside it and not its whole call.
+    part: the name in the module, where the use is inside it and not its whole call. function: whether the use is the
+    call of one torch function, with this weight, that the view reads.
     opaque: whether it is not known what the module computes with it. by_sample: whether the gradients of samples may
     be taken then, by running the module sample by sample.
     """
@@ -54,9 +58,13 @@ class ParameterUse:
         return bool(self.part)
 
     @property
+    def function(self) -> bool:
+        return self.part == FUNCTION
+
+    @property
     def bare(self) -> bool:
         """Whether it is a parameter of a module's own, whose elements are taken one by one."""
-        return self.inner and self.weight is None
+        return self.inner and self.weight is None and not self.function
 
     @property
     def reading(self) -> tuple[Any, ...]:

@@ -96,6 +96,12 @@ def register_view(
     )  # fmt: skip
 
 
+def has_forward_of_its_view(module: nn.Module) -> bool:
+    """Whether its forward is the one that its view reads, and no subclass has put another in its place."""
+    known = next(cls for cls in type(module).__mro__ if cls in VIEWS)
+    return type(module).forward is known.forward or not known.__module__.startswith("torch.nn")
+
+
 def view_of(module: nn.Module) -> View | None:
     """The view of the nearest class in the module's MRO, so that subclasses count."""
     return next((VIEWS[cls] for cls in type(module).__mro__ if cls in VIEWS), None)
