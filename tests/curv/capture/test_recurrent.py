@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.overrides import TorchFunctionMode
 
+from torchcurv import SecondOrderOptimizer
 from torchcurv.curv.capture.recurrent import UNROLLED
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
@@ -232,7 +233,8 @@ def test_an_input_without_a_batch_is_a_batch_of_one():
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_packed_sequences_are_refused(kind):
-    packed = pack_padded_sequence(randn(3, 2, I), torch.tensor([3, 2]))
-    with Unroll(), pytest.raises(NotImplementedError, match=r"pad_packed_sequence.*approx=None"):
-        make(LAYERS[kind])(packed)
+def test_packed_sequences_are_left_to_torch(kind):
+    packed, module = pack_padded_sequence(randn(3, 2, I), torch.tensor([3, 2])), make(LAYERS[kind])
+    optimizer = SecondOrderOptimizer(module, loss_fn=None, approx="diag")
+    assert torch.equal(module(packed)[0].data, make(LAYERS[kind])(packed)[0].data)
+    optimizer.remove()

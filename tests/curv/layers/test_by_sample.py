@@ -1,4 +1,4 @@
-"""Parameters whose use is not known: an error by default, their exact diagonal by the gradients of samples if asked."""
+"""Parameters whose use is not known: element by element, from the gradients that arrive at them."""
 
 import cases
 import oracles
@@ -98,25 +98,65 @@ def test_training_lowers_the_loss(name):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("approx", ["kfac", "block", "unit"])
+@pytest.mark.parametrize("kind", ["ggn", "empirical_fisher"])
+@pytest.mark.parametrize("approx", ["kfac", "ekfac", "unit", "diag"])
 @pytest.mark.parametrize("name", MODELS)
-def test_without_being_asked_it_is_an_error_that_names_the_parameters(name, approx):
+def test_without_being_asked_their_elements_are_measured_one_by_one(name, approx, kind):
+    """By the gradient that arrives at the parameter, of the signal of one sample after the other."""
     model, x, y = problem(name)
-    wanted = r"(matrix|original|bias_k|power|temperature).*approx=None"
-    with pytest.raises((ValueError, RuntimeError), match=wanted):
-        optimizer = SecondOrderOptimizer(model, approx=approx)
+    options = {"samples": None, "ema_decay": 0.0, "damping": 1.0, "damping_type": "exact", "update_every": 1}
+    optimizer = SecondOrderOptimizer(
+        model, loss_fn=LOSS, approx=approx, curv_type=kind, lr=0.0, kl_clip=None, refactor_every=1, **options
+    )
+    for _ in range(2):  # what is not used as its module's type says is found out in the first
+        optimizer.zero_grad()
         LOSS(model(x), y).backward()
         optimizer.step()
+    truth = {"ggn": oracles.ggn, "empirical_fisher": oracles.empirical_fisher}[kind]
+    names, seen = {p: key for key, p in model.named_parameters()}, 0
+    for block in optimizer.blocks.values():
+        if all(site.bare for layer in block.layers for site in layer.sites):
+            (p,) = block.params
+            expected = truth(model, LOSS, x, y, [(names[p], p)]).diag()
+            assert (block.factor.diag().flatten() - expected).abs().max() < 1e-9 * expected.abs().max()
+            seen += 1
+    assert seen
 
 
-def test_samples_that_meet_are_found_out():
-    class Centred(Mixed):
-        def forward(self, x):
-            out = super().forward(x)
-            return out - out.mean(0)
+@pytest.mark.parametrize("name", MODELS)
+def test_random_signals_have_these_elements_as_their_mean(name):
+    model, x, y = problem(name)
+    exact = curvature(model, LOSS, [(x, y)], approx="unit")
+    drawn = curvature(model, LOSS, [(x, y)] * 1500, approx="unit", samples=1)
+    bare = [key for key, block in exact.blocks.items() if all(site.bare for site in block.layers[0].sites)]
+    assert bare
+    for key in bare:
+        one, mean = (c.blocks[key].factor.diag().flatten() for c in (exact, drawn))
+        assert (one - mean).norm() < 0.15 * one.norm()
 
+
+class Centred(Mixed):
+    """Samples meet, so that the module cannot be run sample by sample."""
+
+    def forward(self, x):
+        out = super().forward(x)
+        return out - out.mean(0)
+
+
+def test_where_samples_meet_the_elements_are_exact_as_well():
     model = cases.seeded(lambda: nn.Sequential(nn.Linear(4, 4), Centred()))
-    optimizer = SecondOrderOptimizer(model, approx="diag")
-    with pytest.raises(RuntimeError, match="the gradient of"):
-        LOSS(model(cases.randn(N, 4, seed=4)), torch.arange(N) % 3).backward()
+    x, y = cases.randn(N, 4, seed=4), torch.arange(N) % 3
+    optimizer = SecondOrderOptimizer(
+        model, loss_fn=LOSS, approx="diag", samples=None, ema_decay=0.0, lr=0.0, update_every=1, refactor_every=1
+    )
+    for _ in range(2):
+        optimizer.zero_grad()
+        LOSS(model(x), y).backward()
         optimizer.step()
+    named = dict(model.named_parameters())
+    expected = oracles.ggn(model, LOSS, x, y, list(named.items())).diag()
+    parts = dict(zip(named.values(), expected.split([p.numel() for p in named.values()]), strict=True))
+    for block in optimizer.blocks.values():
+        found = block.layout.split(block.layout.unflatten(block.factor.diag()))
+        for p, own in zip(block.params, found, strict=True):
+            assert (own.flatten() - parts[p]).abs().max() < 1e-9 * parts[p].abs().max()

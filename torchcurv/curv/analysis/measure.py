@@ -172,20 +172,35 @@ def _looked_at(
     seed: int,
 ) -> tuple[list[Curvature], set[Tensor]]:
     """(the blocks, measured over all of the data, and what they cover)."""
-    covered = _covered(model, params, options)
+    alone: set[Tensor] = set()
+    covered = _covered(model, params, options, alone)
     loss = _loss(loss_fn, reduction, class_dim)
-    blocks = prepared(_blocks(_layers(model, covered, options), options))
-    record = Recorder(model, blocks, None, seed=seed)
     passes = 2 if options.approx == "ekfac" else 1
-    if passes > 1 and iter(data) is data:
+    if iter(data) is data:
         data = list(data)
-    try:
-        with preserved_buffers(model):
-            for _ in range(passes):
-                _measure(model, record, blocks, loss, data, output_fn)
-    finally:
-        record.remove()
-    return blocks, covered
+    while True:
+        blocks = prepared(_blocks(_layers(model, covered, options, alone), options))
+        record = Recorder(model, blocks, None, seed=seed)
+        try:
+            with preserved_buffers(model):
+                for _ in range(passes):
+                    _measure(model, record, blocks, loss, data, output_fn)
+            return blocks, covered
+        except _UsedElsewhere as error:  # what that is, is known now: the parameters are taken element by element
+            if error.params <= alone:
+                raise ValueError(str(error)) from None
+            alone |= error.params
+        finally:
+            record.remove()
+
+
+class _UsedElsewhere(Exception):
+    """Parameters that are not used as their modules' types say."""
+
+    def __init__(self, blocks: list[Curvature]) -> None:
+        names = ", ".join(block.name for block in blocks)
+        super().__init__(f"the loss does not depend on {names}: pass params= without their parameters")
+        self.params = {p for block in blocks for p in block.params}
 
 
 def _named(model: nn.Module, chosen: set[Tensor]) -> dict[str, Tensor]:
@@ -199,8 +214,8 @@ def _loss(loss_fn: nn.Module | str, reduction: str | None, class_dim: int | None
     return loss
 
 
-def _layers(model: nn.Module, covered: set[Tensor], options: Options) -> list[Layer]:
-    return find_layers(model, lambda p: p in covered, lambda p: options.approx == "diag")
+def _layers(model: nn.Module, covered: set[Tensor], options: Options, alone: set[Tensor]) -> list[Layer]:
+    return find_layers(model, lambda p: p in covered, lambda p: options.approx == "diag", alone)
 
 
 def _chosen(model: nn.Module, params: Any) -> set[Tensor]:
@@ -217,9 +232,12 @@ def _chosen(model: nn.Module, params: Any) -> set[Tensor]:
     return chosen
 
 
-def _covered(model: nn.Module, params: Any, options: Options) -> set[Tensor]:
+def _covered(model: nn.Module, params: Any, options: Options, alone: set[Tensor]) -> set[Tensor]:
+    """What is looked at; parameters that no layer explains are put into `alone`."""
     chosen = _chosen(model, params)
-    covered = {p for layer in _layers(model, chosen, options) for p in layer.params}
+    for _ in range(2):
+        covered = {p for layer in _layers(model, chosen, options, alone) for p in layer.params}
+        alone |= chosen - covered
     missing = [name for name, p in model.named_parameters() if p in chosen - covered]
     if missing:
         raise ValueError(
@@ -261,9 +279,9 @@ def _measure(
         CurvaturePass(record.context, event, blocks).run()
     if not any(block.pending for block in blocks):
         raise ValueError("data is empty: there is nothing to measure")
-    unreached = [block.name for block in blocks if not block.pending]
+    unreached = [block for block in blocks if not block.pending]
     if unreached:
-        raise ValueError(f"the loss does not depend on {', '.join(unreached)}: pass params= without their parameters")
+        raise _UsedElsewhere(unreached)
     for block in blocks:
         if isinstance(total, Tensor) or total:
             block.pending.scale(1 / total)

@@ -96,7 +96,6 @@ class PassContext:
         self.layers = list({id(layer): layer for block in blocks for layer in block.layers}.values())
         index = {id(layer): k for k, layer in enumerate(self.layers)}
         self.members = {block.name: [index[id(layer)] for layer in block.layers] for block in blocks}
-        self.bare = {k for k, layer in enumerate(self.layers) if layer.sites[0].bare}
         self.forward = Forward(model, self.layers, ended)
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.check = GradientCheck(names, self.forward.unknown_uses, unsupported)

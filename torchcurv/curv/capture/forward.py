@@ -56,8 +56,10 @@ class Forward:
         self.constant_statistics, self.twice, self.taped = True, False, False
         self.tape: Tape | None = None  # of the last forward pass of the model
         self.losses: LossFunctions | None = None  # where the model may compute its loss itself
+        self._losses: LossFunctions | None = None  # of the forward pass that runs
         self._twice: AbstractContextManager[Any] = nullcontext()
         self.due: set[int] = set()
+        self.bare = {k for k, layer in enumerate(layers) if layer.sites[0].bare}
         self.unknown_uses: dict[Tensor, str] = {}  # functions that used a bare parameter in a way that is not known
         self._calls: list[tuple[Call, Edge]] = []
         self._depth = 0  # of calls of the model's own forward
@@ -69,6 +71,7 @@ class Forward:
             int, list[tuple[int, ParameterUse]]
         ] = {}  # the sites inside modules, by the id of their parameter
         self._functions: set[int] = set()  # ids of parameters that are known by torch functions
+        self._called: set[int] = set()  # the layers whose function was called in the running call of their module
         self._hook_layers()
         start, end = Hook(self._on_start), Hook(self._on_end)
         for inner in model.modules():
@@ -128,8 +131,9 @@ class Forward:
             self.tape = Tape(module) if self.taped else None
             if self.tape is not None:
                 self.tape.__enter__()
-            if self.losses is not None:
-                self.losses.__enter__()
+            self._losses = self.losses  # which the end of the pass may have taken away
+            if self._losses is not None:
+                self._losses.__enter__()
         self._depth += 1
 
     def _on_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -138,13 +142,13 @@ class Forward:
         self._depth -= 1
         if self._depth:
             return
-        if self.losses is not None and self.losses.active:
-            self.losses.__exit__(None, None, None)
+        if self._losses is not None:
+            self._losses.__exit__(None, None, None)
         if self.tape is not None:
             self.tape.__exit__(None, None, None)
         self._twice.__exit__(None, None, None)
         calls, self._calls = self._calls, []
-        if calls and output is not None:
+        if output is not None and (calls or not self.due.isdisjoint(self.bare)):
             self.ended(calls, output)
 
     # --------------------------------------------------------------------------------------- its layers
@@ -191,7 +195,7 @@ class Forward:
         given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and not isinstance(x, nn.Parameter))
         first = next((x for x in given if x.dim()), None)
         note = _unnoted if running else self._note_inner
-        at_function = _unnoted_call if running else self._note_function
+        at_function = _unnoted_call if running else partial(self._note_function, module)
         batch = None if first is None else len(first)
         watch = ParameterTrace(note, batch, bare, self.unknown_uses.setdefault, at_function, self._functions)
         self._watches.append(watch)
@@ -212,6 +216,7 @@ class Forward:
         watch.__exit__(None, None, None)
         bare = [site.bias.param for _, site in sites if site.bare and site.bias is not None]
         recent = {id(p): self._recent.pop(id(p), []) for p in bare}
+        called, self._called = self._called, set()
         out = output[0] if isinstance(output, tuple) and output else output
         if is_internal_forward() or not isinstance(out, Tensor) or not out.requires_grad or not out.dim():
             return None
@@ -224,6 +229,9 @@ class Forward:
                 read = sample_gradients(module, site.part, site.bias.param.detach(), args, kwargs, batch)
                 calls.append(Call(k, site, (out.new_empty(batch),), out.shape, batch, read))
         noted = self._note(out, calls) if calls else None
+        for k, site in sites:
+            if site.function and k in self.due and k not in called and noted is None:
+                noted = self._on_layer(k, site, module, args, kwargs, out)  # its output is what its type says, perhaps
         return noted if noted is None or out is output else (noted, *output[1:])
 
     def _note_inner(
@@ -248,17 +256,18 @@ class Forward:
         noted = self._note(out, calls) if calls else None
         return out if noted is None else noted
 
-    def _note_function(self, param: Tensor, x: Tensor, out: Tensor) -> Tensor:
-        """A call of the function that a layer is about."""
+    def _note_function(self, module: nn.Module, param: Tensor, x: Tensor, out: Tensor) -> Tensor:
+        """A call of the function that a layer of this module is about."""
         if not out.requires_grad:
             return out
         calls = []
         for k, site in self._inner.get(id(param), ()):
-            if k in self.due and site.function:
+            if k in self.due and site.function and site.module is module:
                 given: tuple[Any, ...] = (x.detach(),)
                 if site.view.mode is not None:
                     given += (site.view.mode(site.module),)
                 calls.append(Call(k, site, given, out.shape, out.shape[0] if out.dim() else 1))
+        self._called |= {call.layer for call in calls}
         noted = self._note(out, calls) if calls else None
         return out if noted is None else noted
 

@@ -10,33 +10,43 @@ from torchcurv.curv.capture.forward import Forward
 from torchcurv.curv.capture.hooks import is_internal_forward
 from torchcurv.curv.capture.loss_functions import LossFunctions, module_of, pair_of_call
 from torchcurv.curv.capture.triggers import Listener, LossModule
-from torchcurv.curv.graph import edge_of
+from torchcurv.curv.graph import edge_of, tree_leaves
 from torchcurv.curv.losses.joined import JoinedCall
 
 
 class InnerLosses:
     """Watches the forward passes of a model for loss functions that it calls.
 
-    Whether it calls any is seen in the first pass: each function of a watched pass costs a few microseconds more.
+    It begins when the model has returned a number beside something else, its loss perhaps, and ends if that was none.
+    watching: whether it does; None: no such number was seen yet.
     """
 
     def __init__(self, listener: Listener) -> None:
         self.listener = listener
         self.mode = LossFunctions(self._note)
-        self.calls: bool | None = None  # whether the model calls any; None: not known yet
+        self.watching: bool | None = None
+        self.unseen = False  # whether there may have been one in a pass of this step that was not watched
         self._found = False  # in the forward pass that runs
         self._forward: Forward | None = None
 
     def begin(self, forward: Forward) -> None:
         """Watch the next passes, if something is due."""
-        self._forward = forward
-        forward.losses = None if self.calls is False or not forward.due else self.mode
+        self._forward, self.unseen = forward, False
+        forward.losses = self.mode if self.watching and forward.due else None
 
-    def ended(self, forward: Forward) -> bool:
-        """Whether the forward pass that ends has called one."""
+    def ended(self, forward: Forward, output: Any) -> bool:
+        """Whether the forward pass that ends has called one, or may have done so unseen."""
         found, self._found = self._found, False
-        if self.calls is None:
-            self.calls = found
+        if self.watching is None and not isinstance(output, Tensor):
+            numbers = [
+                x for x in tree_leaves(output) if isinstance(x, Tensor) and not x.dim() and x.grad_fn is not None
+            ]
+            self.watching = True if numbers else None
+            self.begin(forward)
+            self.unseen = bool(numbers)
+            return self.unseen
+        if self.watching and not found:
+            self.watching = False
             self.begin(forward)
         return found
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from torchcurv.curv.graph import function_modes, uncompiled
+from torchcurv.curv.graph import uncompiled
 
 # By function: the module that says its settings, for a loss whose formula is known; None: by autograd.
 FUNCTIONS: dict[Any, Callable[..., nn.Module] | None] = {
@@ -51,10 +51,6 @@ class LossFunctions(TorchFunctionMode):
         if torch.compiler.is_compiling():
             return uncompiled(self.note, (func, args, kwargs), {})
         return self.note(func, args, kwargs)
-
-    @property
-    def active(self) -> bool:
-        return any(mode is self for mode in function_modes())
 
 
 def pair_of_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:

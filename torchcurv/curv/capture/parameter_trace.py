@@ -145,7 +145,7 @@ class ParameterTrace(TorchFunctionMode):
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.multi_head_attention_forward:
             return self._attention(*args, **kwargs)
-        if func in UNROLLED:
+        if func in UNROLLED and not (len(args) > 3 and isinstance(args[3], tuple | list)):  # of packed sequences
             return UNROLLED[func](self._linear, *args, **kwargs)
         if func in LAYER_FUNCTIONS and args:
             own = next((x for x in (*args[1:], *kwargs.values()) if id(x) in self.functions), None)

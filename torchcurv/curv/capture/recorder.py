@@ -150,7 +150,7 @@ class Recorder:
 
     def _gather(self, calls: list[tuple[Call, Edge]], output: Any) -> None:
         """One capture per output, of the calls that came before it: references only go down the graph."""
-        inner = self._inner is not None and self._inner.ended(self.forward)
+        inner = self._inner is not None and self._inner.ended(self.forward, output)
         forward, outputs = object(), self.settings.outputs(output, every=self._alone or inner)
         if self.forward.tape is not None:
             self.context.tapes.keep(forward, self.forward.tape)
@@ -180,6 +180,11 @@ class Recorder:
         """Compare what arrives at an output with what the watched losses send there."""
         capture.witness = OutputWitness(self, edge.number, frozenset(call.layer for call, _ in capture.calls))
         edge.node.register_prehook(capture.witness)
+
+    @property
+    def unseen(self) -> bool:
+        """Whether the model may have computed its loss in a pass in which this was not watched."""
+        return self._inner is not None and self._inner.unseen
 
     @property
     def inside(self) -> bool:
@@ -284,7 +289,7 @@ class Recorder:
         context, capture = self.context, trigger.capture
         if self.forward.inside or not self.due or not capture.n:
             return []
-        layers = {call.layer for call, _ in capture.calls} | context.bare
+        layers = {call.layer for call, _ in capture.calls} | self.forward.bare
         due = [block for block in self.blocks if block.name in self.due]
         due = [block for block in due if kind_of(block.kind, block.options).needs_loss == trigger.of_a_loss]
         reached = [block for block in due if not layers.isdisjoint(context.layers_of(block))]

@@ -107,12 +107,6 @@ def _sequence(gates: Gates) -> Callable[..., tuple[Tensor, ...]]:
         bidirectional: bool,
         batch_first: bool,
     ) -> tuple[Tensor, ...]:
-        # (data, batch_sizes, hx, params, ...) has as many arguments, but a list of parameters in fourth place
-        if not isinstance(has_biases, bool):
-            raise NotImplementedError(
-                "packed sequences cannot be read; pad them (pad_packed_sequence) and mask the loss, "
-                "or put the parameters of the layer into a group with approx=None"
-            )
         directions = (False, True) if bidirectional else (False,)
         initial = zip(*([hx] if isinstance(hx, Tensor) else hx), strict=True)
         weights = _per_layer(params, has_biases, num_layers * len(directions))

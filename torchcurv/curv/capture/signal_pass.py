@@ -68,7 +68,7 @@ class CurvaturePass(SignalSource):
     def _by_kind(self) -> dict[CurvatureKind, list[Curvature]]:
         context, kinds = self.context, dict[CurvatureKind, list[Curvature]]()
         for block in self.blocks:
-            if block.name in context.due and block.name not in context.check.excluded:
+            if block.name in context.due and block.name not in context.check.excluded | context.check.left:
                 kinds.setdefault(context.kind_of(block), []).append(block)
         return kinds
 
@@ -76,7 +76,7 @@ class CurvaturePass(SignalSource):
         """Find the rows of samples, and check that the recorded calls of the blocks explain their gradient."""
         context = self.context
         checked = [block for block in self.blocks if context.kind_of(block).checked]
-        checked = [block for block in checked if block.name not in context.check.excluded]
+        checked = [block for block in checked if block.name not in context.check.excluded | context.check.left]
         if checked:
             self.rows = context.check.settle(checked, self.source)
             if self.rows is not None:

@@ -37,6 +37,7 @@ class GradientCheck:
     def __init__(self, names: dict[Tensor, str], unknown_uses: dict[Tensor, str], unsupported: str) -> None:
         self.names, self.unknown_uses, self.unsupported = names, unknown_uses, unsupported
         self.excluded: set[str] = set()  # blocks that failed, under unsupported="gradient"
+        self.left: set[str] = set()  # blocks that have no pairs (a, s) of their type
         self.common: set[str] = set()  # blocks that have rows of no sample in particular
         self.name_fits = False  # whether a gradient was found to be that of the loss known by its name
         self.hard_labels: bool | None = None  # whether the last that told was of labels times a factor
@@ -138,7 +139,10 @@ class GradientCheck:
             self._verified, self._rows, self._sizes = set(), {}, {}
         for block in blocks:
             unexplained, coupled, finite = findings[block.name]
-            if unexplained:
+            if unexplained and (_has_own_forward(block) or all(layer.sites[0].bare for layer in block.layers)):
+                self.left.add(block.name)  # there is more to it than what was seen
+                block.pending.forget()
+            elif unexplained:
                 self.exclude(block, self.gradient_mismatch_message(block, unexplained))
             elif coupled:
                 self.common.add(block.name)
@@ -232,10 +236,15 @@ class GradientCheck:
         mixed: list[Tensor] = []
         finite: list[Tensor] = []
         for k in assembler.layers_of(block):
-            uses = assembler.uses(k, lambda call: [at_call.get(id(call))])
             grads = [at_call.get(id(call)) for call in assembler.calls.get(k, [])]
             eps = max((torch.finfo(grad.dtype).eps for grad in grads if grad is not None), default=0.0)
-            wrong += self._unexplained(assembler.layers[k], uses, gradients, eps) if gradients else []
+            try:
+                uses = assembler.uses(k, lambda call: [at_call.get(id(call))])
+                wrong += self._unexplained(assembler.layers[k], uses, gradients, eps) if gradients else []
+            except (RuntimeError, ValueError, IndexError):
+                if not _has_own_forward(block):
+                    raise
+                return Findings([self.names.get(p, block.name) for p in block.params], False, True)
             if k not in assembler.common:
                 mixed += [use.s[:, silent].nan_to_num(0, 0, 0).any() for use in uses]  # 0 times inf is no signal
             finite += [torch.isfinite(use.s.sum()) for use in uses]
@@ -289,3 +298,8 @@ class GradientCheck:
             "parameter is used elsewhere too (F.linear(x, layer.weight), a layer of another type that shares it), or "
             f"the layer does more to its output than a layer of its type{bare if uses else ''}"
         )
+
+
+def _has_own_forward(block: Curvature) -> bool:
+    """Whether a module of the block has another forward than its type."""
+    return any(site.function for layer in block.layers for site in layer.sites)

@@ -6,35 +6,42 @@ Most layers are a module with a view, whose calls a forward hook sees. Others li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from torchcurv.curv.graph import parameters_of
-from torchcurv.curv.layers.inner_layers import InnerLayer, inner_parts
+from torchcurv.curv.layers.inner_layers import InnerLayer, bare_parts, inner_parts
 from torchcurv.curv.layers.layer import FUNCTION, Layer, ParameterUse, ParamSlice
 from torchcurv.curv.layers.table import has_forward_of_its_view, view_of
 
 
 def find_layers(
-    model: nn.Module, covered: Callable[[Tensor], bool], by_sample: Callable[[Tensor], bool] = lambda p: False
+    model: nn.Module,
+    covered: Callable[[Tensor], bool],
+    by_sample: Callable[[Tensor], bool] = lambda p: False,
+    alone: Collection[Tensor] = (),
 ) -> list[Layer]:
     """One Layer per grouped linear map with a covered parameter; sites that share a weight share a Layer.
 
     covered: whether a parameter is trained with a curvature. by_sample: whether its gradients may be taken sample by
-    sample, where nothing better is known.
+    sample, where nothing better is known. alone: parameters that are not used as their module's type says, and are
+    taken element by element.
     """
     shared: dict[tuple[int, int], list[ParameterUse]] = {}
-    found = list(_sites(model))
+    single = {id(p) for p in alone}
+    found = list(_sites(model, single))
     held = {id(piece.param) for site in found if site.weight for piece in (site.weight, site.bias) if piece}
     for site in found:
         if site.bare and site.bias is not None and id(site.bias.param) in held:
             continue  # the bias of a layer that another module holds too
         key = site.weight or site.bias
         assert key is not None
-        site.by_sample = site.bare and by_sample(key.param)
-        shared.setdefault((id(key.param), 0 if key.rows is None else key.rows.start), []).append(site)
+        site.by_sample = site.bare and id(key.param) not in single and by_sample(key.param)
+        sites = shared.setdefault((id(key.param), 0 if key.rows is None else key.rows.start), [])
+        if not (site.bare and sites and id(key.param) in single):
+            sites.append(site)
     layers = []
     for sites in shared.values():
         weight, bias = (_covered(piece, covered) for piece in (sites[0].weight, _shared_bias(sites)))
@@ -96,7 +103,7 @@ def _same(bias: ParamSlice | None, other: ParamSlice | None) -> bool:
     return bias is None or (other is not None and bias.param is other.param and bias.rows == other.rows)
 
 
-def _sites(model: nn.Module) -> Iterator[ParameterUse]:
+def _sites(model: nn.Module, alone: set[int]) -> Iterator[ParameterUse]:
     """Every use of parameters in a model, in the order of its modules."""
     inside: set[int] = set()  # modules whose forward is never called
     for name, module in model.named_modules():
@@ -105,13 +112,22 @@ def _sites(model: nn.Module) -> Iterator[ParameterUse]:
         view = view_of(module)
         if view is not None:
             weight, bias = _own(name, module, view.weight), _own(name, module, view.bias)
+            if any(piece is not None and id(piece.param) in alone for piece in (weight, bias)):
+                yield from (_inner_site(name, module, part) for part in bare_parts(module, set()))
+                continue
             if weight is not None or bias is not None:
                 inside_of = "" if has_forward_of_its_view(module) else FUNCTION
                 yield ParameterUse(name, module, view, weight, bias, inside_of)
         parts, children = inner_parts(module, view)
+        of_parts = {id(piece[0]) for part in parts for piece in (part.weight, part.bias) if piece is not None}
+        weights = {id(part.weight[0]) for part in parts if part.weight is not None}
+        own = {id(p) for p in parameters_of(module).values() if p is not None}
+        if not alone.isdisjoint(weights | (own - of_parts)) and weights:
+            parts, children = bare_parts(module, set()), []
         inside |= {id(child) for child in children}
         for part in parts:
-            yield _inner_site(name, module, part)
+            whole = part.weight is None and part.bias is not None and id(part.bias[0]) in alone
+            yield _inner_site(name, module, part._replace(opaque=True) if whole else part)
 
 
 def _own(name: str, module: nn.Module, key: str) -> ParamSlice | None:

@@ -35,13 +35,13 @@ def inner_parts(module: nn.Module, view: View | None) -> tuple[list[InnerLayer],
     if isinstance(module, nn.MultiheadAttention):
         own, known = _attention_parts(module), {"in_proj_weight", "in_proj_bias"}
         known |= {f"{name}_proj_weight" for name in "qkv"}
-        return own + _bare_parts(module, known), [module.out_proj]
+        return own + bare_parts(module, known), [module.out_proj]
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return _recurrent_parts(module), []
-    return _bare_parts(module, set() if view is None else {view.weight, view.bias}), []
+    return bare_parts(module, set() if view is None else {view.weight, view.bias}), []
 
 
-def _bare_parts(module: nn.Module, known: set[str]) -> list[InnerLayer]:
+def bare_parts(module: nn.Module, known: set[str]) -> list[InnerLayer]:
     """The other parameters of a module: its own, and those that its parametrizations compute them from."""
     if isinstance(module, ParametrizationList):
         return []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,12 +25,14 @@ class Blueprint:
 
     model: whose parameters the groups hold. unsupported: "error", or "gradient" for what has no curvature.
     arrange: from the blocks of the groups to those that are kept. rules: checks of each.
+    alone: parameters that turned out not to be used as their module's type says.
     """
 
     model: nn.Module
     unsupported: str
     arrange: Callable[[list[Curvature]], list[Curvature]] = list
     rules: tuple[BlockRule, ...] = ()
+    alone: set[Tensor] = field(default_factory=set)
 
     @property
     def names(self) -> Names:
@@ -52,8 +54,12 @@ class Blueprint:
         covered = {p for p in group_of if options[p].approx is not None and p.requires_grad and p in names}
         if self.unsupported == "gradient":
             covered = {p for p in covered if unreadable(p) is None}
-        layers = find_layers(self.model, lambda p: p in covered, lambda p: p in covered and options[p].approx == "diag")
-        in_layer = {p for layer in layers for p in layer.params}
+        for _ in range(2):  # what no layer explains is taken element by element
+            layers = find_layers(
+                self.model, lambda p: p in covered, lambda p: p in covered and options[p].approx == "diag", self.alone
+            )
+            in_layer = {p for layer in layers for p in layer.params}
+            self.alone.update(covered - in_layer)
         missing = [names[p] for p in group_of if p in covered and p not in in_layer]
         if missing and self.unsupported == "error":
             raise ValueError(

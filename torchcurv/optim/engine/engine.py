@@ -14,7 +14,7 @@ from torchcurv.curv.capture.recorder import Recorder
 from torchcurv.curv.kinds.table import kind_of
 from torchcurv.optim.engine.building import Blueprint, same
 from torchcurv.optim.engine.damping import DampingPolicy, Group, has_changed, is_of_the_loss
-from torchcurv.optim.engine.fallback import finite_or_zero, usable_direction
+from torchcurv.optim.engine.fallback import finite_or_zero, short_gradients, usable_direction
 from torchcurv.optim.engine.report import warn, warn_of_failures, warn_of_plain
 from torchcurv.optim.engine.witness import check_captured, check_objections, check_present, check_unfrozen, remarks_on
 
@@ -72,6 +72,8 @@ class CurvatureEngine:
         self.plain: set[str] = set()  # names of blocks that turned out to have no curvature
         self.said: set[str] = set()  # warnings that were given once
         self.hooked = False
+        self._turned = False  # whether there are blocks whose parameters are not used as was thought
+        self._short: set[str] = set()  # names of blocks that follow their gradients in this step
         self._trained: list[bool] = []  # which parameters were trainable when the blocks were built
 
     # ------------------------------------------------------------------------------------ building
@@ -105,7 +107,7 @@ class CurvatureEngine:
             if kept.factor is None and self.damping.of_draws(groups[index], self.step) is not None:
                 kept.factors.setdefault(POSTERIOR, FactorSlot())
             self.pairs.append((kept, index))
-        self._trained = [p.requires_grad for p in self.params()]
+        self._trained, self._turned = [p.requires_grad for p in self.params()], False
         known = {(block.params[0], block.layout.state_key) for block in self.blocks}
         for p, own in state.items():
             for key in [key for key in own if key.startswith("curvature") and (p, key) not in known]:
@@ -128,13 +130,23 @@ class CurvatureEngine:
 
     @property
     def outdated(self) -> bool:
-        """Whether parameters were frozen or unfrozen since the blocks were built."""
-        return self._trained != [p.requires_grad for p in self.params()]
+        """Whether blocks have to be built anew: parameters were frozen or unfrozen, or are not used as was thought."""
+        return self._turned or self._trained != [p.requires_grad for p in self.params()]
 
     def unfrozen(self) -> list[Tensor]:
         """Parameters that are trainable and were not when the blocks were built."""
         pairs = zip(self.params(), self._trained, strict=True)
         return [p for p, before in pairs if p.requires_grad and not before]
+
+    def take_alone(self, blocks: list[Curvature]) -> None:
+        """Build blocks of single elements for these from the next step on; in this one they follow their gradients."""
+        self.shorten(blocks)
+        self._turned = True
+        self.blueprint.alone.update(p for block in blocks for p in block.params)
+
+    def shorten(self, blocks: list[Curvature]) -> None:
+        """Blocks that have no curvature yet follow their gradients in this step, of length 1 at the most."""
+        self._short |= {block.name for block in blocks}
 
     def remove(self) -> None:
         """Take every hook away."""
@@ -147,6 +159,7 @@ class CurvatureEngine:
     def begin_step(self) -> None:
         """Say what the next forward passes feed."""
         assert self.recorder is not None
+        self._short = set()
         self.recorder.begin_step(self.step, self._due())
 
     def _due(self) -> list[str]:
@@ -285,7 +298,11 @@ class CurvatureEngine:
         """
         solved: dict[Tensor, Tensor] = {}
         for block, group in self.by_group():
-            if not block.factors[STEP].ready or not any(p in gradients for p in block.params):
+            if not any(p in gradients for p in block.params):
+                continue
+            if not block.factors[STEP].ready:
+                if block.name in self._short:
+                    solved |= short_gradients({p: gradients[p] for p in block.params if p in gradients})
                 continue
             given = [
                 piece.of(gradients[p] if (p := piece.param) in gradients else torch.zeros_like(p))

@@ -18,6 +18,13 @@ def finite_or_zero(gradient: Tensor) -> Tensor:
     return torch.where(finite, gradient, 0)
 
 
+def short_gradients(gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """The gradients of a block, of length 1 at the most."""
+    plain = {p: at_least_float32(finite_or_zero(g)) for p, g in gradients.items()}
+    scale = torch.stack([g.norm() for g in plain.values()]).norm().clamp_min(1)
+    return {p: g / scale for p, g in plain.items()}
+
+
 def usable_direction(block: Curvature, gradients: list[Tensor], found: list[Tensor]) -> list[Tensor]:
     """The direction of a block, if it is finite and something was measured; else its gradient, of length 1 at the
     most, or nothing where that is not finite.

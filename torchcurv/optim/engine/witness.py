@@ -28,6 +28,14 @@ class Watched(Protocol):
 
     def unfrozen(self) -> list[Tensor]: ...
 
+    def shorten(self, blocks: list[Curvature]) -> None:
+        """They follow their gradients in this step."""
+        ...
+
+    def take_alone(self, blocks: list[Curvature]) -> None:
+        """Their parameters are not used as the types of their modules say."""
+        ...
+
 
 def check_unfrozen(engine: Watched) -> None:
     """A parameter that is trained since the blocks were built has a gradient but no curvature."""
@@ -76,39 +84,24 @@ def check_captured(engine: Watched, missing: list[Curvature]) -> bool:
     nothing = not any(block.pending for block in engine.blocks)
     if not names:
         return not nothing
-    used = _unknown_uses(engine, missing)
+    if nothing and engine.recorder is not None and engine.recorder.unseen:
+        engine.shorten(missing)
+        return True  # the next passes are watched
     if nothing and engine.recorder is not None and engine.recorder.without_terms:
         return True  # every target is ignored: what has a gradient is no part of this loss
-    if used and refuses:
-        raise RuntimeError(
-            f"nothing is known of the curvature of {', '.join(used)}: a parameter of a module's own may be added "
-            "to, or multiplied with, something of the batch. Put it into a group with approx=None, or with "
-            'approx="diag" to have its gradients taken sample by sample, or pass unsupported="gradient", or teach '
-            "torchcurv the module with torchcurv.register_view"
-        )
     if nothing and engine.recorder is not None and engine.recorder.derivatives:
         if refuses:
             raise RuntimeError(f"there are gradients but no curvature was captured: {DERIVATIVES}")
         return True
-    if nothing and not used:
+    if nothing:
         raise RuntimeError(
             f"there are gradients but no curvature was captured: {_silent_trigger(engine)}. Call the model and the "
             "loss between two steps with gradients enabled, then loss.backward(); the optimizer must have been built "
             "before that forward pass (and before torch.compile's first call)"
         )
-    if refuses:
-        raise RuntimeError(
-            f"layers {', '.join(names)} have gradients but their curvature was not captured: their forward was not "
-            "called by the pass that reached the loss (functional use of a weight?). Put their parameters into a group "
-            'with approx=None, or pass unsupported="gradient"'
-        )
+    excluded = set() if engine.recorder is None else engine.recorder.context.check.excluded
+    engine.take_alone([block for block in missing if block.name in names and block.name not in excluded])
     return True
-
-
-def _unknown_uses(engine: Watched, missing: list[Curvature]) -> list[str]:
-    assert engine.recorder is not None
-    unknown, names = engine.recorder.forward.unknown_uses, engine.blueprint.names
-    return [f"{names[p]} in torch.{unknown[p]}" for b in missing for p in b.params if p in unknown]
 
 
 def _silent_trigger(engine: Watched) -> str:
