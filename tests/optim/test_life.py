@@ -406,3 +406,15 @@ def test_warnings_of_a_residual_step_point_at_the_line_that_calls_it():
     with pytest.warns(UserWarning, match="not finite") as said:
         opt.step(lambda: model(X) * torch.nan)
     assert {one.filename for one in said} == {__file__}
+
+
+def test_coverage_is_the_share_of_parameters_with_a_curvature():
+    model = nn.Sequential(Odd(), nn.Linear(4, 3))
+    assert SecondOrderOptimizer(model).coverage() == 1.0
+    groups = [{"params": model[0].parameters(), "approx": None}, {"params": model[1].parameters()}]
+    assert SecondOrderOptimizer(model, groups).coverage() == pytest.approx(15 / 31)
+    opt = SecondOrderOptimizer(model, unsupported="gradient")
+    F.cross_entropy(model(X), Y).backward()
+    with pytest.warns(UserWarning, match="plain gradient"):
+        opt.step()
+    assert opt.coverage() == pytest.approx(15 / 31)

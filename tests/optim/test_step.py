@@ -258,18 +258,22 @@ class Odd(nn.Module):
         return self.body(x)
 
 
-def test_uncovered_parameters_are_listed_or_trained_by_the_gradient():
-    with pytest.raises(ValueError, match=r"original0, .*original1: put them into a group with approx=None"):
-        SecondOrderOptimizer(Odd())
+@pytest.mark.parametrize("unsupported", ["error", "gradient"])
+def test_parameters_that_no_layer_explains_are_preconditioned_element_by_element(unsupported):
     model = Odd().double()
-    optimizer = SecondOrderOptimizer(model, unsupported="gradient", lr=0.1, momentum=0.0, kl_clip=None)
+    optimizer = SecondOrderOptimizer(
+        model, unsupported=unsupported, samples=None, lr=1.0, momentum=0.0, kl_clip=None, damping=0.1,
+        damping_type="exact",
+    )  # fmt: skip
     x, y = DATA[0]
     nn.functional.cross_entropy(model(x), y).backward()
     p = model.body.parametrizations.weight.original1
     before, g = p.detach().clone(), p.grad.clone()
+    name = "body.parametrizations.weight.original1"
+    diagonal = oracles.ggn(model, nn.CrossEntropyLoss(), x, y, [(name, p)]).diag().reshape(p.shape)
     optimizer.step()
-    torch.testing.assert_close(before - p.detach(), 0.1 * g)
-    assert [block.params for block in optimizer.engine.blocks] == [[model.body.bias]]
+    torch.testing.assert_close(before - p.detach(), g / (diagonal + 0.1))
+    assert {q for block in optimizer.engine.blocks for q in block.params} == set(model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     _engine: CurvatureEngine | None = None
     _companions: Mapping[type[Companion], Companion] = MappingProxyType({})
     _scaled = False  # whether a GradScaler calls `step` now
-    _last: dict[str, Tensor]  # what is known of the last step, 0-d
+    noted: dict[str, Tensor]  # what is known of the last step, 0-d
     settings: Mapping[str, Any] = MappingProxyType({})  # options of the whole optimizer that are its own
 
     def __init__(
@@ -78,7 +78,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             self.table[name].check(name, value)
         own = {name: one for name, one in self.table.items() if one.scope != OPTIMIZER}
         defaults = {name: options[name] for name in own}
-        self.model, self._last = model, {}
+        self.model, self.noted = model, {}
         every = (damped, indefinite_is_mapped, *rules)
         self._group_options = GroupOptions(own, tuple(whole), self.settings, every, numbers)
         self._companions: dict[type[Companion], Companion] = {}
@@ -166,7 +166,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         engine = self.engine
         self._check_scaler()
         loss = self.run_closure(closure)
-        self._last = {"loss": loss.detach()} if isinstance(loss, Tensor) and not loss.dim() else {}
+        self.noted = {"loss": loss.detach()} if isinstance(loss, Tensor) and not loss.dim() else {}
         if engine.refresh():
             self.update_parameters()
             self._finish_step()
@@ -219,10 +219,6 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         assert self.engine is not None
         found: Any = self._companions[kind]
         return found
-
-    def note(self, **known: Tensor) -> None:
-        """What `metrics` is to say of this step, as 0-d tensors."""
-        self._last |= known
 
     def _save(self) -> None:
         """What must survive this step into `state`, where every trainable parameter has its keys."""
@@ -297,7 +293,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         the step after the KL clip, and clip: the factor ν of that. What else there is, the docstring of the class says.
         """
         engine = self.engine
-        last = dict(self._last)
+        last = dict(self.noted)
         for companion in self._companions.values():
             last |= companion.known()
         if "size" in last:
@@ -309,6 +305,14 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         engine = self.engine
         return summary_of(engine.blocks, engine.params(), engine.blueprint.names, engine.plain)
 
+    def coverage(self) -> float:
+        """The share of the trainable parameters, by their number of elements, that belong to a block with a curvature:
+        neither to a group with approx=None nor to a block that trains with the plain gradient."""
+        engine = self.engine
+        covered = {p for block in engine.blocks if block.name not in engine.plain for p in block.params}
+        sizes = [(p.numel(), p in covered) for p in engine.params() if p.requires_grad]
+        return sum(size for size, own in sizes if own) / max(1, sum(size for size, _ in sizes))
+
     # ------------------------------------------------------------------------- saving and copying
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -319,7 +323,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     def _restore(self) -> None:
         """Blocks and counters from `state`."""
         engine = self.engine
-        self._last = {}
+        self.noted = {}
         engine.step = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
         self._group_options.groups = self.param_groups
         self._group_options.accept_loaded(self.defaults, engine.step)

@@ -176,7 +176,7 @@ class CGNewton(CurvatureOptimizer):
             for piece, x in zip(block.pieces, d, strict=True):
                 piece.of(piece.param).add_(x, alpha=group["lr"])
         descend_uncovered(self.param_groups, self.engine.blocks)
-        self.note(cg_iterations=torch.tensor(float(iterations)))
+        self.noted.update(cg_iterations=torch.tensor(float(iterations)))
 
     def _solved(
         self, group: dict[str, Any], multiply: Callable[[Vector], Vector], b: Vector, params: list[Tensor]
@@ -227,7 +227,7 @@ class CGNewton(CurvatureOptimizer):
         d, iterations = self._solved(group, multiply, [-g.detach() for g in gradient], params)
         for p, x in zip(params, d, strict=True):
             p.add_(x.to(p.dtype), alpha=group["lr"])
-        self.note(cg_iterations=torch.tensor(float(iterations)))
+        self.noted.update(cg_iterations=torch.tensor(float(iterations)))
 
 
 def _gauss_newton(loss: Tensor, output: Tensor, params: Vector) -> CurvatureVectorProduct:

@@ -303,14 +303,14 @@ class VIOptimizer(CurvatureOptimizer, WeightPosterior):
         if products and recorder is not None:
             for part, group in self.gaussian_blocks():
                 if is_priced(part.block):
-                    estimate(part, products, group["ema_decay"], factor / recorder.loss_scale())
+                    estimate(part, products, group["ema_decay"], factor / recorder.settings.scale())
 
     def update_parameters(self) -> None:
         """μ <- μ - lr m, with the gradients of the draws and of the prior."""
         gradients, means = self._gradients()
         solved = self.engine.precondition(gradients)
         known = clipped(self.param_groups, gradients, solved, self.settings["kl_clip"])
-        self.note(**known)
+        self.noted.update(known)
         clip = known.get("clip")
         for group in self.param_groups:
             params = [p for p in group["params"] if p in gradients]

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.overrides import TorchFunctionMode
 
 from torchcurv import SecondOrderOptimizer
-from torchcurv.curv.capture.recurrent import UNROLLED
+from torchcurv.curv.layers.recurrent import UNROLLED
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 

@@ -442,9 +442,9 @@ def test_a_named_loss_needs_a_reduction_and_a_class_dimension():
     model = tokens()
     with pytest.raises(ValueError, match=r"reduction='none'"):
         optimizer(model, "cross_entropy", reduction="none")
-    opt = optimizer(model, "cross_entropy")
-    with pytest.raises(ValueError, match="class_dim="):
-        F.cross_entropy(model(cases.randn(N, T, 4)).transpose(1, 2), labels(N, T)).backward()
+    opt = optimizer(nn.Sequential(model, nn.LogSoftmax(-1)), "nll")
+    with pytest.raises(ValueError, match="class_dim="):  # whose gradient does not show it
+        F.nll_loss(opt.model(cases.randn(N, T, 4)).transpose(1, 2), labels(N, T)).backward()
     opt.remove()
 
 
@@ -490,3 +490,21 @@ def test_a_batch_that_is_not_finite_is_left_out_and_counted(name, kind, by, valu
     with pytest.warns(UserWarning, match="1 curvature measurements were not finite"):
         close(measured(opt), before)
     assert opt.metrics()["skipped_measurements"] == 1
+
+
+@pytest.mark.parametrize("dim", [1, 2, -1])
+def test_the_class_dimension_of_a_name_is_seen_in_the_gradient(dim):
+    model, x = tokens(), cases.randn(N, T, 4)
+    move = cases.ClassFirst() if dim == 1 else nn.Identity()
+    y = labels(N, T)
+    opt = optimizer(nn.Sequential(model, move), "cross_entropy")
+    f = opt.model(x)
+    F.cross_entropy(f if dim == 1 else f.transpose(1, 2), y).backward()
+    said = optimizer(nn.Sequential(model, move), "cross_entropy", class_dim=dim)
+    expected_model = said.model
+    found = measured(opt)
+    opt.remove()
+    said.zero_grad()
+    f = expected_model(x)
+    F.cross_entropy(f if dim == 1 else f.transpose(1, 2), y).backward()
+    close(found, measured(said))

@@ -97,6 +97,7 @@ class Averaging(Refusing):
         ok, tensors, changes = torch.isfinite(total), Tensors(), dict[str, Tensor]()
         for key, value in self.normalised_measurement(new).items():
             before = old[key] if key in old else torch.zeros_like(value)
+            value = value if value.dtype == before.dtype else value.to(before.dtype)  # of a use in another precision
             if track_change and value.dim():
                 moved = shares[key] * self.norm_of(key, value - before) / self.norm_of(key, before)
                 changes[key] = torch.where(before.any(), moved, torch.inf)

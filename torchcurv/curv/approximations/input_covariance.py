@@ -23,7 +23,7 @@ from torch import Tensor
 from torchcurv.curv.approximations.base import WHOLE, Approximation, Basis, Statistic, Tensors
 from torchcurv.curv.approximations.factor import Factor
 from torchcurv.curv.approximations.factors import Eigen, InputRows, KroneckerInverse
-from torchcurv.curv.approximations.kronecker import Kronecker, Sides
+from torchcurv.curv.approximations.kronecker import Sides, side_names
 from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.linalg.block_diagonal import eigenbasis, inverse, norm_of_side, side_shape, symmetrised, times
 from torchcurv.curv.linalg.symmetric import Damping, inverse_spd
@@ -62,7 +62,7 @@ class InputCurvature(Approximation):
 
     def side_names(self, o: int, d: int) -> tuple[str, str]:
         """The sizes of (I, A) as a summary prints them."""
-        return "I", f"rows of {d}" if self.by_rows else Kronecker(sides=self.sides).side_names(o, d)[1]
+        return "I", f"rows of {d}" if self.by_rows else side_names(self.sides, o, d)[1]
 
     @property
     def of_one_step(self) -> bool:

@@ -88,19 +88,12 @@ class Kronecker(Approximation):
             "B": Statistic(("B", "B_t", "moments", *(ONE + suffix for suffix in SUFFIXES)), True, needs_signals=True),
         }
 
-    def side_names(self, o: int, d: int) -> tuple[str, str]:
-        """The sizes of (B, A) as a summary prints them: n² is a matrix, k x m² are blocks, n a diagonal."""
-        blocks = (1, 1) if self.sides is None else self.sides.blocks
-        shapes = (side_shape(1, size, k) for size, k in zip((o, d), blocks, strict=True))
-        left, right = (f"{s[1]}²" if len(s) == 3 else f"{s[1]}" if s[2] == 1 else f"{s[1]} x {s[2]}²" for s in shapes)
-        return left, right
-
     subsampled: ClassVar[bool] = True
     propagated: ClassVar[str | None] = "matrix"
 
     def describe(self, size: int, shape: tuple[int, int, int]) -> str:
         g, o, d = shape
-        left, right = self.side_names(o, d)
+        left, right = side_names(self.sides, o, d)
         return f"{f'{g} x ' if g > 1 else ''}({left} ⊗ {right})"
 
     def of_mean_matrix(self, inputs: Inputs, matrix: Callable[[str], Tensor], n: int) -> Tensors:
@@ -222,6 +215,14 @@ class Kronecker(Approximation):
         total = sum(tr_left * tr_right for tr_left, tr_right in traces)
         assert isinstance(left, Tensor) and isinstance(right, Tensor) and isinstance(total, Tensor)
         return left, right / total.clamp_min(torch.finfo(total.dtype).tiny)
+
+
+def side_names(sides: Sides | None, o: int, d: int) -> tuple[str, str]:
+    """The sizes of (B, A) as a summary prints them: n² is a matrix, k x m² are blocks, n a diagonal."""
+    blocks = (1, 1) if sides is None else sides.blocks
+    shapes = (side_shape(1, size, k) for size, k in zip((o, d), blocks, strict=True))
+    left, right = (f"{s[1]}²" if len(s) == 3 else f"{s[1]}" if s[2] == 1 else f"{s[1]} x {s[2]}²" for s in shapes)
+    return left, right
 
 
 def _whole_gradients(

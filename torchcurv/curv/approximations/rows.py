@@ -171,8 +171,10 @@ class JacobianRows(Rows, Factor):
         gram = torch.where(finite, gram, 0)
         values, vectors = (part.to(gram.dtype) for part in eigh(gram.double() if double else gram))
         held = torch.as_tensor(damping, dtype=gram.dtype, device=gram.device)
-        ok = torch.isfinite(values.sum() + vectors.sum())
-        return JacobianRows(self.stats, values.clamp_min(0), vectors, held, finite), ok
+        # of a Gram matrix none is negative but by rounding
+        ok = torch.isfinite(values.sum() + vectors.sum()) & (values.amin() >= -1e-3 * values.amax().clamp_min(0))
+        values = torch.where(ok, values.clamp_min(0), values.abs().sum())
+        return JacobianRows(self.stats, values, vectors, held, finite), ok
 
     def solve(self, x: list[Tensor], damping: Damping | None = None) -> list[Tensor]:
         if damping is not None or self.damping is None:

@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchcurv.curv.capture.calls import Call, Capture
 from torchcurv.curv.capture.hooks import Hook, argument, is_inert, is_internal_forward
-from torchcurv.curv.capture.loss_functions import LossFunctions
 from torchcurv.curv.capture.notes import GraphNotes
 from torchcurv.curv.capture.parameter_trace import ParameterTrace, sample_gradients
 from torchcurv.curv.graph import (
@@ -55,8 +54,8 @@ class Forward:
         self.inside = self.mixed = False
         self.constant_statistics, self.twice, self.taped = True, False, False
         self.tape: Tape | None = None  # of the last forward pass of the model
-        self.losses: LossFunctions | None = None  # where the model may compute its loss itself
-        self._losses: LossFunctions | None = None  # of the forward pass that runs
+        self.losses: Any = None  # where the model may compute its loss itself
+        self._losses: Any = None  # of the forward pass that runs
         self._twice: AbstractContextManager[Any] = nullcontext()
         self.due: set[int] = set()
         self.bare = {k for k, layer in enumerate(layers) if layer.sites[0].bare}

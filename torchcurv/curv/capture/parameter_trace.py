@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from torchcurv.curv.capture.recurrent import UNROLLED
 from torchcurv.curv.graph import base_of, function_modes, uncompiled
 from torchcurv.curv.layers.inner_layers import Rows
+from torchcurv.curv.layers.recurrent import UNROLLED
 
 Read = Callable[[Tensor], Tensor]
 # (parameter, the rows of it that were used, the batch's input, output, from the gradient there to dz of the batch)
@@ -72,6 +72,10 @@ _MULTIPLIES = _of("mul", "mul_", "multiply", "__rmul__")
 # ------------------------------------------------------------------------------------- opaque parameters
 
 
+class CannotRunAgain(Exception):
+    """A module cannot be run sample by sample: it draws random numbers, changes its buffers, looks at its data."""
+
+
 def sample_gradients(
     module: nn.Module, name: str, param: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int
 ) -> Read:
@@ -101,11 +105,7 @@ def sample_gradients(
             try:
                 return torch.func.vmap(one)(dz, *(given[k] for k in batched)).reshape(batch, -1)
             except RuntimeError as error:
-                raise RuntimeError(
-                    f"the gradients of samples of {name!r} of a {type(module).__name__} could not be taken (a module "
-                    "that draws random numbers or changes its buffers cannot be run again): put it into a group with "
-                    "approx=None"
-                ) from error
+                raise CannotRunAgain(f"{name} of a {type(module).__name__}") from error
 
     return read
 

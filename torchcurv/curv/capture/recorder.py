@@ -19,7 +19,6 @@ from torchcurv.curv.capture.calls import Call, Capture
 from torchcurv.curv.capture.context import LossEvent, PassContext
 from torchcurv.curv.capture.hooks import Hook, argument, is_inert, is_internal_forward
 from torchcurv.curv.capture.inner_losses import InnerLosses
-from torchcurv.curv.capture.loss_settings import LossSettings
 from torchcurv.curv.capture.rows import numbered
 from torchcurv.curv.capture.signal_pass import CurvaturePass
 from torchcurv.curv.capture.triggers import DerivativeTaken, InputsAlone, LossModule, NamedOutput, Observed, Trigger
@@ -29,6 +28,7 @@ from torchcurv.curv.kinds.table import kind_of
 from torchcurv.curv.losses.formula import LabelFactor
 from torchcurv.curv.losses.joined import JoinedCall
 from torchcurv.curv.losses.loss import Loss
+from torchcurv.curv.losses.settings import LossSettings
 from torchcurv.curv.losses.terms import Terms
 from torchcurv.curv.numerics import on_cpu
 
@@ -50,7 +50,7 @@ class Recorder:
 
     blocks: what is fed; a block takes part in a forward pass while its name is in `due`.
     loss_fn, reduction, class_dim, output_fn, grad_scaler, loss_factor, negative: see `LossSettings`.
-    loss_twins: copies of loss_fn that may be called in its place.
+    loss_twins: copies of loss_fn that may be called in its place. before: the recorder that this one replaces.
     unsupported: "error" raises where a parameter is used in a way its layer does not explain; "gradient" stops
         feeding its block.
 
@@ -75,6 +75,7 @@ class Recorder:
         loss_twins: tuple[nn.Module, ...] = (),
         seed: int = 0,
         unsupported: str = "error",
+        before: Recorder | None = None,
     ) -> None:
         self.settings = LossSettings(loss_fn, reduction, class_dim, output_fn, grad_scaler, loss_factor, negative)
         self.blocks, self.loss_fn = blocks, loss_fn
@@ -87,6 +88,8 @@ class Recorder:
         self._lossless = self._alone = False  # whether blocks are due that no loss concerns, and no others
         self._task = -1  # the backward call that the last loss belongs to
         self._inner = InnerLosses(self) if self.settings.named else None
+        if self._inner is not None and before is not None and before._inner is not None:
+            self._inner.watching = before._inner.watching
         self._loss_hook: Hook | None = None
         self._join_hook: Hook | None = None
         self._joined: tuple[JoinedCall, Tensor] | None = None  # the call of a loss that runs, and what it is one of
@@ -137,10 +140,6 @@ class Recorder:
         for handle in self._loss_handles:
             handle.remove()
         self.set_due(())
-
-    def loss_scale(self) -> Any:
-        """See `LossSettings.scale`."""
-        return self.settings.scale()
 
     def capture_of(self, f: Tensor) -> tuple[Capture, Edge] | None:
         """See `GraphNotes.capture_of`."""

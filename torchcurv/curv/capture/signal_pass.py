@@ -20,6 +20,7 @@ from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.assemble import StatisticsAssembler
 from torchcurv.curv.capture.calls import Call
 from torchcurv.curv.capture.context import LossEvent, PassContext
+from torchcurv.curv.capture.parameter_trace import CannotRunAgain
 from torchcurv.curv.capture.rows import Mark, Rows, depending
 from torchcurv.curv.capture.verify import Path
 from torchcurv.curv.graph import Edge, Structure, backward_id, edges_below, structure_of, will_run
@@ -27,6 +28,7 @@ from torchcurv.curv.hessian.operation import Key, key_of
 from torchcurv.curv.hessian.products import OutputLoss
 from torchcurv.curv.hessian.tape import Tape
 from torchcurv.curv.kinds.base import CurvatureKind, Signals, SignalSource
+from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.losses.terms import Terms
 from torchcurv.curv.numerics import full_precision, on_cpu, random_signs
 
@@ -78,7 +80,11 @@ class CurvaturePass(SignalSource):
         checked = [block for block in self.blocks if context.kind_of(block).checked]
         checked = [block for block in checked if block.name not in context.check.excluded | context.check.left]
         if checked:
-            self.rows = context.check.settle(checked, self.source)
+            try:
+                self.rows = context.check.settle(checked, self.source)
+            except CannotRunAgain:  # the gradients that arrive at its parameters say it in the next pass
+                context.check.leave([block for block in checked if any(_by_sample(layer) for layer in block.layers)])
+                return self.verify()
             if self.rows is not None:
                 self.assembler = self.source.arranged(self.rows)
         return self.rows
@@ -202,6 +208,10 @@ class CurvaturePass(SignalSource):
         """Gradients at the outputs of the calls; None where f does not depend on one. signal: [n, t, c], at f."""
         signal = signal if self.rows is None else self.rows.ungrouped(signal, self.event.terms.f)
         return self.source.send(calls, signal, ())[0]
+
+
+def _by_sample(layer: Layer) -> bool:
+    return any(site.by_sample for site in layer.sites)
 
 
 class RowSource:

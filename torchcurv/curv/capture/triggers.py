@@ -18,11 +18,11 @@ from torch.autograd.graph import Node
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.calls import Capture
 from torchcurv.curv.capture.context import LossEvent
-from torchcurv.curv.capture.loss_settings import LossSettings
 from torchcurv.curv.capture.witness import Expected, expected_from
 from torchcurv.curv.graph import Edge, Frozen, edge_of, running_node
 from torchcurv.curv.losses.formula import LabelFactor
 from torchcurv.curv.losses.loss import Loss
+from torchcurv.curv.losses.settings import LossSettings
 from torchcurv.curv.losses.squared_error import SquaredError
 from torchcurv.curv.losses.terms import Terms
 from torchcurv.curv.numerics import at_least_float32
@@ -174,6 +174,7 @@ class NamedOutput(AtOutput):
         edge, f = self.edge, self.f.read()
         loss, scale = self.listener.settings.loss(), self.listener.settings.scale()
         arrived = gradient.reshape(f.shape)
+        loss = loss.with_class_dim_of(f, arrived)
         said = self.listener.settings.factor()
         hard = self.listener.hard_labels
         terms, factor, found = loss.terms_from_gradient(f, arrived, self.capture.n, scale, said, hard)

@@ -140,8 +140,7 @@ class GradientCheck:
         for block in blocks:
             unexplained, coupled, finite = findings[block.name]
             if unexplained and (_has_own_forward(block) or all(layer.sites[0].bare for layer in block.layers)):
-                self.left.add(block.name)  # there is more to it than what was seen
-                block.pending.forget()
+                self.leave([block])  # there is more to it than what was seen
             elif unexplained:
                 self.exclude(block, self.gradient_mismatch_message(block, unexplained))
             elif coupled:
@@ -279,6 +278,12 @@ class GradientCheck:
         return flags
 
     # --------------------------------------------------------------------------------- what follows
+
+    def leave(self, blocks: list[Curvature]) -> None:
+        """These have no pairs (a, s) of their type; the engine takes their parameters alone from the next step on."""
+        for block in blocks:
+            self.left.add(block.name)
+            block.pending.forget()
 
     def exclude(self, block: Curvature, why: str) -> None:
         """The gradient of a block is not that of its recorded calls."""

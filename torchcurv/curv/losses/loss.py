@@ -184,6 +184,20 @@ class Loss:
         )
         return terms, factor, found
 
+    def with_class_dim_of(self, f: Tensor, arriving: Tensor) -> Loss:
+        """The loss with the dimension of the classes that the gradient at its input shows, where none was said.
+
+        That of a cross entropy of logits sums to zero over its classes. Reads numbers; where none fits or several do,
+        it stays open.
+        """
+        if self.class_dim is not None or f.dim() < 3 or self.formula.elementwise or self.formula.joint:
+            return self
+        size = at_least_float32(arriving).abs().sum()
+        sums = [at_least_float32(arriving).sum(dim).abs().sum() for dim in range(1, f.dim())]
+        bound = max(1e-3, 32 * torch.finfo(arriving.dtype).eps) * size
+        fitting = [dim for dim, total in enumerate(sums, 1) if bool(total <= bound)]
+        return replace(self, class_dim=fitting[0]) if len(fitting) == 1 and bool(size > 0) else self
+
     def _tolerance(self, f: Tensor, arriving: Tensor) -> float:
         """A thousandth of a probability is more than float32 loses and less than another loss is off by; a coarser
         type may lose a few roundings of either tensor, 32 of them in a softmax and a sum over classes."""

@@ -73,7 +73,7 @@ class LevenbergMarquardt:
         loss = evaluation.loss.detach()
         dimension = effective_dimension(optimizer, loss)
         ratio = torch.where(predicted == 0, torch.nan, actual.double() / predicted.double())
-        optimizer.note(predicted=predicted, actual=actual, ratio=ratio, effective_dimension=dimension)
+        optimizer.noted.update(predicted=predicted, actual=actual, ratio=ratio, effective_dimension=dimension)
         # what rounding makes of the difference of two losses, eight units in the last place of each
         noise = loss.abs() * (8 * torch.finfo(loss.dtype).eps / evaluation.share)
         read = torch.stack([x.double() for x in (actual, predicted, noise, dimension)]).tolist()

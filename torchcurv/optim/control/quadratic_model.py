@@ -23,9 +23,9 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 
-from torchcurv.curv.capture.recurrent import unfused
 from torchcurv.curv.graph import buffers_of, tree_leaves, tree_map, version_of
 from torchcurv.curv.layers.normalization import BATCH_NORMS, uses_batch_statistics
+from torchcurv.curv.layers.recurrent import unfused
 from torchcurv.curv.losses.autograd import hessian_times
 from torchcurv.curv.numerics import at_least_float32
 from torchcurv.optim.update import inner

@@ -66,7 +66,7 @@ class FixedStep:
     def move(self, optimizer: Any, evaluation: Evaluation | None, gradients: Vector, solved: Vector) -> None:
         descent, state = optimizer.companion(Descent), optimizer.state
         known = kl_clip(optimizer.param_groups, gradients, solved, optimizer.settings["kl_clip"])
-        optimizer.note(**known)
+        optimizer.noted.update(known)
         for group in optimizer.param_groups:
             clip = known.get("clip") if is_of_the_loss(group) else None
             params = [p for p in group["params"] if p in gradients]
@@ -129,7 +129,7 @@ class QuadraticModelStep:
         if bound is not None:
             scale = scale_within(size, bound)
             chosen, size = chosen * scale, size * scale.square()
-        optimizer.note(kl=size / 2, **{f"step_along_{k}": c for k, c in enumerate(chosen)})
+        optimizer.noted.update(kl=size / 2, **{f"step_along_{k}": c for k, c in enumerate(chosen)})
         return chosen.to(slope.dtype)
 
 

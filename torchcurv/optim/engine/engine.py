@@ -14,7 +14,7 @@ from torchcurv.curv.capture.recorder import Recorder
 from torchcurv.curv.kinds.table import kind_of
 from torchcurv.optim.engine.building import Blueprint, same
 from torchcurv.optim.engine.damping import DampingPolicy, Group, has_changed, is_of_the_loss
-from torchcurv.optim.engine.fallback import finite_or_zero, short_gradients, usable_direction
+from torchcurv.optim.engine.fallback import Followers, finite_or_zero, short_gradients, usable_direction
 from torchcurv.optim.engine.report import warn, warn_of_failures, warn_of_plain
 from torchcurv.optim.engine.witness import check_captured, check_objections, check_present, check_unfrozen, remarks_on
 
@@ -72,8 +72,7 @@ class CurvatureEngine:
         self.plain: set[str] = set()  # names of blocks that turned out to have no curvature
         self.said: set[str] = set()  # warnings that were given once
         self.hooked = False
-        self._turned = False  # whether there are blocks whose parameters are not used as was thought
-        self._short: set[str] = set()  # names of blocks that follow their gradients in this step
+        self.followers = Followers(blueprint.alone)
         self._trained: list[bool] = []  # which parameters were trainable when the blocks were built
 
     # ------------------------------------------------------------------------------------ building
@@ -107,14 +106,18 @@ class CurvatureEngine:
             if kept.factor is None and self.damping.of_draws(groups[index], self.step) is not None:
                 kept.factors.setdefault(POSTERIOR, FactorSlot())
             self.pairs.append((kept, index))
-        self._trained, self._turned = [p.requires_grad for p in self.params()], False
+        self._trained, self.followers.rebuild = [p.requires_grad for p in self.params()], False
         known = {(block.params[0], block.layout.state_key) for block in self.blocks}
         for p, own in state.items():
             for key in [key for key in own if key.startswith("curvature") and (p, key) not in known]:
                 del own[key]
         self.unsaved = [b for b in self.blocks if b.layout.state_key not in state.get(b.params[0], {})]
         self.recorder = Recorder(
-            self.blueprint.model, self.blocks, **self.recording, unsupported=self.blueprint.unsupported
+            self.blueprint.model,
+            self.blocks,
+            **self.recording,
+            unsupported=self.blueprint.unsupported,
+            before=self.recorder,
         )
         self.hooked = True
         self.begin_step()
@@ -131,22 +134,12 @@ class CurvatureEngine:
     @property
     def outdated(self) -> bool:
         """Whether blocks have to be built anew: parameters were frozen or unfrozen, or are not used as was thought."""
-        return self._turned or self._trained != [p.requires_grad for p in self.params()]
+        return self.followers.rebuild or self._trained != [p.requires_grad for p in self.params()]
 
     def unfrozen(self) -> list[Tensor]:
         """Parameters that are trainable and were not when the blocks were built."""
         pairs = zip(self.params(), self._trained, strict=True)
         return [p for p, before in pairs if p.requires_grad and not before]
-
-    def take_alone(self, blocks: list[Curvature]) -> None:
-        """Build blocks of single elements for these from the next step on; in this one they follow their gradients."""
-        self.shorten(blocks)
-        self._turned = True
-        self.blueprint.alone.update(p for block in blocks for p in block.params)
-
-    def shorten(self, blocks: list[Curvature]) -> None:
-        """Blocks that have no curvature yet follow their gradients in this step, of length 1 at the most."""
-        self._short |= {block.name for block in blocks}
 
     def remove(self) -> None:
         """Take every hook away."""
@@ -159,7 +152,7 @@ class CurvatureEngine:
     def begin_step(self) -> None:
         """Say what the next forward passes feed."""
         assert self.recorder is not None
-        self._short = set()
+        self.followers.names = set()
         self.recorder.begin_step(self.step, self._due())
 
     def _due(self) -> list[str]:
@@ -301,7 +294,7 @@ class CurvatureEngine:
             if not any(p in gradients for p in block.params):
                 continue
             if not block.factors[STEP].ready:
-                if block.name in self._short:
+                if block.name in self.followers.names:
                     solved |= short_gradients({p: gradients[p] for p in block.params if p in gradients})
                 continue
             given = [

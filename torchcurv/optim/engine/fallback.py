@@ -18,6 +18,25 @@ def finite_or_zero(gradient: Tensor) -> Tensor:
     return torch.where(finite, gradient, 0)
 
 
+class Followers:
+    """Blocks that have no curvature yet and follow their gradients in this step, of length 1 at the most.
+
+    names: of these blocks. alone: parameters that are not used as the types of their modules say, of which blocks of
+    single elements are made when `rebuild` is seen.
+    """
+
+    def __init__(self, alone: set[Tensor]) -> None:
+        self.names: set[str] = set()
+        self.alone, self.rebuild = alone, False
+
+    def add(self, blocks: list[Curvature], alone: bool) -> None:
+        """alone: whether their parameters are to be taken element by element from the next step on."""
+        self.names |= {block.name for block in blocks}
+        if alone:
+            self.alone.update(p for block in blocks for p in block.params)
+            self.rebuild = True
+
+
 def short_gradients(gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     """The gradients of a block, of length 1 at the most."""
     plain = {p: at_least_float32(finite_or_zero(g)) for p, g in gradients.items()}

@@ -12,6 +12,7 @@ from torchcurv.curv.capture.recorder import DERIVATIVES, Recorder
 from torchcurv.curv.losses.autograd import WatchedLoss
 from torchcurv.optim.engine.building import Blueprint
 from torchcurv.optim.engine.damping import Group
+from torchcurv.optim.engine.fallback import Followers
 
 
 class Watched(Protocol):
@@ -21,20 +22,13 @@ class Watched(Protocol):
     groups: Sequence[Group]
     recorder: Recorder | None
     hooked: bool
+    followers: Followers
     hint: Callable[[], str | None]
 
     @property
     def blocks(self) -> list[Curvature]: ...
 
     def unfrozen(self) -> list[Tensor]: ...
-
-    def shorten(self, blocks: list[Curvature]) -> None:
-        """They follow their gradients in this step."""
-        ...
-
-    def take_alone(self, blocks: list[Curvature]) -> None:
-        """Their parameters are not used as the types of their modules say."""
-        ...
 
 
 def check_unfrozen(engine: Watched) -> None:
@@ -85,7 +79,7 @@ def check_captured(engine: Watched, missing: list[Curvature]) -> bool:
     if not names:
         return not nothing
     if nothing and engine.recorder is not None and engine.recorder.unseen:
-        engine.shorten(missing)
+        engine.followers.add(missing, alone=False)
         return True  # the next passes are watched
     if nothing and engine.recorder is not None and engine.recorder.without_terms:
         return True  # every target is ignored: what has a gradient is no part of this loss
@@ -100,7 +94,8 @@ def check_captured(engine: Watched, missing: list[Curvature]) -> bool:
             "before that forward pass (and before torch.compile's first call)"
         )
     excluded = set() if engine.recorder is None else engine.recorder.context.check.excluded
-    engine.take_alone([block for block in missing if block.name in names and block.name not in excluded])
+    new = [block for block in missing if block.name in names and block.name not in excluded]
+    engine.followers.add(new, alone=bool(new))
     return True
 
 

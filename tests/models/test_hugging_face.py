@@ -1,0 +1,101 @@
+"""Models of the transformers library train with nothing but the model, and their curvature is that of the logits."""
+
+import pytest
+import torch
+from torch import nn
+
+from torchcurv import SecondOrderOptimizer
+
+pytest.importorskip("transformers")
+from hugging_face import MODELS
+
+TWICE = "ignore:.*cannot be differentiated twice:UserWarning"  # CTC, which says so
+
+
+@pytest.mark.filterwarnings(TWICE)
+@pytest.mark.parametrize("name", MODELS)
+def test_it_trains_untouched(name):
+    model, batch = MODELS[name]()
+    model.train()
+    optimizer = SecondOrderOptimizer(model)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and all(p.isfinite().all() for p in model.parameters())
+    covered = {p for block in optimizer.blocks.values() if block.factor is not None for p in block.params}
+    reached = {p for p in model.parameters() if p.grad is not None and p.grad.any()}
+    assert reached <= covered
+
+
+def counted(name, model, batch):
+    """(logits [rows, classes] of the terms that count, how many there are)."""
+    logits, labels = model(**batch).logits, batch["labels"]
+    if logits.dim() == 2:
+        return logits, len(logits)
+    if logits.shape[1] == labels.shape[1] and "masked" not in name and name not in ("t5", "bart", "whisper"):
+        logits = logits[:, :-1]  # of the next word
+    logits = logits.flatten(0, 1)
+    return logits, len(logits)
+
+
+EXACT = [
+    "gpt2", "opt", "gemma2", "mamba", "bert", "deberta v2", "xlnet", "t5", "bart", "vit", "beit", "swin v2",
+    "convnext", "perceiver",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_diagonal_is_that_of_the_logits(name):
+    """diag(J^T H J) over the rows that count, for two parameters of each kind of module, in float64; the losses inside
+    of causal language models are computed in float32."""
+    model, batch = MODELS[name]()
+    model = model.double().eval()
+    batch = {k: x[:2].double() if x.is_floating_point() else x[:2] for k, x in batch.items()}
+    optimizer = SecondOrderOptimizer(
+        model, approx="diag", samples=None, ema_decay=0.0, lr=0.0, weight_decay=0.0, update_every=1, refactor_every=1
+    )
+    for _ in range(3):  # a loss in the model is seen from the second pass on, odd uses of parameters from the next
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    found, chosen, seen = {}, {}, {}
+    for block in optimizer.blocks.values():
+        if not any(p.grad is not None and p.grad.any() for p in block.params):
+            continue
+        parts = block.layout.split(block.layout.unflatten(block.factor.diag()))
+        found |= dict(zip(block.params, parts, strict=True))
+        kind = type(block.layers[0].sites[0].module).__name__
+        seen[kind] = seen.get(kind, 0) + 1
+        if seen[kind] <= 2:
+            chosen |= dict.fromkeys(block.params, kind)
+    logits, count = counted(name, model, batch)
+    probabilities = logits.detach().softmax(-1)
+    expected = {p: torch.zeros_like(p) for p in chosen}
+    for row in range(len(logits)):
+        root = probabilities[row].diag().sqrt() - probabilities[row][:, None] * probabilities[row].sqrt()[None]
+        for column in root.T:
+            grads = torch.autograd.grad(
+                logits[row], list(chosen), column, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for p, g in zip(chosen, grads, strict=True):
+                expected[p] += g.square() / count
+    for p, kind in chosen.items():
+        assert (found[p] - expected[p]).norm() <= 1e-6 * expected[p].norm() + 1e-9, kind
+
+
+def test_a_loss_of_ones_own_beside_logits():
+    model, batch = MODELS["bert"]()
+    loss_fn = nn.CrossEntropyLoss()
+    optimizer = SecondOrderOptimizer(model.train(), loss_fn=loss_fn)
+    labels, first = batch.pop("labels"), None
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = loss_fn(model(**batch).logits, labels)
+        loss.backward()
+        optimizer.step()
+        first = first or loss.item()
+    assert loss.item() < first
