@@ -48,7 +48,7 @@ $(VENV)/.torch: $(VENV)/.created constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(PIP_INSTALL) -e ".[test,benchmarks,examples]"
+	$(PIP_INSTALL) -e ".[test,benchmarks,examples,integrations]"
 	touch $@
 
 $(VENV)/.benchmarks: $(VENV)/.torch pyproject.toml

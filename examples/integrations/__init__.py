@@ -1,0 +1,1 @@
+"""Programs with other libraries: pip install "torchcurv[integrations]"."""
