@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchcurv.curv.graph import edge_of
-from torchcurv.curv.hessian.local import RESIDUALS
-from torchcurv.curv.hessian.propagate import propagate
+import torchcurv.curv.hessian.propagate as module
+from torchcurv.curv.hessian.local import RESIDUALS, Treatment
 from torchcurv.curv.hessian.tape import Tape
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def propagate(tape, edge, seed, gradient_at, form, residual="keep", targets=None, **how):
+    return module.propagate(tape, edge, seed, gradient_at, form, Treatment(residual, **how), targets)
 
 
 # --- nets ---------------------------------------------------------------------------------------------------

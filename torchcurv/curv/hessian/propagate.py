@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torchcurv.curv.graph import Edge
-from torchcurv.curv.hessian.local import RESIDUALS, Propagation
+from torchcurv.curv.hessian.local import RESIDUALS, Propagation, Treatment
 from torchcurv.curv.hessian.operation import Key, Op, key_of, place_of, refusal
 from torchcurv.curv.hessian.tape import Tape
 
@@ -36,8 +36,7 @@ def propagate(
     seed: Tensor,
     gradient_at: Gradients,
     form: str,
-    residual: str = "keep",
-    max_dim: int = 2048,
+    how: Treatment = Treatment(),
     targets: Collection[Key] | None = None,
 ) -> dict[Key, Tensor]:
     """H at the output of every operation between `output_edge` and the targets, by edge.
@@ -47,21 +46,19 @@ def propagate(
     Args:
         seed: H there: form "diag" a tensor shaped like the output, "matrix" a mean over samples [d, d].
         gradient_at: dL/d(tensor) at each of some edges; called at most once, for what `residual` needs.
-        residual: what becomes of second derivatives, sample by sample: "keep" (the Hessian), "zero" (Gauss-Newton),
-            "abs" or "clip" (at 0 from below).
-        max_dim: the largest d in the matrix form.
+        how: what becomes of second derivatives, how Jacobians are averaged, and the largest matrix.
         targets: edges of the outputs of layers; what lies below all of them needs no rule. None: everything.
     """
     if form not in ("diag", "matrix"):
         raise ValueError(f'form={form!r}: pass "diag" or "matrix"')
-    if residual not in RESIDUALS:
-        raise ValueError(f"residual={residual!r}: pass one of {', '.join(map(repr, RESIDUALS))}")
+    if how.residual not in RESIDUALS:
+        raise ValueError(f"residual={how.residual!r}: pass one of {', '.join(map(repr, RESIDUALS))}")
     n = 1 if form == "diag" else output_edge.shape.numel() // len(seed)
-    now = Propagation(form, n, None if residual == "zero" else RESIDUALS[residual])
+    now = Propagation(form, n, how)
     steps = _steps(tape, output_edge, targets)
     for op, slots in steps:
-        _check(op, slots, now, max_dim)
-    if now.residual is not None:
+        _check(op, slots, now)
+    if how.residual != "zero":
         curved = [op.output for op, _ in steps if op.rule.curved]
         gradients = gradient_at(curved) if curved else []
         now.gradients = {key_of(edge): g.detach() for edge, g in zip(curved, gradients, strict=True)}
@@ -131,7 +128,7 @@ def _below(start: Node, nodes: set[Node]) -> set[Node]:
     return met
 
 
-def _check(op: Op, slots: list[int], now: Propagation, max_dim: int) -> None:
+def _check(op: Op, slots: list[int], now: Propagation) -> None:
     """Refusals, before anything is computed."""
     rule = op.known
     if rule is None:
@@ -143,8 +140,8 @@ def _check(op: Op, slots: list[int], now: Propagation, max_dim: int) -> None:
     if not rule.matrix:
         raise op.refused('there is no rule for matrices; use approx="diag"')
     d = max(edge.shape.numel() // now.n for edge in [op.output, *(op.inputs[slot] for slot in slots)])
-    if d > max_dim:
+    if d > now.how.max_dim:
         raise ValueError(
-            f"at {op.place} the Hessian is a {d} x {d} matrix, above the limit of {max_dim}: use "
+            f"at {op.place} the Hessian is a {d} x {d} matrix, above the limit of {now.how.max_dim}: use "
             f'approx="diag" or raise max_hessian_dim'
         )

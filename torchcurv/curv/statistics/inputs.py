@@ -112,6 +112,18 @@ class Inputs:
         some.__dict__["_all"] = self._all[samples] if self.tokens is None else self.tokens.of(samples)
         return some
 
+    def averaged(self) -> Inputs:
+        """One sample: the mean of all, position by position."""
+        a = self.a
+        w = self._weights(a.shape[1])
+        if w is None:
+            mean = a.mean(0, keepdim=True)
+        else:
+            w = w.to(a.dtype)
+            total = w.sum(0).clamp_min(torch.finfo(a.dtype).tiny)
+            mean = torch.einsum("nr,nrgi->rgi", w, a).div(total[:, None, None]).unsqueeze(0)
+        return Inputs.made(self.layer, self.site, mean, None, None)
+
     @property
     def with_ones(self) -> Tensor:
         """a with the columns that the joined parameters have: inputs if the weight is covered, 1 for the bias."""
