@@ -198,8 +198,8 @@ class HessianOptions(TypedDict, total=False):
             "sample",
             one_of("sample", "batch"),
             STRUCTURE,
-            'how "kfac" of the Hessian averages Jacobians J_n: "sample": mean J_n^T H J_n and A = mean a a^T, or "batch": '
-            "(mean J_n)^T H (mean J_n) and A = (mean a) (mean a)^T",
+            'how "kfac" of the Hessian averages Jacobians J_n: "sample": mean J_n^T H J_n and A = mean a a^T, or '
+            '"batch": (mean J_n)^T H (mean J_n) and A = (mean a) (mean a)^T',
         ),
     ]
     max_hessian_dim: Annotated[

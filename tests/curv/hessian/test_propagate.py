@@ -13,8 +13,8 @@ from cases import randn, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchcurv.curv.graph import edge_of
 import torchcurv.curv.hessian.propagate as module
+from torchcurv.curv.graph import edge_of
 from torchcurv.curv.hessian.local import RESIDUALS, Treatment
 from torchcurv.curv.hessian.tape import Tape
 

@@ -44,6 +44,9 @@ class Treatment:
     max_dim: int = 2048
 
 
+EXACT = Treatment()
+
+
 @dataclass
 class Propagation:
     """What one propagation is about. n: samples, for the matrix form. gradients: dL/d(output) where rules read it."""
@@ -63,7 +66,7 @@ class Propagation:
         return self.how.averaging == "batch"
 
     def second_order(self, r: Tensor) -> Tensor:
-        """What the second derivatives r of all samples, [n, ...], add: for each sample, or in the matrix form a mean."""
+        """What the second derivatives r of all samples [n, ...] add: for each sample, or in the matrix form a mean."""
         act = RESIDUALS[self.how.residual]
         if self.diag:
             return act(r)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torchcurv.curv.graph import Edge
-from torchcurv.curv.hessian.local import RESIDUALS, Propagation, Treatment
+from torchcurv.curv.hessian.local import EXACT, RESIDUALS, Propagation, Treatment
 from torchcurv.curv.hessian.operation import Key, Op, key_of, place_of, refusal
 from torchcurv.curv.hessian.tape import Tape
 
@@ -36,7 +36,7 @@ def propagate(
     seed: Tensor,
     gradient_at: Gradients,
     form: str,
-    how: Treatment = Treatment(),
+    how: Treatment = EXACT,
     targets: Collection[Key] | None = None,
 ) -> dict[Key, Tensor]:
     """H at the output of every operation between `output_edge` and the targets, by edge.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torchcurv.curv.hessian.local import Treatment
+from torchcurv.curv.hessian.local import EXACT, Treatment
 from torchcurv.curv.hessian.products import CurvatureVectorProduct, OutputLoss
 from torchcurv.curv.hessian.propagate import propagate
 from torchcurv.curv.kinds.base import Block, CurvatureKind, KindOptions, SignalSource
@@ -81,7 +81,7 @@ class PropagatedHessian(Hessian):
     name: ClassVar[str] = "hessian"
     needs_tape: ClassVar[bool] = True
     form: str = "diag"
-    how: Treatment = Treatment()
+    how: Treatment = EXACT
 
     def measure(self, source: SignalSource, blocks: Sequence[Block]) -> None:
         loss, tape = source.output_loss(), source.tape()
