@@ -34,8 +34,8 @@ def _hessian_is_propagated(options: Any) -> None:
     for name in ("residual_over", "hessian_averaging"):
         if vars(options)[name] != "sample" and (options.approx, options.method) != ("kfac", "propagate"):
             raise ValueError(
-                f'{name}={vars(options)[name]!r} with approx={options.approx!r}; only the matrices of "kfac" '
-                f'over a batch: choose approx="kfac", or {name}="sample"'
+                f'{name}={vars(options)[name]!r} with approx={options.approx!r}; only the matrices of "kfac" are '
+                f'means over a batch: choose approx="kfac", or {name}="sample"'
             )
 
 

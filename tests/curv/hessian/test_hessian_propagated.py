@@ -201,13 +201,13 @@ class Attends(nn.Module):
         self.query, self.key = nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, x):
-        return torch.softmax(self.query(x) * self.key(x), -1)
+        return torch.cumprod(self.query(x) * self.key(x), -1)
 
 
 def test_a_refusal_names_the_operation_and_the_module():
     model = nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({"inner": Attends()})["inner"], nn.Linear(4, 3)).double()
     data = [(cases.randn(2, 4), torch.tensor([0, 1]))]
-    with pytest.raises(NotImplementedError, match=r"through softmax \(operation .* in module '1' \(Attends\)\): there"):
+    with pytest.raises(NotImplementedError, match=r"through cumprod \(operation .* in module '1' \(Attends\)\): there"):
         curvature(model, nn.CrossEntropyLoss(), data, curv_type="hessian", approx="diag")
 
 

@@ -65,6 +65,15 @@ class Propagation:
         """Whether it is Jacobians that are averaged over samples."""
         return self.how.averaging == "batch"
 
+    def second_order_matrix(self, S: Tensor) -> Tensor:
+        """The mean of second derivatives S [n, d, d] that are no diagonals: the map acts on their eigenvalues."""
+        if self.how.residual == "keep" or self.how.residual_over == "batch":
+            S = S.mean(0, keepdim=True)
+        if self.how.residual != "keep":
+            values, vectors = torch.linalg.eigh(S)
+            S = vectors @ (RESIDUALS[self.how.residual](values).unsqueeze(-1) * vectors.mT)
+        return S.mean(0)
+
     def second_order(self, r: Tensor) -> Tensor:
         """What the second derivatives r of all samples [n, ...] add: for each sample, or in the matrix form a mean."""
         act = RESIDUALS[self.how.residual]

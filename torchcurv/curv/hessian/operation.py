@@ -27,6 +27,9 @@ class Rule(NamedTuple):
     curved: whether it has a second derivative. joint: whether H may go to several arguments at once (the function is
     linear in all of them together). matrix: whether it knows the matrix form. random: whether it drops elements at
     random, so that its slope is noted. switch: whether its slope is 0 or 1.
+    chain: whether a chain may contain it (chains.py): "entry", a map with at most one entry per row of J; "mixing", one
+    with more; "coupled", one that only chains of the matrix form contain; or "". move: whether it selects elements.
+    copies: whether it is the identity, but for the type and the device.
     """
 
     apply: Apply
@@ -37,6 +40,9 @@ class Rule(NamedTuple):
     matrix: bool = True
     random: bool = False
     switch: bool = False
+    chain: str = ""
+    move: bool = False
+    copies: bool = False
 
 
 class Kept(NamedTuple):
