@@ -78,11 +78,15 @@ COUPLED = {
     "glu": lambda x: F.glu(x, -1),
     "logsumexp": lambda x: x.logsumexp(-1),
     "normalize": lambda x: F.normalize(x, dim=-1),
+    "layer_norm": lambda x: F.layer_norm(x, (6,), randn(6, seed=5), randn(6, seed=6), 0.1),
+    "rms_norm": lambda x: F.rms_norm(x, (3, 6), eps=0.1),
+    "group_norm": lambda x: F.group_norm(x.unflatten(2, (2, 3)), 3, randn(3, seed=5)),
     "upsampled": lambda x: F.interpolate(x, 9, mode="linear"),
 }
 MATRICES = {  # exact as matrices only
     "attention": attention,
     "kernel": lambda x: x @ x.mT,
+    "heads": lambda x: F.scaled_dot_product_attention(*x.unflatten(2, (3, 2)).unbind(2), is_causal=True),
     "entropy": lambda x: -(F.softmax(x, -1) * F.log_softmax(x, -1)).sum(-1),
     "expert": lambda x: (torch.softmax(x.mean(1), -1)[:, None] * x.tanh()).sum(-1),
 }

@@ -305,6 +305,20 @@ PRODUCTS = [
     Net("bmm", (2, 3), _two(lambda x, y: torch.bmm(x.mT, y), linear(4, 3)), matrix=False),
     Net("einsum", (2, 3), _two(lambda x, y: torch.einsum("ntc, nsc -> nst", x, y), linear(2, 3)), matrix=False),
     Net("einsum_summed", (2, 3), _two(lambda x, y: torch.einsum("ntc,nsd->ntc", x, y), linear(4, 3)), matrix=False),
+    *(
+        Net(f"attention_{k}", (2, 3), _two(f, linear(4, 3)), matrix=False)
+        for k, f in enumerate(
+            [
+                lambda x, y: F.scaled_dot_product_attention(
+                    x, randn(3, 2, 4), y, torch.tensor([[0.0, 1.0], [2.0, 0.5]])
+                ),
+                lambda x, y: F.scaled_dot_product_attention(x, y, value=randn(3, 2, 4), is_causal=True, scale=0.7),
+                lambda x, y: F.scaled_dot_product_attention(
+                    randn(3, 2, 4), x, y, torch.tensor([[True, False], [True, True]])
+                ),
+            ]
+        )
+    ),
     Net("einsum_plain", (2, 3), _two(lambda x, y: torch.einsum("ntc,ncs", x, y.mT), linear(2, 3)), matrix=False),
 ]
 
@@ -584,7 +598,7 @@ def test_refuses_by_name_and_place(case):
 
 
 MATRIX_REFUSED = {
-    "norm": (nn.LayerNorm(4).double(), 'through layer_norm .*no rule for matrices; use approx="diag"'),
+    "norm over samples": (lambda x: F.softmax(x, 0), 'through softmax .*mixes samples; approx="diag"'),
     "transposed batch": (lambda x: x.T.contiguous().T, 'through T .*moves dimension 0.*approx="diag"'),
     "samples meet": (lambda x: x.roll(1, 0), 'through roll .*mixes samples; approx="diag"'),
     "matrix per sample": (

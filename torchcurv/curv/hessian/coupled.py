@@ -118,3 +118,52 @@ def _entries_are_products(op: Op, slot: int) -> bool:
     own = tensors.index(slot)
     here = set(right) | set(terms[own]) | {"."}
     return all(set(term) <= here for k, term in enumerate(terms) if k != own)
+
+
+def attended(op: Op, slot: int, H: Tensor, now: Propagation) -> Tensor:
+    """y = P v with P = softmax(s q k^T + mask), and a_ts = P_ts (v_s - y_t), a vector over the outputs d:
+
+        dy_t/dq_ti = s sum_s a_ts k_si        dy_t/dk_si = s a_ts q_ti        dy_td/dv_sd = P_ts
+
+    With G = g v^T and c_ts = P_ts (G_ts - sum_s P_ts G_ts), sum_td g_td d²y_td is, for q_ti² and for k_si²,
+
+        s² sum_s c_ts k_si² - 2 s² (sum_s c_ts k_si) (sum_s P_ts k_si)        s² sum_t c_ts (1 - 2 P_ts) q_ti²
+    """
+    if op.option(4, "dropout_p", 0.0) or op.option(7, "enable_gqa", False):
+        raise op.refused("it is known without dropout and enable_gqa")
+    if not now.diag:
+        return coupled(op, slot, H, now)
+    given = [op.option(k, name) for k, name in enumerate(("query", "key", "value"))]
+    q, k, v = (op.read(leaf, H.dtype) for leaf in given)
+    scale = op.option(6, "scale")
+    s = q.shape[-1] ** -0.5 if scale is None else scale
+    P = _scores(op, q, k, s).softmax(-1)
+    y, mean_k, to_query = P @ v, P @ k, op.leaves[slot] is given[0]
+    if op.leaves[slot] is given[2]:
+        return (P.square().mT @ H).sum_to_size(v.shape)
+    if to_query:
+        new = torch.zeros_like(mean_k)
+        for d in range(v.shape[-1]):  # all at once take the memory of an output times that of a key
+            new += H[..., d, None] * (P @ (v[..., d, None] * k) - y[..., d, None] * mean_k).square()
+    else:
+        spread = H @ v.square().mT - 2 * (H * y) @ v.mT + (H * y.square()).sum(-1, keepdim=True)
+        new = (P.square() * spread).mT @ q.square()
+
+    def second(g: Tensor) -> Tensor:
+        G = g @ v.mT
+        c = P * (G - (P * G).sum(-1, keepdim=True))
+        if to_query:
+            return (s**2 * (c @ k.square() - 2 * (c @ k) * mean_k)).sum_to_size(q.shape)
+        return (s**2 * (c * (1 - 2 * P)).mT @ q.square()).sum_to_size(k.shape)
+
+    return with_residual(op, (s**2 * new).sum_to_size((q if to_query else k).shape), second, now)
+
+
+def _scores(op: Op, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    mask, scores = op.option(3, "attn_mask"), scale * q @ k.mT
+    if op.option(5, "is_causal", False):
+        return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    if mask is None:
+        return scores
+    mask = op.read(mask, q.dtype)
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask

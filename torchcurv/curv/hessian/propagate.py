@@ -170,8 +170,6 @@ def _check(op: Op, slots: list[int], now: Propagation) -> None:
         raise op.refused("more than one of its arguments depends on layers")
     if now.diag:
         return
-    if not rule.matrix:
-        raise op.refused('there is no rule for matrices; use approx="diag"')
     d = max(edge.shape.numel() // now.n for edge in [op.output, *(op.inputs[slot] for slot in slots)])
     if d > now.how.max_dim:
         raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchcurv.curv.hessian.coupled import (
+    attended,
     contracted,
     coupled,
     gated,
@@ -152,10 +153,10 @@ def _group_rows(given: Callable[[str], Any]) -> tuple[Tensor, Tensor | None]:
 
 
 def _normalised(rows: Callable[[Callable[[str], Any]], tuple[Tensor, Tensor | None]], centred: bool = True) -> Apply:
-    """A norm over groups of m elements; diagonal form only, because it couples the elements of a group.
+    """A norm over groups of m elements, which it couples.
 
-    With x̂ = (x - μ) / σ, y = w ∘ x̂ + b, q = w² ∘ h, e = w ∘ dL/dy and P = I - 11^T / m (I and μ = 0 where the mean
-    is left alone), dx̂_k/dx_i = (P_ki - x̂_k x̂_i / m) / σ. Both parts of the new diagonal are exact,
+    In the diagonal form, with x̂ = (x - μ) / σ, y = w ∘ x̂ + b, q = w² ∘ h, e = w ∘ dL/dy and P = I - 11^T / m (I and
+    μ = 0 where the mean is left alone), dx̂_k/dx_i = (P_ki - x̂_k x̂_i / m) / σ. Both parts of the new diagonal are exact,
 
         sum_k q_k (dx̂_k/dx_i)²    and    sum_k e_k d²x̂_k/dx_i² = (-2 x̂_i (P e)_i + e·x̂ (3 x̂_i² / m - P_ii)) / (m σ²),
 
@@ -164,6 +165,8 @@ def _normalised(rows: Callable[[Callable[[str], Any]], tuple[Tensor, Tensor | No
 
     def apply(op: Op, slot: int, H: Tensor, now: Propagation) -> Tensor:
         given = op.named(slot, H.dtype)
+        if not now.diag:
+            return coupled(op, slot, H, now)
         (x, w), eps = rows(given), given("eps")
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         m, w = x.shape[1], torch.ones_like(x[:1]) if w is None else w
@@ -250,8 +253,11 @@ RULES: dict[str, Rule] = {
     "log_softmax": Rule(log_softmaxed, values=True, curved=True, chain="coupled"),
     "glu": Rule(gated, values=True, curved=True, chain="mixing"),
     **dict.fromkeys(REDUCTIONS, Rule(coupled, values=True, curved=True, chain="mixing")),
+    "scaled_dot_product_attention": Rule(
+        attended, values=True, operands=True, curved=True, joint=True, chain="coupled"
+    ),
     "batch_norm": Rule(_batch_normed, values=True),
-    "layer_norm": Rule(_normalised(_layer_rows), values=True, curved=True, matrix=False),
-    "rms_norm": Rule(_normalised(_layer_rows, centred=False), values=True, curved=True, matrix=False),
-    "group_norm": Rule(_normalised(_group_rows), values=True, curved=True, matrix=False),
+    "layer_norm": Rule(_normalised(_layer_rows), values=True, curved=True, chain="coupled"),
+    "rms_norm": Rule(_normalised(_layer_rows, centred=False), values=True, curved=True, chain="coupled"),
+    "group_norm": Rule(_normalised(_group_rows), values=True, curved=True, chain="coupled"),
 }
