@@ -492,12 +492,16 @@ def test_results_are_kept_out_of_git():
 
 
 def test_cg_newton_on_one_linear_layer():
-    from benchmarks.cg_newton import table, train
+    from benchmarks.cg_newton import CURVATURES, PUBLISHED, table, train
 
     digits = data.mnist()
-    points = train(digits.images[:1000], digits.labels[:1000], steps=6)
-    assert points[-1].loss < 0.8 * points[0].loss and all(0 < p.iterations <= 50 for p in points)
-    assert table(points, 2).row_count == 4
+    found = {}
+    for name in CURVATURES:
+        points = train(digits.images, digits.labels, steps=6, curvature=name)
+        assert points[-1].loss < 0.8 * points[0].loss and all(0 < p.iterations <= 50 for p in points)
+        assert table(points, 2).row_count == 4
+        found[name] = points[-1].loss
+    assert found["hbp"] < PUBLISHED[6] + 0.02 < 0.6 * found["samples"] and found["samples"] < found["ggn"]
 
 
 def test_the_spectrum_program_draws_what_it_measured(tmp_path):

@@ -162,11 +162,88 @@ def test_training_lowers_the_loss_and_parameters_without_curvature_follow_the_gr
         ({"cg_tol": -1.0}, "cg_tol=-1.0"),
         ({"approx": "operator", "curv_type": "fisher"}, 'allowed are "ggn" and "hessian"'),
         ({"approx": "kfca"}, "allowed are 'full'"),
+        ({"residual": "zero"}, "residual='zero' with curv_type='ggn'.*curv_type=\"hessian\""),
+        ({"residual": "half", "curv_type": "hessian", "approx": "kfac"}, "residual='half'"),
+        ({"residual": "zero", "curv_type": "hessian"}, "not propagated"),
+        ({"residual": "zero", "curv_type": "hessian", "approx": "operator"}, 'with approx="operator"'),
+        ({"hessian_averaging": "batch", "curv_type": "hessian", "approx": "diag"}, "hessian_averaging='batch'"),
+        ({"residual_over": "batch", "curv_type": "hessian", "approx": "block"}, "residual_over='batch'"),
+        ({"residual_over": "all", "curv_type": "hessian", "approx": "kfac"}, "residual_over='all'"),
     ],
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         CGNewton(nn.Linear(4, 3), **options)
+
+
+def backpropagated(model, x, y, residual, over, averaging):
+    """[B ⊗ A over (weight, bias)] of a chain of linear layers and tanh, by loops over samples."""
+    n, inputs, z = len(x), [], x
+    for module in model:
+        inputs.append(z.detach())
+        z = module(z)
+    p = z.detach().softmax(1)
+    H = sum(torch.diag(row) - torch.outer(row, row) for row in p) / n  # the mean of the Hessians of the samples
+    g = [(p[k] - nn.functional.one_hot(y[k], p.shape[1])) / n for k in range(n)]  # of the mean loss
+    act = {"keep": lambda r: r, "zero": lambda r: 0 * r, "abs": torch.abs, "clip": lambda r: r.clamp(min=0)}[residual]
+    blocks = []
+    for module, a in zip(reversed(model), reversed(inputs), strict=True):
+        if isinstance(module, nn.Linear):
+            rows = [torch.cat([row, torch.ones(1, dtype=a.dtype)]) for row in a]
+            mean = sum(rows) / n
+            A = torch.outer(mean, mean) if averaging == "batch" else sum(torch.outer(row, row) for row in rows) / n
+            blocks.insert(0, (H, A))
+            W = module.weight.detach()
+            H, g = W.T @ H @ W, [W.T @ row for row in g]
+            continue
+        t = a.tanh()
+        slopes = [torch.diag(1 - row.square()) for row in t]
+        seconds = [g[k] * -2 * t[k] * (1 - t[k].square()) for k in range(n)]
+        J = sum(slopes) / n
+        H = J @ H @ J if averaging == "batch" else sum(D @ H @ D for D in slopes) / n
+        H = H + torch.diag(act(sum(seconds)) if over == "batch" else sum(act(r) for r in seconds))
+        g = [D @ row for D, row in zip(slopes, g, strict=True)]
+    return blocks
+
+
+@pytest.mark.parametrize("averaging", ["sample", "batch"])
+@pytest.mark.parametrize("over", ["sample", "batch"])
+@pytest.mark.parametrize("residual", ["keep", "zero", "abs", "clip"])
+def test_hessian_backpropagation_step_by_step(residual, over, averaging):
+    model = cases.seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)))
+    x, y, alpha = cases.randn(7, 4, seed=1), torch.arange(7) % 3, 0.9
+    how = {"residual": residual, "residual_over": over, "hessian_averaging": averaging}
+    optimizer = CGNewton(
+        model, curv_type="hessian", approx="kfac", lr=1.0, alpha=alpha, cg_tol=1e-13, cg_maxiter=500, **how
+    )
+    truth = backpropagated(model, x, y, residual, over, averaging)
+    LOSS(model(x), y).backward()
+    layers = [module for module in model if isinstance(module, nn.Linear)]
+    gradients = [torch.cat([m.weight.grad, m.bias.grad[:, None]], 1) for m in layers]
+    before = [torch.cat([m.weight, m.bias[:, None]], 1).detach().clone() for m in layers]
+    seen = curvature(model, LOSS, [(x, y)], curv_type="hessian", approx="kfac", **how)
+    optimizer.step()
+    for m, g, old, (B, A), block in zip(layers, gradients, before, truth, seen.blocks.values(), strict=True):
+        assert torch.allclose(block.tensors["B"][0], B, rtol=1e-10, atol=1e-12)
+        assert torch.allclose(block.tensors["A"][0] / block.tensors["count"], A, rtol=1e-10, atol=1e-12)
+        C = torch.kron(B, A)
+        d = torch.linalg.solve((1 - alpha) * C + alpha * torch.eye(len(C), dtype=C.dtype), -g.flatten()).reshape(
+            g.shape
+        )
+        got = torch.cat([m.weight, m.bias[:, None]], 1) - old
+        assert (got - d).norm() < 1e-8 * d.norm()
+
+
+def test_averages_of_jacobians_weigh_micro_batches_by_their_samples():
+    """One linear layer and a loss whose matrix is the same for all samples."""
+    model, x, y = cases.seeded(lambda: nn.Linear(4, 3)), cases.randn(6, 4, seed=1), cases.randn(6, 3, seed=2)
+    options = {"curv_type": "hessian", "approx": "kfac", "hessian_averaging": "batch"}
+    seen = curvature(model, nn.MSELoss(), [(x[:2], y[:2]), (x[2:], y[2:])], **options)
+    (block,) = seen.blocks.values()
+    ones = torch.cat([x, torch.ones(6, 1, dtype=x.dtype)], 1)
+    first, last = ones[:2].mean(0), ones[2:].mean(0)
+    A = (2 * torch.outer(first, first) + 4 * torch.outer(last, last)) / 6
+    assert torch.allclose(block.tensors["A"][0] / block.tensors["count"], A)
 
 
 def test_the_operator_says_what_its_closure_must_return():

@@ -80,6 +80,8 @@ class Hessian(Bundle):
     method: str | None = field(default=_UNSET, metadata={"option": "hessian_method"})
     indefinite: str = _UNSET
     residual: str = _UNSET
+    residual_over: str = _UNSET
+    averaging: str = field(default=_UNSET, metadata={"option": "hessian_averaging"})
     max_dim: int = field(default=_UNSET, metadata={"option": "max_hessian_dim"})
     samples: int | None = _UNSET
     fixed: ClassVar[Mapping[str, Any]] = {"curv_type": "hessian"}

@@ -22,6 +22,23 @@ def _hessian_has_a_way(options: Any) -> None:
         )
 
 
+def _hessian_is_propagated(options: Any) -> None:
+    """Options that nothing but propagation reads, and those that only its matrices do."""
+    if options.curv_type != "hessian" or options.approx is None:
+        return
+    if options.residual != "keep" and options.method != "propagate":
+        raise ValueError(
+            f'residual={options.residual!r} with a Hessian that is not propagated: choose approx="diag" or "kfac" '
+            'with hessian_method=None, or curv_type="ggn" for residual="zero"'
+        )
+    for name in ("residual_over", "hessian_averaging"):
+        if vars(options)[name] != "sample" and (options.approx, options.method) != ("kfac", "propagate"):
+            raise ValueError(
+                f'{name}={vars(options)[name]!r} with approx={options.approx!r}; only the matrices of "kfac" are '
+                f'means over a batch: choose approx="kfac", or {name}="sample"'
+            )
+
+
 def _partition_fits(options: Any) -> None:
     if options.partition not in (None, "layer") and options.approx is not None and not options.joins:
         raise ValueError(
@@ -40,4 +57,9 @@ def _kind_is_known_as(options: Any) -> None:
         )
 
 
-BLOCK_RULES: list[Callable[[Any], None]] = [_hessian_has_a_way, _partition_fits, _kind_is_known_as]
+BLOCK_RULES: list[Callable[[Any], None]] = [
+    _hessian_has_a_way,
+    _hessian_is_propagated,
+    _partition_fits,
+    _kind_is_known_as,
+]

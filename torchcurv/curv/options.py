@@ -180,7 +180,26 @@ class HessianOptions(TypedDict, total=False):
             of_table(),
             STRUCTURE,
             'what propagation does with second derivatives of activations: "keep", "zero" (Gauss-Newton), "abs", '
-            '"clip"',
+            '"clip" (at 0 from below)',
+        ),
+    ]
+    residual_over: Annotated[
+        str,
+        Option(
+            "sample",
+            one_of("sample", "batch"),
+            STRUCTURE,
+            'what "abs" and "clip" act on: those of each "sample", or for "kfac" their mean over the "batch"',
+        ),
+    ]
+    hessian_averaging: Annotated[
+        str,
+        Option(
+            "sample",
+            one_of("sample", "batch"),
+            STRUCTURE,
+            'how "kfac" of the Hessian averages Jacobians J_n: "sample": mean J_n^T H J_n and A = mean a a^T, or '
+            '"batch": (mean J_n)^T H (mean J_n) and A = (mean a) (mean a)^T',
         ),
     ]
     max_hessian_dim: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any, ClassVar, TypedDict, Unpack
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torchcurv.curv.checks import flag, number
 from torchcurv.curv.hessian.products import CurvatureVectorProduct
 from torchcurv.curv.losses.autograd import hessian_times
-from torchcurv.curv.options import LIVE, BlockOptions, MainOptions, Option, complete, table_of, with_defaults
+from torchcurv.curv.options import LIVE, BlockOptions, MainOptions, Option, Options, complete, table_of, with_defaults
 from torchcurv.optim.base import CurvatureOptimizer
+from torchcurv.optim.engine.companion import Group
 from torchcurv.optim.engine.engine import descend_uncovered
 from torchcurv.optim.options import LossOptions, MainLossOption
 from torchcurv.optim.rules import no_price
@@ -81,6 +82,19 @@ class CGOptions(CGSolveOptions):
 class CGKeywords(CGSolveOptions, LossOptions):
     """What CGNewton takes beside the keywords that it names."""
 
+    residual_over: str
+    hessian_averaging: str
+    max_hessian_dim: int
+    indefinite: str
+
+
+def _residual_is_propagated(group: Group, options: Options, settings: Mapping[str, Any]) -> None:
+    if options.residual != "keep" and options.approx is not None and options.curv_type != "hessian":
+        raise ValueError(
+            f"residual={options.residual!r} with curv_type={options.curv_type!r}, which has no second derivatives of "
+            'activations: write curv_type="hessian" with approx="kfac" or "diag"'
+        )
+
 
 class CGNewton(CurvatureOptimizer):
     r"""p <- p + lr d with [(1 - alpha) C + alpha I] d = -g by conjugate gradients, per block or over everything.
@@ -91,6 +105,10 @@ class CGNewton(CurvatureOptimizer):
         approx: "block" solves layer by layer and "full" over all parameters, both through products with the rows of
             the batch; "kfac", "unit" and "diag" multiply with what these keep. "operator" keeps nothing: C is the
             exact "ggn" or "hessian" over all parameters, by differentiating the closure of `step` twice.
+        residual: with curv_type="hessian" and approx="kfac" or "diag", what becomes of the second derivatives of
+            activations on the way: "keep" is the Hessian, "zero" Gauss-Newton, "abs" and "clip" (at 0 from below) the
+            Hessian of positive curvature. residual_over="batch" and hessian_averaging="batch", of the options of the
+            whole optimizer, are what the source does.
         lr: step size. alpha: 0 <= alpha <= 1, weight of the identity against C.
         cg_tol, cg_atol: CG stops when the residual is below max(cg_tol * norm(g), cg_atol). cg_maxiter: or then.
         warm_start: start CG from the last solution.
@@ -121,6 +139,7 @@ class CGNewton(CurvatureOptimizer):
         alpha: float = 0.02,
         samples: int | None = None,
         sharing: str = "expand",
+        residual: str = "keep",
         ema_decay: float = 0.0,
         **options: Unpack[CGKeywords],
     ) -> None:
@@ -128,6 +147,8 @@ class CGNewton(CurvatureOptimizer):
         self.settings = {"operator": operator}
         if operator is not None and curv_type not in OPERATOR_KINDS:
             raise ValueError(f'curv_type={curv_type!r} with approx="operator"; allowed are "ggn" and "hessian"')
+        if operator is not None and residual != "keep":
+            raise ValueError(f'residual={residual!r} with approx="operator"; choose curv_type="ggn" for "zero"')
         by_rows = approx in ("full", "block") and curv_type != "hessian"
         given = {
             "loss_fn": loss_fn,
@@ -137,6 +158,7 @@ class CGNewton(CurvatureOptimizer):
             "alpha": alpha,
             "samples": samples,
             "sharing": sharing,
+            "residual": residual,
             "ema_decay": ema_decay,
             "rows_limit": 1 if by_rows else 2**62,
             **options,
@@ -145,7 +167,7 @@ class CGNewton(CurvatureOptimizer):
             model,
             params,
             complete(self.table, given, type(self).__name__),
-            rules=(no_price,),
+            rules=(no_price, _residual_is_propagated),
             factors=False,
             waits_for_gradients=operator is None,
         )

@@ -13,12 +13,16 @@ from cases import randn, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import torchcurv.curv.hessian.propagate as module
 from torchcurv.curv.graph import edge_of
-from torchcurv.curv.hessian.local import RESIDUALS
-from torchcurv.curv.hessian.propagate import propagate
+from torchcurv.curv.hessian.local import RESIDUALS, Treatment
 from torchcurv.curv.hessian.tape import Tape
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def propagate(tape, edge, seed, gradient_at, form, residual="keep", targets=None, **how):
+    return module.propagate(tape, edge, seed, gradient_at, form, Treatment(residual, **how), targets)
 
 
 # --- nets ---------------------------------------------------------------------------------------------------
@@ -279,7 +283,80 @@ NORMS = [
     chain("groupnorm", (2, 2, 2), conv(2, 4, 1), Maker(nn.GroupNorm, 2, 4), torch.tanh, flat, matrix=False),
 ]
 
-ALL = [*SMOOTH, *(activation(k) for k in range(len(ACTIVATIONS))), *LINEAR, *POOLS, *MOVES, *GRAPHS, *NORMS]
+
+def _two(f: Callable[..., Tensor], last: Maker) -> Callable[[], list[N]]:
+    """Two branches that meet in a function."""
+    return lambda: [
+        N(seeded(linear(3, 4)), (0,)),
+        N(torch.tanh, (1,)),
+        N(seeded(linear(4, 4), 1), (2,)),
+        N(f, (2, 3)),
+        N(seeded(last, 2), (4,)),
+        N(flat, (5,)),
+    ]
+
+
+PRODUCTS = [
+    Net("gate", (3,), _two(lambda x, y: x * y.sigmoid(), linear(4, 3)), matrix=False),
+    Net("product", (2, 3), _two(torch.mul, linear(4, 3))),
+    Net("repeated", (2, 3), _two(lambda x, y: x * y[:, :1], linear(4, 3)), matrix=False),
+    Net("quotient", (2, 3), _two(lambda x, y: x / (y + 3), linear(4, 3)), matrix=False),
+    Net("scores", (2, 3), _two(lambda x, y: x @ y.mT, linear(2, 3)), matrix=False),
+    Net("bmm", (2, 3), _two(lambda x, y: torch.bmm(x.mT, y), linear(4, 3)), matrix=False),
+    Net("einsum", (2, 3), _two(lambda x, y: torch.einsum("ntc, nsc -> nst", x, y), linear(2, 3)), matrix=False),
+    Net("einsum_summed", (2, 3), _two(lambda x, y: torch.einsum("ntc,nsd->ntc", x, y), linear(4, 3)), matrix=False),
+    *(
+        Net(f"attention_{k}", (2, 3), _two(f, linear(4, 3)), matrix=False)
+        for k, f in enumerate(
+            [
+                lambda x, y: F.scaled_dot_product_attention(
+                    x, randn(3, 2, 4), y, torch.tensor([[0.0, 1.0], [2.0, 0.5]])
+                ),
+                lambda x, y: F.scaled_dot_product_attention(x, y, value=randn(3, 2, 4), is_causal=True, scale=0.7),
+                lambda x, y: F.scaled_dot_product_attention(
+                    randn(3, 2, 4), x, y, torch.tensor([[True, False], [True, True]])
+                ),
+            ]
+        )
+    ),
+    Net("einsum_plain", (2, 3), _two(lambda x, y: torch.einsum("ntc,ncs", x, y.mT), linear(2, 3)), matrix=False),
+]
+
+COUPLED = [
+    chain(f"coupled_{k}", (2, 3), linear(3, 4), f, torch.tanh, flat, matrix=False)
+    for k, f in enumerate([
+        lambda x: F.softmax(x, -1), lambda x: x.softmax(1), lambda x: torch.log_softmax(x, 2), F.glu,
+        lambda x: F.glu(x, 1), lambda x: x.var(-1), lambda x: x.logsumexp((1, 2), True),
+        lambda x: F.normalize(x, dim=-1),
+        lambda x: x.norm(dim=1, keepdim=True), lambda x: x.std((1, 2), keepdim=True),
+    ])
+]  # fmt: skip
+
+RESAMPLED = [
+    chain(f"resampled_{k}", (2, 3, 4), conv(2, 2, 1), torch.tanh, f, torch.tanh, flat)
+    for k, f in enumerate([
+        nn.Upsample(scale_factor=2), nn.Upsample((5, 3), mode="bilinear"),
+        lambda x: F.interpolate(x, 6, mode="bicubic"),
+        lambda x: F.interpolate(x, scale_factor=1.7, mode="bilinear", align_corners=True), lambda x: x.cumsum(2),
+        lambda x: F.interpolate(x, (2, 3), mode="bilinear", antialias=True), lambda x: F.interpolate(x, 2, mode="area"),
+        lambda x: F.interpolate(x[:, :, 0], 7, mode="linear"), lambda x: torch.einsum("ncij,jk->ncik", x, randn(4, 2)),
+        lambda x: F.interpolate(x[:, None], (3, 2, 5), mode="trilinear"),
+        lambda x: F.fold(x.flatten(2)[:, :, :4].repeat(1, 2, 1), 3, 2),
+    ])
+]  # fmt: skip
+
+ALL = [
+    *PRODUCTS,
+    *COUPLED,
+    *RESAMPLED,
+    *SMOOTH,
+    *(activation(k) for k in range(len(ACTIVATIONS))),
+    *LINEAR,
+    *POOLS,
+    *MOVES,
+    *GRAPHS,
+    *NORMS,
+]
 
 
 # --- oracle -------------------------------------------------------------------------------------------------
@@ -503,11 +580,10 @@ def _edit_a_part(x: Tensor) -> Tensor:
 
 
 REFUSED = {
-    "no rule": (lambda x: F.softmax(x, 1), r"through softmax \(operation 3 of the forward pass, after tanh\)"),
+    "no rule": (lambda x: x.cumprod(1), r"through cumprod \(operation 3 of the forward pass, after tanh\)"),
     "custom": (Double.apply, r"through DoubleBackward \(operation 3 .*, after tanh\).*custom function"),
     "part": (_edit_a_part, r"through torch::autograd::CopySlices .*edit of a part"),
-    "gate": (lambda x: x * x.sigmoid(), "through mul .*more than one of its arguments"),
-    "product": (lambda x: x @ x.T, "through matmul .*more than one of its arguments"),
+    "two arguments": (lambda x: torch.lerp(x, x.sigmoid(), 0.5), "through lerp .*no rule"),
     "scale of a norm": (lambda x: F.layer_norm(randn(4, 4), (4,), x[0]), "through layer_norm .*only its input"),
     "own norm": (lambda x: torch.layer_norm(x, (4,)), "through layer_norm .*torch.nn.functional"),
 }
@@ -522,7 +598,7 @@ def test_refuses_by_name_and_place(case):
 
 
 MATRIX_REFUSED = {
-    "norm": (nn.LayerNorm(4).double(), 'through layer_norm .*no rule for matrices; use approx="diag"'),
+    "norm over samples": (lambda x: F.softmax(x, 0), 'through softmax .*mixes samples; approx="diag"'),
     "transposed batch": (lambda x: x.T.contiguous().T, 'through T .*moves dimension 0.*approx="diag"'),
     "samples meet": (lambda x: x.roll(1, 0), 'through roll .*mixes samples; approx="diag"'),
     "matrix per sample": (
@@ -572,9 +648,9 @@ def test_operations_off_the_path_need_no_rule():
     """Below all targets, and beside the way to the output."""
     nodes = [
         N(seeded(linear(3, 4)), (0,)),
-        N(lambda x: F.softmax(x, 1), (1,)),
+        N(lambda x: x.cumprod(1), (1,)),
         N(seeded(linear(4, 4), 1), (2,)),
-        N(lambda x: F.softmax(x, 1), (3,)),
+        N(lambda x: x.cumprod(1), (3,)),
         N(torch.tanh, (3,)),
         N(lambda x: x * nn.Parameter(SCALE.flatten()[:1]).exp(), (5,)),
         N(seeded(linear(4, 3), 2), (6,)),
@@ -584,7 +660,7 @@ def test_operations_off_the_path_need_no_rule():
     target = r.edges[3][:2]
     found = propagate(r.tape, r.edges[-1], seed, r.gradient_at, "diag", "keep", targets=[target])
     assert target in found and r.edges[2][:2] not in found
-    with pytest.raises(NotImplementedError, match="mul"):  # a factor made of parameters is an output too
+    with pytest.raises(NotImplementedError, match="cumprod"):
         propagate(r.tape, r.edges[-1], seed, r.gradient_at, "diag", "keep")
 
 

@@ -73,12 +73,14 @@ class Kronecker(Approximation):
     sides: how A and B are kept; None: dense. A weight that is also used transposed (an embedding and its output
         head) has two such products, and C ≈ Σ_k L_k ⊗ R_k becomes the one with the same partial traces,
         Σ_k tr(R_k) L_k ⊗ Σ_k tr(L_k) R_k / Σ_k tr(L_k) tr(R_k).
+    of_mean_input: for a Hessian that is propagated, A = (mean a) (mean a)^T over samples, position by position.
     """
 
     sharing: str = "expand"
     corrected: bool = False
     sides: Sides | None = None
     spectrum: str | None = None
+    of_mean_input: bool = False
 
     @property
     def statistics(self) -> Mapping[str, Statistic]:
@@ -98,7 +100,10 @@ class Kronecker(Approximation):
 
     def of_mean_matrix(self, inputs: Inputs, matrix: Callable[[str], Tensor], n: int) -> Tensors:
         left, right = (1, 1) if self.sides is None else self.sides.blocks
-        A, count = inputs.cov(self.sharing, right)
+        if self.of_mean_input:  # which stands for all samples, also beside those of other micro-batches
+            A, count = (n * x for x in inputs.averaged().cov(self.sharing, right))
+        else:
+            A, count = inputs.cov(self.sharing, right)
         return {"A": A, "count": count, "B": to_blocks(matrix(self.sharing) * n, left)}
 
     def follow(self, tensors: Tensors, factor: Factor, damping_type: str) -> Factor:

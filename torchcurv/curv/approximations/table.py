@@ -92,7 +92,9 @@ def _shared(options: Options, layer: Layer) -> str:
 
 
 def _kronecker(options: Options, layer: Layer, corrected: bool = False) -> Kronecker:
-    return Kronecker(_shared(options, layer), corrected, _sides(options, layer), spectrum_rule(options))
+    of_mean_input = options.curv_type == "hessian" and options.hessian_averaging == "batch"
+    shared, sides = _shared(options, layer), _sides(options, layer)
+    return Kronecker(shared, corrected, sides, spectrum_rule(options), of_mean_input)
 
 
 def _kfac(options: Options, layer: Layer) -> Approximation:

@@ -14,7 +14,7 @@ from torchcurv.curv.layers.layer import Layer
 from torchcurv.curv.losses.terms import Terms
 from torchcurv.curv.numerics import at_least_float32
 from torchcurv.curv.statistics.block import Stats
-from torchcurv.curv.statistics.inputs import Inputs
+from torchcurv.curv.statistics.inputs import Inputs, repeated
 from torchcurv.curv.statistics.layer import LayerData
 
 Gradients = Callable[[Call], list[Tensor | None]]  # those at the output of a call, one per signal; None: it has none
@@ -84,7 +84,7 @@ class StatisticsAssembler:
         for call in used:
             self._check_edited(call)
         whole = Inputs(layer, site, [(site.module, call.x) for call in used], 1, None)
-        return whole.repeated(self.n) if self.common[used[0].layer] else whole
+        return repeated(whole, self.n) if self.common[used[0].layer] else whole
 
     def _regrouped(self, used: list[Call]) -> Inputs:
         """Inputs that are known only of the whole batch, and then taken for the samples."""

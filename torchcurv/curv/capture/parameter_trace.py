@@ -156,7 +156,7 @@ class ParameterTrace(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _layer_function(self, param: Tensor, x: Tensor, out: Tensor) -> Tensor:
-        others = [mode.at_function for mode in function_modes() if isinstance(mode, ParameterTrace)]
+        others = [trace.at_function for trace in _active_traces()]
         for note in dict.fromkeys([self.at_function, *others]):  # one for each optimizer on the model
             out = note(param, x, out)
         return out
@@ -182,7 +182,7 @@ class ParameterTrace(TorchFunctionMode):
         stored = weight if (base := base_of(weight)) is None else base
         start = (weight.storage_offset() - stored.storage_offset()) // max(1, stored.stride(0))
         rows, given = slice(start, start + len(weight)), batch_first(x.detach())
-        others = [mode.note for mode in function_modes() if isinstance(mode, ParameterTrace)]
+        others = [trace.note for trace in _active_traces()]
         for note in dict.fromkeys([self.note, *others]):  # one for each optimizer on the model
             out = note(stored, rows, given, out, batch_first)
         return out
@@ -247,6 +247,11 @@ class ParameterTrace(TorchFunctionMode):
 
         x = out.new_empty(len(out)) if scale is None or scale.shape[:1] != out.shape[:1] else scale
         return self.note(one.param, None, x, out, gradient_of_samples)
+
+
+def _active_traces() -> list[ParameterTrace]:
+    """Of each optimizer on the model one, and of modules around this one."""
+    return [mode for mode in function_modes() if isinstance(mode, ParameterTrace)]
 
 
 def _flat(value: Any) -> Iterable[Any]:

@@ -29,18 +29,58 @@ def through(node: Any, v: Tensor) -> Tensor:
         return pulled[0] if isinstance(pulled, tuple) else pulled
 
 
+@dataclass(frozen=True)
+class Treatment:
+    """What the options say of a propagation; the last three are about the matrix form.
+
+    residual: what becomes of second derivatives, a name in RESIDUALS. residual_over: whether that acts on those of
+    each "sample" or on their mean over the "batch". averaging: mean J_n^T H J_n over the "sample"s, or for "batch"
+    (mean J_n)^T H (mean J_n). max_dim: the largest d of a matrix [d, d].
+    """
+
+    residual: str = "keep"
+    residual_over: str = "sample"
+    averaging: str = "sample"
+    max_dim: int = 2048
+
+
+EXACT = Treatment()
+
+
 @dataclass
 class Propagation:
     """What one propagation is about. n: samples, for the matrix form. gradients: dL/d(output) where rules read it."""
 
     form: str
     n: int
-    residual: Callable[[Tensor], Tensor] | None
+    how: Treatment
     gradients: dict[Key, Tensor] = field(default_factory=dict)
 
     @property
     def diag(self) -> bool:
         return self.form == "diag"
+
+    @property
+    def averaged(self) -> bool:
+        """Whether it is Jacobians that are averaged over samples."""
+        return self.how.averaging == "batch"
+
+    def second_order_matrix(self, S: Tensor) -> Tensor:
+        """The mean of second derivatives S [n, d, d] that are no diagonals: the map acts on their eigenvalues."""
+        if self.how.residual == "keep" or self.how.residual_over == "batch":
+            S = S.mean(0, keepdim=True)
+        if self.how.residual != "keep":
+            values, vectors = torch.linalg.eigh(S)
+            S = vectors @ (RESIDUALS[self.how.residual](values).unsqueeze(-1) * vectors.mT)
+        return S.mean(0)
+
+    def second_order(self, r: Tensor) -> Tensor:
+        """What the second derivatives r of all samples [n, ...] add: for each sample, or in the matrix form a mean."""
+        act = RESIDUALS[self.how.residual]
+        if self.diag:
+            return act(r)
+        r = r.reshape(self.n, -1)
+        return (act(r.mean(0)) if self.how.residual_over == "batch" else act(r).mean(0)).diag()
 
 
 class Local:
@@ -97,7 +137,12 @@ def one_entry(op: Op, slot: int, H: Tensor, now: Propagation) -> Tensor:
     if (source < 0).any() or (source >= size).any() or local.x.numel() % now.n:
         raise op.refused('it moves dimension 0, or mixes samples; approx="diag" can do that')
     if (source == source[:1]).all():
-        return _selected(H * (c.T @ c) / now.n, source[0], size)
+        return _selected(H * _mean_outer(c, now), source[0], size)
+    if now.averaged:
+        J = H.new_zeros(len(H), size)
+        for row, at in zip(c, source, strict=True):
+            J[torch.arange(len(H), device=H.device), at] += row / now.n
+        return J.T @ H @ J
     terms = (_selected(H * torch.outer(row, row) / now.n, at, size) for row, at in zip(c, source, strict=True))
     return sum(terms, H.new_zeros(size, size))
 
@@ -114,12 +159,18 @@ def _by_sample(op: Op, x: Tensor, n: int) -> Tensor:
     return x.reshape(n, -1)
 
 
+def _mean_outer(c: Tensor, now: Propagation) -> Tensor:
+    """mean_n c_n c_n^T for c [n, d], or the product of the means."""
+    if now.averaged:
+        c = c.mean(0, keepdim=True)
+    return c.T @ c / len(c)
+
+
 def scaled_by(c: Tensor, H: Tensor, now: Propagation) -> Tensor:
     """D H D per sample, D = diag(c), and the mean over samples in the matrix form."""
     if now.diag:
         return c.square() * H
-    c = c.reshape(now.n, -1)
-    return H * (c.T @ c) / now.n
+    return H * _mean_outer(c.reshape(now.n, -1), now)
 
 
 def congruent(op: Op, slot: int, H: Tensor, now: Propagation) -> Tensor:
@@ -144,9 +195,6 @@ def congruent(op: Op, slot: int, H: Tensor, now: Propagation) -> Tensor:
 
 
 def with_residual(op: Op, H: Tensor, second: Callable[[Tensor], Tensor], now: Propagation) -> Tensor:
-    """H + diag(residual(second(dL/d(out)))): the map acts on every sample, before the mean over them."""
+    """H + diag(residual(second(dL/d(out))))."""
     g = now.gradients.get(key_of(op.output))
-    if now.residual is None or g is None:
-        return H
-    r = now.residual(second(g.reshape(op.shape).to(H.dtype)))
-    return H + r if now.diag else H + r.reshape(now.n, -1).mean(0).diag()
+    return H if g is None else H + now.second_order(second(g.reshape(op.shape).to(H.dtype)))

@@ -25,8 +25,11 @@ class Rule(NamedTuple):
 
     values: whether it reads the values of what it is applied to. operands: whether it reads those of the others.
     curved: whether it has a second derivative. joint: whether H may go to several arguments at once (the function is
-    linear in all of them together). matrix: whether it knows the matrix form. random: whether it drops elements at
-    random, so that its slope is noted. switch: whether its slope is 0 or 1.
+    linear in all of them together, or d²/du dv of two of them is dropped). random: whether it drops elements at random,
+    so that its slope is noted. switch: whether its slope is 0 or 1.
+    chain: whether a chain may contain it (chains.py): "entry", a map with at most one entry per row of J; "mixing", one
+    with more; "coupled", one that only chains of the matrix form contain; or "". move: whether it selects elements.
+    copies: whether it is the identity, but for the type and the device.
     """
 
     apply: Apply
@@ -34,9 +37,11 @@ class Rule(NamedTuple):
     operands: bool = False
     curved: bool = False
     joint: bool = False
-    matrix: bool = True
     random: bool = False
     switch: bool = False
+    chain: str = ""
+    move: bool = False
+    copies: bool = False
 
 
 class Kept(NamedTuple):

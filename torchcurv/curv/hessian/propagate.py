@@ -11,8 +11,9 @@ of which each form keeps its part. A `Tape` notes the torch functions of one for
 them, what J is: a map with one entry per row (moves, scales, elementwise functions), or one that all samples share
 (products with a weight, pools). Most rules get J^T from autograd, by running the function again on detached inputs.
 
-Where branches fork, their contributions add up; the cross terms J1^T H J2 + J2^T H J1 of two branches that meet in an
-addition (or of two inputs that meet in a `cat`) are dropped. Statistics of a batch count as constants.
+Where branches fork, their contributions add up. The cross terms J1^T H J2 + J2^T H J1 of two branches that meet again
+are exact where no layer lies on either: what lies between is then taken as one function (chains.py). With a layer on
+one of them they are dropped. Statistics of a batch count as constants.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torchcurv.curv.graph import Edge
-from torchcurv.curv.hessian.local import RESIDUALS, Propagation
+from torchcurv.curv.hessian.chains import Chain, chains
+from torchcurv.curv.hessian.composed import Composed
+from torchcurv.curv.hessian.local import EXACT, RESIDUALS, Propagation, Treatment
 from torchcurv.curv.hessian.operation import Key, Op, key_of, place_of, refusal
 from torchcurv.curv.hessian.tape import Tape
 
@@ -36,8 +39,7 @@ def propagate(
     seed: Tensor,
     gradient_at: Gradients,
     form: str,
-    residual: str = "keep",
-    max_dim: int = 2048,
+    how: Treatment = EXACT,
     targets: Collection[Key] | None = None,
 ) -> dict[Key, Tensor]:
     """H at the output of every operation between `output_edge` and the targets, by edge.
@@ -47,38 +49,66 @@ def propagate(
     Args:
         seed: H there: form "diag" a tensor shaped like the output, "matrix" a mean over samples [d, d].
         gradient_at: dL/d(tensor) at each of some edges; called at most once, for what `residual` needs.
-        residual: what becomes of second derivatives, sample by sample: "keep" (the Hessian), "zero" (Gauss-Newton),
-            "abs" or "clip" (at 0 from below).
-        max_dim: the largest d in the matrix form.
+        how: what becomes of second derivatives, how Jacobians are averaged, and the largest matrix.
         targets: edges of the outputs of layers; what lies below all of them needs no rule. None: everything.
     """
     if form not in ("diag", "matrix"):
         raise ValueError(f'form={form!r}: pass "diag" or "matrix"')
-    if residual not in RESIDUALS:
-        raise ValueError(f"residual={residual!r}: pass one of {', '.join(map(repr, RESIDUALS))}")
+    if how.residual not in RESIDUALS:
+        raise ValueError(f"residual={how.residual!r}: pass one of {', '.join(map(repr, RESIDUALS))}")
     n = 1 if form == "diag" else output_edge.shape.numel() // len(seed)
-    now = Propagation(form, n, None if residual == "zero" else RESIDUALS[residual])
+    now = Propagation(form, n, how)
     steps = _steps(tape, output_edge, targets)
     for op, slots in steps:
-        _check(op, slots, now, max_dim)
-    if now.residual is not None:
-        curved = [op.output for op, _ in steps if op.rule.curved]
+        _check(op, slots, now)
+    taken = {} if targets is None else chains(steps, targets, now)
+    if how.residual != "zero":
+        curved = [op.output for op, _ in steps if op.rule.curved or (op in taken and taken[op].curved)]
         gradients = gradient_at(curved) if curved else []
         now.gradients = {key_of(edge): g.detach() for edge, g in zip(curved, gradients, strict=True)}
 
     found: dict[Key, Tensor] = {key_of(output_edge): seed.detach()}
     for op, slots in steps:
-        key = key_of(op.output)  # after its step, what is not asked for gives its memory back
+        key = key_of(op.output)
+        if key not in found:  # chains have gone past it
+            continue
+        # after its step, what is not asked for gives its memory back
         H = found[key] if targets is None or key in targets else found.pop(key)
         H = H.reshape(op.shape) if now.diag else H
-        for slot in slots:
-            edge = op.inputs[slot]
-            new = op.rule.apply(op, slot, H, now).detach().to(seed.dtype)
+        for edge, new in _below_step(op, slots, taken.get(op), H, now):
+            new = new.detach().to(seed.dtype)
             before = found.get(key_of(edge))
             found[key_of(edge)] = new if before is None else before + new.reshape(before.shape)
     if now.diag:  # an edge stands for every view that keeps the order: as its operation made it
         made = {key_of(op.output): op.shape for op in tape.ops}
         found = {key: H.reshape(made.get(key, H.shape)) for key, H in found.items()}
+    return found
+
+
+Arriving = list[tuple[Edge, Tensor]]
+
+
+def _below_step(op: Op, slots: list[int], chain: Chain | None, H: Tensor, now: Propagation) -> Arriving:
+    """What one operation, or the chain whose head it is, makes of H at its output, by where it arrives."""
+    new = None if chain is None else _through(chain, H, now)
+    return new or [(op.inputs[slot], op.rule.apply(op, slot, H, now)) for slot in slots]
+
+
+def _through(chain: Chain, H: Tensor, now: Propagation) -> Arriving | None:
+    """H at the starts of a chain; None for a diagonal that takes more products than `max_dim`."""
+    composed, found = Composed(chain.steps), []
+    for edge in chain.starts:
+        new = composed.at(edge, H, now, now.how.max_dim)
+        if new is None:
+            return None
+        found.append((edge, new))
+    g = now.gradients.get(key_of(composed.head.output))
+    if g is not None:  # what came through the chain has been counted
+        for op, _ in chain.steps[:-1]:
+            key = key_of(op.output)
+            if key in now.gradients:
+                inside = composed.gradient_inside(key, g).reshape(now.gradients[key].shape)
+                now.gradients[key] = now.gradients[key] - inside.to(now.gradients[key].dtype)
     return found
 
 
@@ -131,7 +161,7 @@ def _below(start: Node, nodes: set[Node]) -> set[Node]:
     return met
 
 
-def _check(op: Op, slots: list[int], now: Propagation, max_dim: int) -> None:
+def _check(op: Op, slots: list[int], now: Propagation) -> None:
     """Refusals, before anything is computed."""
     rule = op.known
     if rule is None:
@@ -140,11 +170,9 @@ def _check(op: Op, slots: list[int], now: Propagation, max_dim: int) -> None:
         raise op.refused("more than one of its arguments depends on layers")
     if now.diag:
         return
-    if not rule.matrix:
-        raise op.refused('there is no rule for matrices; use approx="diag"')
     d = max(edge.shape.numel() // now.n for edge in [op.output, *(op.inputs[slot] for slot in slots)])
-    if d > max_dim:
+    if d > now.how.max_dim:
         raise ValueError(
-            f"at {op.place} the Hessian is a {d} x {d} matrix, above the limit of {max_dim}: use "
+            f"at {op.place} the Hessian is a {d} x {d} matrix, above the limit of {now.how.max_dim}: use "
             f'approx="diag" or raise max_hessian_dim'
         )

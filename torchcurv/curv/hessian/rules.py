@@ -10,6 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchcurv.curv.hessian.coupled import (
+    attended,
+    contracted,
+    coupled,
+    gated,
+    log_softmaxed,
+    resampled,
+    softmaxed,
+    summed_products,
+)
 from torchcurv.curv.hessian.local import (
     Local,
     Propagation,
@@ -143,10 +153,10 @@ def _group_rows(given: Callable[[str], Any]) -> tuple[Tensor, Tensor | None]:
 
 
 def _normalised(rows: Callable[[Callable[[str], Any]], tuple[Tensor, Tensor | None]], centred: bool = True) -> Apply:
-    """A norm over groups of m elements; diagonal form only, because it couples the elements of a group.
+    """A norm over groups of m elements, which it couples.
 
-    With x̂ = (x - μ) / σ, y = w ∘ x̂ + b, q = w² ∘ h, e = w ∘ dL/dy and P = I - 11^T / m (I and μ = 0 where the mean
-    is left alone), dx̂_k/dx_i = (P_ki - x̂_k x̂_i / m) / σ. Both parts of the new diagonal are exact,
+    In the diagonal form, with x̂ = (x - μ) / σ, y = w ∘ x̂ + b, q = w² ∘ h, e = w ∘ dL/dy and P = I - 11^T / m (I and
+    μ = 0 where the mean is left alone), dx̂_k/dx_i = (P_ki - x̂_k x̂_i / m) / σ. Both parts of the new diagonal are exact,
 
         sum_k q_k (dx̂_k/dx_i)²    and    sum_k e_k d²x̂_k/dx_i² = (-2 x̂_i (P e)_i + e·x̂ (3 x̂_i² / m - P_ii)) / (m σ²),
 
@@ -155,6 +165,8 @@ def _normalised(rows: Callable[[Callable[[str], Any]], tuple[Tensor, Tensor | No
 
     def apply(op: Op, slot: int, H: Tensor, now: Propagation) -> Tensor:
         given = op.named(slot, H.dtype)
+        if not now.diag:
+            return coupled(op, slot, H, now)
         (x, w), eps = rows(given), given("eps")
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         m, w = x.shape[1], torch.ones_like(x[:1]) if w is None else w
@@ -215,25 +227,37 @@ CURVED = _names(
     "exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan arcsin arccos arctan sinh cosh asinh acosh atanh "
     "arcsinh arccosh arctanh sqrt rsqrt square reciprocal rdiv rtruediv pow rpow float_power erf erfc sinc logit"
 )
+REDUCTIONS = _names("var std logsumexp norm vector_norm normalize")  # nonlinear ones, and what is scaled by them
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(COPIES, Rule(_copied)),
-    **dict.fromkeys(MOVES, Rule(_moved, joint=True)),
-    **dict.fromkeys(MAX_POOLS, Rule(_moved, values=True)),
-    **dict.fromkeys(SUMS, Rule(one_entry, joint=True)),
-    **dict.fromkeys(PRODUCTS, Rule(one_entry, operands=True)),
-    **dict.fromkeys(QUOTIENTS, Rule(_divided, values=True, operands=True, curved=True)),
+    **dict.fromkeys(COPIES, Rule(_copied, chain="entry", copies=True)),
+    **dict.fromkeys(MOVES, Rule(_moved, joint=True, chain="entry", move=True)),
+    **dict.fromkeys(MAX_POOLS, Rule(_moved, values=True, chain="entry")),
+    **dict.fromkeys(SUMS, Rule(one_entry, joint=True, chain="entry")),
+    **dict.fromkeys(PRODUCTS, Rule(one_entry, operands=True, joint=True, chain="entry")),
+    **dict.fromkeys(QUOTIENTS, Rule(_divided, values=True, operands=True, curved=True, joint=True, chain="entry")),
     **dict.fromkeys(WEIGHTED, Rule(_weighted, operands=True)),
-    **dict.fromkeys(MATRIX_PRODUCTS, Rule(_weighted, operands=True)),
-    **dict.fromkeys(DROPOUTS, Rule(_dropped, random=True)),
-    **dict.fromkeys(PIECEWISE_LINEAR, Rule(_elementwise, values=True)),
-    **dict.fromkeys(SWITCHES, Rule(_elementwise, values=True, switch=True)),
-    **dict.fromkeys(CURVED, Rule(_elementwise, values=True, curved=True)),
-    **dict.fromkeys([f"avg_pool{d}d" for d in (1, 2, 3)], Rule(_averaged(_pool_coefficient))),
-    **dict.fromkeys([f"adaptive_avg_pool{d}d" for d in (1, 2, 3)], Rule(_averaged(_adaptive_coefficient))),
-    "mean": Rule(_averaged(_mean_coefficient)),
-    "sum": Rule(_averaged(lambda op, slot, dtype: 1.0)),
+    **dict.fromkeys(MATRIX_PRODUCTS, Rule(contracted, operands=True, joint=True, chain="mixing")),
+    "einsum": Rule(summed_products, operands=True, joint=True, chain="mixing"),
+    **dict.fromkeys(DROPOUTS, Rule(_dropped, random=True, chain="entry")),
+    **dict.fromkeys(PIECEWISE_LINEAR, Rule(_elementwise, values=True, chain="entry")),
+    **dict.fromkeys(SWITCHES, Rule(_elementwise, values=True, switch=True, chain="entry")),
+    **dict.fromkeys(CURVED, Rule(_elementwise, values=True, curved=True, chain="entry")),
+    **dict.fromkeys([f"avg_pool{d}d" for d in (1, 2, 3)], Rule(_averaged(_pool_coefficient), chain="mixing")),
+    **dict.fromkeys(
+        [f"adaptive_avg_pool{d}d" for d in (1, 2, 3)], Rule(_averaged(_adaptive_coefficient), chain="mixing")
+    ),
+    "mean": Rule(_averaged(_mean_coefficient), chain="mixing"),
+    **dict.fromkeys(("sum", "cumsum", "fold"), Rule(_averaged(lambda op, slot, dtype: 1.0), chain="mixing")),
+    **dict.fromkeys(("interpolate", "upsample"), Rule(resampled, chain="mixing")),
+    "softmax": Rule(softmaxed, values=True, curved=True, chain="coupled"),
+    "log_softmax": Rule(log_softmaxed, values=True, curved=True, chain="coupled"),
+    "glu": Rule(gated, values=True, curved=True, chain="mixing"),
+    **dict.fromkeys(REDUCTIONS, Rule(coupled, values=True, curved=True, chain="mixing")),
+    "scaled_dot_product_attention": Rule(
+        attended, values=True, operands=True, curved=True, joint=True, chain="coupled"
+    ),
     "batch_norm": Rule(_batch_normed, values=True),
-    "layer_norm": Rule(_normalised(_layer_rows), values=True, curved=True, matrix=False),
-    "rms_norm": Rule(_normalised(_layer_rows, centred=False), values=True, curved=True, matrix=False),
-    "group_norm": Rule(_normalised(_group_rows), values=True, curved=True, matrix=False),
+    "layer_norm": Rule(_normalised(_layer_rows), values=True, curved=True, chain="coupled"),
+    "rms_norm": Rule(_normalised(_layer_rows, centred=False), values=True, curved=True, chain="coupled"),
+    "group_norm": Rule(_normalised(_group_rows), values=True, curved=True, chain="coupled"),
 }

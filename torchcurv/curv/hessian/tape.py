@@ -70,7 +70,7 @@ class Tape(TorchFunctionMode):
             return
         self.calls += 1
         rule = RULES.get(name)
-        doubtful = rule is None or not rule.matrix or (len(inputs) > 1 and not rule.joint)
+        doubtful = rule is None or (len(inputs) > 1 and not rule.joint)
         inside = _calling_module(self.model) if doubtful else ""
         packed = saved_tensors_are_packed()
         for part, edge in new.items():

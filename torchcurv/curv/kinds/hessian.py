@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from torchcurv.curv.hessian.local import EXACT, Treatment
 from torchcurv.curv.hessian.products import CurvatureVectorProduct, OutputLoss
 from torchcurv.curv.hessian.propagate import propagate
 from torchcurv.curv.kinds.base import Block, CurvatureKind, KindOptions, SignalSource
@@ -80,22 +81,12 @@ class PropagatedHessian(Hessian):
     name: ClassVar[str] = "hessian"
     needs_tape: ClassVar[bool] = True
     form: str = "diag"
-    residual: str = "keep"
-    max_dim: int = 2048
+    how: Treatment = EXACT
 
     def measure(self, source: SignalSource, blocks: Sequence[Block]) -> None:
         loss, tape = source.output_loss(), source.tape()
-        seed = loss.diagonal() if self.form == "diag" else loss.mean_matrix(self.max_dim)
-        found = propagate(
-            tape,
-            loss.f_edge,
-            seed,
-            loss.gradients_at,
-            self.form,
-            self.residual,
-            self.max_dim,
-            source.edges_of(blocks),
-        )
+        seed = loss.diagonal() if self.form == "diag" else loss.mean_matrix(self.how.max_dim)
+        found = propagate(tape, loss.f_edge, seed, loss.gradients_at, self.form, self.how, source.edges_of(blocks))
         source.deliver_propagated(found, blocks)
 
 
@@ -112,7 +103,8 @@ class PriceHessian(Hessian):
 
 def _propagated(options: KindOptions) -> CurvatureKind:
     form = "diag" if options.approx == "diag" else "matrix"
-    return PropagatedHessian(form, options.residual, options.max_hessian_dim)
+    how = Treatment(options.residual, options.residual_over, options.hessian_averaging, options.max_hessian_dim)
+    return PropagatedHessian(form, how)
 
 
 METHODS: dict[str, Callable[[KindOptions], CurvatureKind]] = {

@@ -27,6 +27,10 @@ class Tokens:
     def of(self, samples: slice) -> Tokens:
         return Tokens(self.index[samples], self.weight[samples], self.size)
 
+    def repeated(self, n: int) -> Tokens:
+        """Those of one sample as those of n."""
+        return Tokens(self.index.expand(n, -1, -1), self.weight.expand(n, -1, -1), self.size)
+
     def per_sample(self, n: int) -> Tokens:
         """[n k, r, l] -> [n, k r, l]."""
         last = self.index.shape[-1]

@@ -112,16 +112,17 @@ class Inputs:
         some.__dict__["_all"] = self._all[samples] if self.tokens is None else self.tokens.of(samples)
         return some
 
-    def repeated(self, n: int) -> Inputs:
-        """The inputs of one sample as those of n, without copies."""
-        more = Inputs(self.layer, self.site, self.calls, n, None)
-        one = self._all
-        if isinstance(one, Tokens):
-            index, weight = (x.expand(n, -1, -1) for x in (one.index, one.weight))
-            more.__dict__["_all"] = replace(one, index=index, weight=weight)
+    def averaged(self) -> Inputs:
+        """One sample: the mean of all, position by position."""
+        a = self.a
+        w = self._weights(a.shape[1])
+        if w is None:
+            mean = a.mean(0, keepdim=True)
         else:
-            more.__dict__["_all"] = one.expand(n, -1, -1, -1)
-        return more
+            w = w.to(a.dtype)
+            total = w.sum(0).clamp_min(torch.finfo(a.dtype).tiny)
+            mean = torch.einsum("nr,nrgi->rgi", w, a).div(total[:, None, None]).unsqueeze(0)
+        return Inputs.made(self.layer, self.site, mean, None, None)
 
     @property
     def with_ones(self) -> Tensor:
@@ -278,3 +279,11 @@ class Inputs:
             total += torch.einsum("nrgo,nrgi->goi", s[start : start + size], a)
             square += a.square().sum()
         return total, square
+
+
+def repeated(inputs: Inputs, n: int) -> Inputs:
+    """The inputs of one sample as those of n, without copies."""
+    more = Inputs(inputs.layer, inputs.site, inputs.calls, n, None)
+    tokens = inputs.tokens
+    more.__dict__["_all"] = inputs.a.expand(n, -1, -1, -1) if tokens is None else tokens.repeated(n)
+    return more

@@ -1,0 +1,213 @@
+"""Several operations as one function of the tensors that they start from: its Jacobian, and H through it, exactly.
+
+With F that function, J its Jacobian for one sample and g = dL/dF, H at a start is J^T H J + sum_k g_k d²F_k/dx². Rows
+of J come from autograd, one product for each. Along a dimension that F keeps apart (samples, mostly also positions or
+channels) one product serves all elements, and where J is the same for all of these, each can serve another row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchcurv.curv.graph import Edge
+from torchcurv.curv.hessian.local import Propagation
+from torchcurv.curv.hessian.operation import Kept, Key, Op, key_of, unflattened
+
+Map = Callable[[Tensor], Tensor]
+APART = 1e-9  # a map in double precision that mixes what lies apart by less does not
+
+
+class Composed:
+    """steps: operations with the arguments that are followed, in the order of the forward pass; the last is F's."""
+
+    def __init__(self, steps: Sequence[tuple[Op, list[int]]]) -> None:
+        self.steps, self.head = steps, steps[-1][0]
+        self.starts: dict[Key, Tensor] = {}
+        self.made: dict[Key, Tensor] = {}
+        with torch.enable_grad():
+            for op, slots in steps:
+                self.made[key_of(op.output)] = self._run(op, slots)
+        self.out = self.made[key_of(self.head.output)]
+
+    def _run(self, op: Op, slots: list[int]) -> Tensor:
+        followed = {slot: self._argument(op, slot, len(slots) > 1) for slot in slots}
+        if op.rule.copies:
+            return followed[slots[0]]
+        if op.slope is not None:
+            return followed[slots[0]] * op.slope
+        leaves = [followed[k] if k in followed else op.read(x, torch.float64) for k, x in enumerate(op.leaves)]
+        args, kwargs = unflattened(leaves, op.spec)
+        out: Any = op.func(*args, **kwargs)
+        found: Tensor = out if op.part is None else out[op.part]
+        return found
+
+    def _argument(self, op: Op, slot: int, several: bool) -> Tensor:
+        """A followed argument, with the value that it had where one matters."""
+        edge, leaf = op.inputs[slot], op.leaves[slot]
+        shape, device = (leaf.tensor.shape, leaf.tensor.device) if isinstance(leaf, Kept) else leaf
+        x = self.made.get(key_of(edge))
+        if x is None:
+            zeros = torch.zeros(shape, dtype=torch.float64, device=device, requires_grad=True)
+            x = self.starts.setdefault(key_of(edge), zeros)
+        x = x.reshape(shape).to(device)
+        if op.rule.values or (op.rule.operands and several):
+            x = x + (op.read(leaf, torch.float64) - x).detach()
+        return x.clone()  # it may be edited in place
+
+    def pull(self, v: Tensor, x: Tensor) -> Tensor:
+        """J^T v at x."""
+        return torch.autograd.grad(self.out, x, v, retain_graph=True, materialize_grads=True)[0]
+
+    def second(self, g: Tensor | None, x: Tensor) -> Map | None:
+        """v -> (sum_k g_k d²F_k/dx²) v; None where that is 0."""
+        if g is None:
+            return None
+        (slope,) = torch.autograd.grad(self.out, x, self.like_out(g), create_graph=True, materialize_grads=True)
+        if not slope.requires_grad:
+            return None
+        return lambda v: torch.autograd.grad(slope, x, v, retain_graph=True, materialize_grads=True)[0]
+
+    def like_out(self, v: Tensor) -> Tensor:
+        return v.reshape(self.out.shape).to(self.out.dtype)
+
+    def gradient_inside(self, key: Key, g: Tensor) -> Tensor:
+        """The part of dL/d(what an operation of these made) that comes through F."""
+        inside = self.made[key]
+        return torch.autograd.grad(self.out, inside, self.like_out(g), retain_graph=True, materialize_grads=True)[0]
+
+    # ------------------------------------------------------------------------------------------- diagonal
+
+    def at(self, edge: Edge, H: Tensor, now: Propagation, most: float = math.inf) -> Tensor | None:
+        """H at a start; None where the diagonal form takes more than `most` products."""
+        g = now.gradients.get(key_of(self.head.output))
+        return self.diagonal(edge, H, g, now, most) if now.diag else self.matrix(edge, H, g, now)
+
+    def diagonal(self, edge: Edge, h: Tensor, g: Tensor | None, now: Propagation, most: float) -> Tensor | None:
+        """The exact one for a diagonal h at the output."""
+        x = self.starts[key_of(edge)]
+        second = self.second(g, x)
+        apart = _apart(lambda v: self.pull(v, x), self.out, x)
+        if second is not None:
+            apart = [d for d in apart if d in _apart(second, x, x)]
+        outer, inner = _Blocks(self.out, apart), _Blocks(x, apart)
+        rows = _Rows(lambda v: self.pull(v, x), outer, inner)
+        if rows.products + (0 if second is None else inner.size) > most:
+            return None
+        h = outer.split(self.like_out(h))
+        new = torch.zeros(inner.count, inner.size, dtype=h.dtype, device=h.device)
+        for k, J in rows:  # J: [count or 1, rows, q]
+            new += torch.einsum("bk,bkq->bq", h[:, k], J.square().expand(inner.count, -1, -1))
+        if second is not None:
+            r = [inner.split(second(inner.unit(k)))[:, k] for k in range(inner.size)]
+            new += now.second_order(torch.stack(r, 1))
+        return inner.join(new)
+
+    # --------------------------------------------------------------------------------------------- matrix
+
+    def matrix(self, edge: Edge, H: Tensor, g: Tensor | None, now: Propagation) -> Tensor:
+        """The mean over samples at a start, for the matrix H at the output."""
+        x, n, H = self.starts[key_of(edge)], now.n, H.double()
+        outer, inner = self.out.numel() // n, x.numel() // n
+
+        def pull(v: Tensor) -> Tensor:
+            return self.pull(v.reshape(self.out.shape), x).reshape(n, inner)
+
+        self._check_samples(pull, n, outer, x)
+        if now.averaged:
+            J = torch.stack([pull(_unit(n, outer, k, H)).mean(0) for k in range(outer)])
+            new = J.T @ H @ J
+        else:
+            new = H.new_zeros(inner, inner)
+            for k in range(outer):
+                new += pull(H[k].expand(n, outer)).T @ pull(_unit(n, outer, k, H)) / n
+        second = self.second(g, x)
+        if second is None or now.how.residual == "zero":
+            return new
+        rows = [second(_unit(n, inner, k, H).reshape(x.shape)).reshape(n, inner) for k in range(inner)]
+        return new + now.second_order_matrix(torch.stack(rows, 1))
+
+    def _check_samples(self, pull: Map, n: int, outer: int, x: Tensor) -> None:
+        if self.out.numel() % n or x.numel() % n:
+            raise self.head.refused("it mixes samples")
+        v, s = _random((n, outer), x), _random((n, 1), x)
+        if not _same(pull(v * s), pull(v) * s):
+            raise self.head.refused('it mixes samples; approx="diag" can do that')
+
+
+def _unit(n: int, size: int, k: int, like: Tensor) -> Tensor:
+    v = like.new_zeros(n, size)
+    v[:, k] = 1
+    return v
+
+
+def _random(shape: Sequence[int], like: Tensor) -> Tensor:
+    """The same each time, and without the global generator."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).add(math.pi).to(like.device)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return bool(((a - b).abs() <= APART * b.abs().amax().clamp_min(1e-300)).all())
+
+
+def _apart(pull: Map, outer: Tensor, inner: Tensor) -> list[int]:
+    """The dimensions along which a linear map keeps elements apart: a random scale along one of them goes through."""
+    v = _random(outer.shape, outer)
+    pulled, found = pull(v), []
+    for d, (a, b) in enumerate(zip(outer.shape, inner.shape, strict=False)):
+        if a != b:
+            continue
+        s = _random([a if k == d else 1 for k in range(outer.dim())], outer)
+        if _same(pull(v * s), pulled * s.reshape([a if k == d else 1 for k in range(inner.dim())])):
+            found.append(d)
+    return found
+
+
+class _Blocks:
+    """A tensor as [count, size]: dimensions that are kept apart come first."""
+
+    def __init__(self, like: Tensor, apart: list[int]) -> None:
+        self.like = like.detach()
+        self.order = [*apart, *(d for d in range(like.dim()) if d not in apart)]
+        self.moved = self.like.permute(self.order).shape
+        self.count = math.prod(self.moved[: len(apart)])
+        self.size = math.prod(self.moved[len(apart) :])
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.permute(self.order).reshape(self.count, self.size)
+
+    def join(self, x: Tensor) -> Tensor:
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return x.reshape(self.moved).permute(back)
+
+    def unit(self, k: int) -> Tensor:
+        """1 at element k of every block."""
+        return self.join(_unit(self.count, self.size, k, self.like))
+
+
+class _Rows:
+    """The rows of J by block: (their numbers, J [count, rows, q]), or [1, rows, q] where all blocks have the same."""
+
+    def __init__(self, pull: Map, outer: _Blocks, inner: _Blocks) -> None:
+        self.pull, self.outer, self.inner = pull, outer, inner
+        v = _random((1, outer.size), outer.like).expand(outer.count, -1)
+        found = inner.split(pull(outer.join(v)))
+        self.shared = outer.count > 1 and _same(found, found[:1].expand_as(found))
+        self.products = -(-outer.size // outer.count) if self.shared else outer.size
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        count, size = self.outer.count, self.outer.size
+        if not self.shared:
+            for k in range(size):
+                yield slice(k, k + 1), self.inner.split(self.pull(self.outer.unit(k))).unsqueeze(1)
+            return
+        for start in range(0, size, count):  # every block takes another row
+            rows = min(count, size - start)
+            v = self.outer.like.new_zeros(count, size)
+            v[torch.arange(rows), start + torch.arange(rows)] = 1
+            yield slice(start, start + rows), self.inner.split(self.pull(self.outer.join(v)))[:rows].unsqueeze(0)
