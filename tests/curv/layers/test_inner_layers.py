@@ -1191,3 +1191,49 @@ def test_algebra_is_that_of_the_dense_matrix(approx, tied, blocks, monkeypatch):
             monkeypatch.undo()
         S = torch.stack(columns, 1)
         close(S @ S.T, torch.linalg.inv(C + 0.3 * eye))
+
+
+# ------------------------------------------------------------------------------ products with bare matrices
+
+
+class Products(nn.Module):
+    """Linear maps without linear layers: [inputs, outputs] as in GPT-2's Conv1D, [outputs, inputs], transposed."""
+
+    def __init__(self):
+        super().__init__()
+        shapes = {"a": (4, 5), "bias": (5,), "b": (6, 5), "c": (6, 3), "d": (3, 3)}
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(cases.randn(*shape, seed=len(name) + shape[0])))
+
+    def forward(self, x):
+        h = torch.addmm(self.bias, x.reshape(-1, 4), self.a).view(*x.shape[:-1], 5).tanh()
+        return ((F.linear(h, self.b).tanh() @ self.c) @ self.d.T).mean(1)
+
+
+PRODUCTS = {"a": (1, 5, 4), "b": (1, 6, 5), "c": (1, 3, 6), "d": (1, 3, 3)}
+
+
+@over_kinds
+@pytest.mark.parametrize("approx", ["block", "unit", "diag", "kfac"])
+def test_products_with_matrices_are_layers(approx, kind):
+    model, (x, y) = Products(), (cases.randn(6, 2, 4), integers(3, 6))
+    found = curvature(model, CE, [(x, y)], approx=approx, curv_type=kind)
+    assert {name: block.layers[0].shape for name, block in found.blocks.items() if name != "bias"} == PRODUCTS
+    if approx != "kfac":
+        close(found.diag(), dense(model, CE, x, y, kind).diag())
+        return
+    for name in ("a", "b", "c", "d"):  # its traces are those of the product of A and B, which are positive
+        assert found.blocks[name].factor.trace() > 0
+
+
+def test_they_are_found_in_the_first_step():
+    model, x, y = Products().float(), cases.randn(6, 2, 4).float(), integers(3, 6)
+    optimizer, losses = SecondOrderOptimizer(model, loss_fn=CE), []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = CE(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        assert {n: block.layers[0].shape for n, block in optimizer.blocks.items() if n != "bias"} == PRODUCTS
+    assert losses[-1] < losses[0] and all(block.factor is not None for block in optimizer.blocks.values())

@@ -172,20 +172,23 @@ def _looked_at(
     seed: int,
 ) -> tuple[list[Curvature], set[Tensor]]:
     """(the blocks, measured over all of the data, and what they cover)."""
-    alone: set[Tensor] = set()
+    alone, products = set[Tensor](), dict[Tensor, bool]()
     covered = _covered(model, params, options, alone)
     loss = _loss(loss_fn, reduction, class_dim)
     passes = 2 if options.approx == "ekfac" else 1
     if iter(data) is data:
         data = list(data)
     while True:
-        blocks = prepared(_blocks(_layers(model, covered, options, alone), options))
+        blocks = prepared(_blocks(_layers(model, covered, options, alone, products), options))
         record = Recorder(model, blocks, None, seed=seed)
         try:
             with preserved_buffers(model):
                 for _ in range(passes):
                     _measure(model, record, blocks, loss, data, output_fn)
-            return blocks, covered
+            seen = {p: how for p, how in record.forward.products.items() if p not in products and p not in alone}
+            if not seen:
+                return blocks, covered
+            products |= seen
         except _UsedElsewhere as error:  # what that is, is known now: the parameters are taken element by element
             if error.params <= alone:
                 raise ValueError(str(error)) from None
@@ -214,8 +217,14 @@ def _loss(loss_fn: nn.Module | str, reduction: str | None, class_dim: int | None
     return loss
 
 
-def _layers(model: nn.Module, covered: set[Tensor], options: Options, alone: set[Tensor]) -> list[Layer]:
-    return find_layers(model, lambda p: p in covered, lambda p: options.approx == "diag", alone)
+def _layers(
+    model: nn.Module,
+    covered: set[Tensor],
+    options: Options,
+    alone: set[Tensor],
+    products: dict[Tensor, bool] | None = None,
+) -> list[Layer]:
+    return find_layers(model, lambda p: p in covered, lambda p: options.approx == "diag", alone, products)
 
 
 def _chosen(model: nn.Module, params: Any) -> set[Tensor]:

@@ -71,10 +71,10 @@ class Curvature:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What makes two blocks the same: the structure and the parameters."""
+        """What makes two blocks the same: the structure, the parameters, and what linear maps they are."""
         pieces = ((p, rows and rows.start, rows and rows.stop) for p, rows in self.pieces)
         structure = (getattr(self.options, name) for name in STRUCTURE_NAMES)
-        return self.kind, *structure, self.approx.of_one_step, *pieces
+        return self.kind, *structure, self.approx.of_one_step, *(layer.shape for layer in self.layers), *pieces
 
     # ------------------------------------------------------------------------------------ measure
 

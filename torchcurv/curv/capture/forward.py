@@ -32,7 +32,7 @@ from torchcurv.curv.graph import (
     scale_of_batch_norm,
 )
 from torchcurv.curv.hessian.tape import Tape
-from torchcurv.curv.layers.layer import Layer, ParameterUse
+from torchcurv.curv.layers.layer import FUNCTION, Layer, ParameterUse
 from torchcurv.curv.layers.normalization import BATCH_NORMS, uses_batch_statistics
 from torchcurv.curv.layers.table import has_forward_of_its_view
 from torchcurv.curv.numerics import at_least_float32
@@ -69,6 +69,7 @@ class Forward:
         self._inner: dict[
             int, list[tuple[int, ParameterUse]]
         ] = {}  # the sites inside modules, by the id of their parameter
+        self.products: dict[Tensor, bool] = {}  # bare matrices that are multiplied with; whether [inputs, outputs]
         self._functions: set[int] = set()  # ids of parameters that are known by torch functions
         self._called: set[int] = set()  # the layers whose function was called in the running call of their module
         self._hook_layers()
@@ -196,7 +197,9 @@ class Forward:
         note = _unnoted if running else self._note_inner
         at_function = _unnoted_call if running else partial(self._note_function, module)
         batch = None if first is None else len(first)
-        watch = ParameterTrace(note, batch, bare, self.unknown_uses.setdefault, at_function, self._functions)
+        watch = ParameterTrace(
+            note, batch, bare, self.unknown_uses.setdefault, at_function, self._functions, self.products.__setitem__
+        )
         self._watches.append(watch)
         self._recent |= {id(p): [] for p in bare}
         watch.__enter__()
@@ -229,7 +232,7 @@ class Forward:
                 calls.append(Call(k, site, (out.new_empty(batch),), out.shape, batch, read))
         noted = self._note(out, calls) if calls else None
         for k, site in sites:
-            if site.function and k in self.due and k not in called and noted is None:
+            if site.part == FUNCTION and k in self.due and k not in called and noted is None:
                 noted = self._on_layer(k, site, module, args, kwargs, out)  # its output is what its type says, perhaps
         return noted if noted is None or out is output else (noted, *output[1:])
 

@@ -60,12 +60,18 @@ _MOVES = _of(
     "__getitem__", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "permute", "t",
     "movedim", "swapaxes", "expand", "expand_as", "broadcast_to", "repeat", "select", "narrow", "view_as",
 )  # fmt: skip
+_MOVES |= {torch.Tensor.T.__get__, torch.Tensor.mT.__get__}  # type: ignore[attr-defined]
 _KEEPS = _of("to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "cuda", "cpu")
 # What layers with a view are about, by torch's own forward.
 LAYER_FUNCTIONS = {
     *(F.linear, F.embedding, F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, F.prelu),
     *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
 }
+# Products with a matrix: which arguments are what is multiplied, and the matrix.
+MATRIX_PRODUCTS = {
+    F.linear: (0, 1), torch.matmul: (0, 1), torch.mm: (0, 1), torch.Tensor.matmul: (0, 1), torch.Tensor.mm: (0, 1),
+    torch.Tensor.__matmul__: (0, 1), torch.addmm: (1, 2),
+}  # fmt: skip
 _ADDS, _SUBTRACTS = _of("add", "add_", "__radd__"), _of("sub", "sub_", "subtract")
 _MULTIPLIES = _of("mul", "mul_", "multiply", "__rmul__")
 
@@ -119,7 +125,8 @@ class ParameterTrace(TorchFunctionMode):
     note: called for each product. batch: dimension 0 of what the module was given. bare: its bare parameters.
     unknown: called with a bare parameter and the function that used it in a way that is not known.
     at_function: called with (parameter, input, output) of a function of `LAYER_FUNCTIONS` that is given a parameter
-    whose id is in `functions`.
+    whose id is in `functions`. product: called with a bare matrix that something is multiplied with as by a linear
+    layer, and whether it is stored [inputs, outputs].
     """
 
     def __init__(
@@ -130,10 +137,11 @@ class ParameterTrace(TorchFunctionMode):
         unknown: Callable[[Tensor, str], object],
         at_function: Callable[[Tensor, Tensor, Tensor], Tensor],
         functions: AbstractSet[int],
+        product: Callable[[Tensor, bool], object],
     ) -> None:
         super().__init__()
         self.note, self.batch, self.unknown = note, batch, unknown
-        self.at_function, self.functions = at_function, functions
+        self.at_function, self.functions, self.product = at_function, functions, product
         self.bare = {id(p): Bare(p, p, torch.arange(p.numel()).reshape(p.shape)) for p in bare}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -147,13 +155,23 @@ class ParameterTrace(TorchFunctionMode):
             return self._attention(*args, **kwargs)
         if func in UNROLLED and not (len(args) > 3 and isinstance(args[3], tuple | list)):  # of packed sequences
             return UNROLLED[func](self._linear, *args, **kwargs)
-        if func in LAYER_FUNCTIONS and args:
-            own = next((x for x in (*args[1:], *kwargs.values()) if id(x) in self.functions), None)
+        if func in LAYER_FUNCTIONS | MATRIX_PRODUCTS.keys() and len(args) > 1:
+            place = MATRIX_PRODUCTS.get(func, (0, 1))[0]
+            own = next((p for x in (*args[1:], *kwargs.values()) if (p := self._of_function(x)) is not None), None)
             if own is not None:
-                return self._layer_function(own, args[0], func(*args, **kwargs))
+                return self._layer_function(own, args[place], func(*args, **kwargs))
         if self.bare:
             return self._bare_function(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _of_function(self, x: Any) -> Tensor | None:
+        """The parameter of `functions` that this is, or is the transpose of."""
+        if not isinstance(x, Tensor):
+            return None
+        if id(x) in self.functions:
+            return x
+        base = base_of(x)
+        return base if base is not None and id(base) in self.functions and x.dim() == 2 else None
 
     def _layer_function(self, param: Tensor, x: Tensor, out: Tensor) -> Tensor:
         others = [trace.at_function for trace in _active_traces()]
@@ -193,6 +211,8 @@ class ParameterTrace(TorchFunctionMode):
         given = [self.bare[id(x)] for x in _flat((args, tuple(kwargs.values()))) if id(x) in self.bare]
         if not given:
             return func(*args, **kwargs)
+        if func in MATRIX_PRODUCTS and len(args) > MATRIX_PRODUCTS[func][1]:
+            self._see_product(args[MATRIX_PRODUCTS[func][1]], func is not F.linear)
         if len(given) == 1 and len(args) and id(args[0]) in self.bare and func in _MOVES | _KEEPS:
             (one,) = given
             out = func(*args, **kwargs)
@@ -208,6 +228,16 @@ class ParameterTrace(TorchFunctionMode):
                 else:
                     self.unknown(one.param, getattr(func, "__name__", str(func)))
         return out
+
+    def _see_product(self, weight: Any, inputs_first: bool) -> None:
+        one = self.bare.get(id(weight))
+        if one is None or one.param.dim() != 2 or one.factor != 1.0:
+            return
+        places = torch.arange(one.param.numel()).reshape(one.param.shape)
+        if torch.equal(one.index, places):
+            self.product(one.param, inputs_first)
+        elif torch.equal(one.index, places.T):
+            self.product(one.param, not inputs_first)
 
     def _derived(self, one: Bare, out: Tensor, index: Tensor, factor: float) -> Tensor:
         if isinstance(out, Tensor) and torch.is_grad_enabled() and index.shape == out.shape:

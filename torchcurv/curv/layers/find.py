@@ -6,14 +6,14 @@ Most layers are a module with a view, whose calls a forward hook sees. Others li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from torchcurv.curv.graph import parameters_of
-from torchcurv.curv.layers.inner_layers import InnerLayer, bare_parts, inner_parts
-from torchcurv.curv.layers.layer import FUNCTION, Layer, ParameterUse, ParamSlice
+from torchcurv.curv.layers.inner_layers import PRODUCTS, InnerLayer, bare_parts, inner_parts
+from torchcurv.curv.layers.layer import FUNCTION, PRODUCT, Layer, ParameterUse, ParamSlice
 from torchcurv.curv.layers.table import has_forward_of_its_view, view_of
 
 
@@ -22,16 +22,19 @@ def find_layers(
     covered: Callable[[Tensor], bool],
     by_sample: Callable[[Tensor], bool] = lambda p: False,
     alone: Collection[Tensor] = (),
+    products: Mapping[Tensor, bool] | None = None,
 ) -> list[Layer]:
     """One Layer per grouped linear map with a covered parameter; sites that share a weight share a Layer.
 
     covered: whether a parameter is trained with a curvature. by_sample: whether its gradients may be taken sample by
     sample, where nothing better is known. alone: parameters that are not used as their module's type says, and are
-    taken element by element.
+    taken element by element. products: parameters of a module's own that something of the batch is multiplied with as
+    by a linear layer, and whether they are stored [inputs, outputs].
     """
     shared: dict[tuple[int, int], list[ParameterUse]] = {}
     single = {id(p) for p in alone}
-    found = list(_sites(model, single))
+    stored = {id(p): how for p, how in (products or {}).items() if id(p) not in single}
+    found = list(_sites(model, single, stored))
     held = {id(piece.param) for site in found if site.weight for piece in (site.weight, site.bias) if piece}
     for site in found:
         if site.bare and site.bias is not None and id(site.bias.param) in held:
@@ -103,7 +106,7 @@ def _same(bias: ParamSlice | None, other: ParamSlice | None) -> bool:
     return bias is None or (other is not None and bias.param is other.param and bias.rows == other.rows)
 
 
-def _sites(model: nn.Module, alone: set[int]) -> Iterator[ParameterUse]:
+def _sites(model: nn.Module, alone: set[int], products: Mapping[int, bool]) -> Iterator[ParameterUse]:
     """Every use of parameters in a model, in the order of its modules."""
     inside: set[int] = set()  # modules whose forward is never called
     for name, module in model.named_modules():
@@ -126,8 +129,12 @@ def _sites(model: nn.Module, alone: set[int]) -> Iterator[ParameterUse]:
             parts, children = bare_parts(module, set()), []
         inside |= {id(child) for child in children}
         for part in parts:
-            whole = part.weight is None and part.bias is not None and id(part.bias[0]) in alone
-            yield _inner_site(name, module, part._replace(opaque=True) if whole else part)
+            own_id = id(part.bias[0]) if part.weight is None and part.bias is not None else None
+            site = _inner_site(name, module, part._replace(opaque=True) if own_id in alone else part)
+            if own_id is not None and own_id in products:
+                view = PRODUCTS[products[own_id]]
+                site = ParameterUse(site.name, module, view, site.bias, None, PRODUCT)
+            yield site
 
 
 def _own(name: str, module: nn.Module, key: str) -> ParamSlice | None:

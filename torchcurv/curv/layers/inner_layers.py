@@ -10,9 +10,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from torchcurv.curv.graph import parameters_of
 from torchcurv.curv.layers.table import LINEAR
-from torchcurv.curv.layers.view import View
+from torchcurv.curv.layers.view import View, by_last_dimension
 
 Rows = slice | None
+# How a product with a parameter is read, by whether it is stored [inputs, outputs].
+PRODUCTS = {False: LINEAR, True: View(by_last_dimension, by_last_dimension, transposed=True)}
 
 # ----------------------------------------------------------------------------------------------- parts
 

@@ -29,7 +29,8 @@ class ParamSlice(NamedTuple):
         return self.param.shape if self.rows is None else self.param[self.rows].shape
 
 
-FUNCTION = "function"  # the part of a module that is the torch function its type is about, and not its whole forward
+# The part of a module that is the call of a torch function: the one its type is about, or a product with a parameter.
+FUNCTION, PRODUCT = "function", "product"
 
 
 @dataclass(eq=False)
@@ -59,7 +60,7 @@ class ParameterUse:
 
     @property
     def function(self) -> bool:
-        return self.part == FUNCTION
+        return self.part in (FUNCTION, PRODUCT)
 
     @property
     def bare(self) -> bool:

@@ -25,7 +25,8 @@ class Blueprint:
 
     model: whose parameters the groups hold. unsupported: "error", or "gradient" for what has no curvature.
     arrange: from the blocks of the groups to those that are kept. rules: checks of each.
-    alone: parameters that turned out not to be used as their module's type says.
+    alone: parameters that turned out not to be used as their module's type says. products: those of modules' own that
+    turned out to be the weights of linear maps, and whether they are stored [inputs, outputs].
     """
 
     model: nn.Module
@@ -33,6 +34,7 @@ class Blueprint:
     arrange: Callable[[list[Curvature]], list[Curvature]] = list
     rules: tuple[BlockRule, ...] = ()
     alone: set[Tensor] = field(default_factory=set)
+    products: dict[Tensor, bool] = field(default_factory=dict)
 
     @property
     def names(self) -> Names:
@@ -56,7 +58,11 @@ class Blueprint:
             covered = {p for p in covered if unreadable(p) is None}
         for _ in range(2):  # what no layer explains is taken element by element
             layers = find_layers(
-                self.model, lambda p: p in covered, lambda p: p in covered and options[p].approx == "diag", self.alone
+                self.model,
+                lambda p: p in covered,
+                lambda p: p in covered and options[p].approx == "diag",
+                self.alone,
+                self.products,
             )
             in_layer = {p for layer in layers for p in layer.params}
             self.alone.update(covered - in_layer)

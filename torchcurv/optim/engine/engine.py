@@ -182,6 +182,7 @@ class CurvatureEngine:
         for remark in remarks_on([block for block, _ in reached]) - self.said:
             self.said.add(remark)
             warn(remark)
+        self._take_products()
         for block, index in reached:
             if block.pending:
                 self._update_average(block, index)
@@ -191,6 +192,14 @@ class CurvatureEngine:
         if self.factors and not self.warming_up:
             self._factorise(reached, changed)
         return True
+
+    def _take_products(self) -> None:
+        """Parameters that turned out to be weights of linear maps are layers from the next step on."""
+        assert self.recorder is not None
+        blueprint, seen = self.blueprint, self.recorder.forward.products
+        new = {p: how for p, how in seen.items() if p not in blueprint.products and p not in blueprint.alone}
+        blueprint.products.update(new)
+        self.followers.rebuild |= bool(new)
 
     def _note_plain(self, missing: list[Curvature]) -> None:
         """Say it when there are more blocks that train with the plain gradient."""
