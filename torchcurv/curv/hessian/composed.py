@@ -90,7 +90,10 @@ class Composed:
             return None
         slope = self.slope(g, x)
         if slope is not None:
-            apart = [d for d in apart if d in _apart(slope, x)]
+            if _Blocks(x, apart).size > most:
+                return None
+            too = _apart(slope, x)
+            apart = [d for d in apart if d in too]
         outer, inner = _Blocks(self.out, apart), _Blocks(x, apart)
         rows = _Rows(self.out, x, outer, inner)
         if rows.products + (0 if slope is None else inner.size) > most:
