@@ -21,7 +21,8 @@ from torchcurv.curv.hessian.products import several_products
 
 Map = Callable[[Tensor], Tensor]
 AT_ONCE = {"cpu": 1 << 16}  # elements of the products that are made at once; elsewhere 2^24
-APART = 1e-9  # a map in double precision that mixes what lies apart by less does not
+APART = 1e-9  # a map in double precision that mixes what lies apart by less than this part of it does not
+ROUNDING = 1e-12  # what may be left of a map that is 0
 
 
 class Composed:
@@ -61,12 +62,14 @@ class Composed:
             x = x + (op.read(leaf, torch.float64) - x).detach()
         return x.clone()  # it may be edited in place
 
-    def slope(self, g: Tensor | None, x: Tensor) -> Tensor | None:
-        """sum_k g_k dF_k/dx as a function of x; None where it is constant."""
+    def slope(self, g: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(sum_k g_k dF_k/dx as a function of x, for a g of order 1, and the scale of g); None where it is constant."""
         if g is None:
             return None
-        (slope,) = torch.autograd.grad(self.out, x, self.like_out(g), create_graph=True, materialize_grads=True)
-        return slope if slope.requires_grad else None
+        scale = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny).double()
+        v = self.like_out(g) / scale
+        (slope,) = torch.autograd.grad(self.out, x, v, create_graph=True, materialize_grads=True)
+        return (slope, scale) if slope.requires_grad else None
 
     def like_out(self, v: Tensor) -> Tensor:
         return v.reshape(self.out.shape).to(self.out.dtype)
@@ -92,7 +95,7 @@ class Composed:
         if slope is not None:
             if _Blocks(x, apart).size > most:
                 return None
-            too = _apart(slope, x)
+            too = _apart(slope[0], x)
             apart = [d for d in apart if d in too]
         outer, inner = _Blocks(self.out, apart), _Blocks(x, apart)
         rows = _Rows(self.out, x, outer, inner)
@@ -105,10 +108,10 @@ class Composed:
         if slope is not None:
             r = torch.empty_like(new)
             for some in inner.chunks():
-                columns = several_products(slope, x, inner.units(some))
+                columns = several_products(slope[0], x, inner.units(some))
                 for at, column in zip(some, columns, strict=True):
                     r[:, at] = inner.split(column)[:, at]
-            new += now.second_order(r)
+            new += now.second_order(r * slope[1])
         return inner.join(new)
 
     # --------------------------------------------------------------------------------------------- matrix
@@ -132,8 +135,9 @@ class Composed:
         slope = self.slope(g, x)
         if slope is None:
             return new
-        rows = [_product(slope, x, _unit(n, inner, k, H).reshape(x.shape)).reshape(n, inner) for k in range(inner)]
-        return new + now.second_order_matrix(torch.stack(rows, 1))
+        S, scale = slope
+        rows = [_product(S, x, _unit(n, inner, k, H).reshape(x.shape)).reshape(n, inner) for k in range(inner)]
+        return new + now.second_order_matrix(torch.stack(rows, 1) * scale)
 
     def _check_samples(self, pull: Map, n: int, outer: int, x: Tensor) -> None:
         if self.out.numel() % n or x.numel() % n:
@@ -161,7 +165,8 @@ def _random(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return bool(((a - b).abs() <= APART * b.abs().amax().clamp_min(1e-300)).all())
+    """Of products with vectors of order 1, in double precision."""
+    return bool(((a - b).abs() <= APART * b.abs().amax() + ROUNDING).all())
 
 
 def _apart(outer: Tensor, inner: Tensor) -> list[int]:
