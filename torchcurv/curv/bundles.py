@@ -83,6 +83,7 @@ class Hessian(Bundle):
     residual_over: str = _UNSET
     averaging: str = field(default=_UNSET, metadata={"option": "hessian_averaging"})
     max_dim: int = field(default=_UNSET, metadata={"option": "max_hessian_dim"})
+    max_chain_products: int = _UNSET
     samples: int | None = _UNSET
     fixed: ClassVar[Mapping[str, Any]] = {"curv_type": "hessian"}
 

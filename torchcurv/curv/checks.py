@@ -116,3 +116,22 @@ def flag(name: str, value: Any) -> None:
 
 def anything(name: str, value: Any) -> None:
     """Checked where it is used."""
+
+
+# ------------------------------------------------------------------------------------- names of tables
+
+NAMES: dict[str, Any] = {}  # by option, the tables or the names that higher floors have
+
+
+def allow(option: str, names: Collection[Any]) -> None:
+    """Let an option take the names of a table, also those that are added to it later."""
+    NAMES[option] = names
+
+
+def of_table(*others: Any) -> Check:
+    """A name of the table that was given to `allow`, or one of some other values."""
+
+    def check(name: str, value: Any) -> None:
+        check_one_of(name, value, (*NAMES[name], *others))
+
+    return check

@@ -13,14 +13,15 @@ hand them over with `allow`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Annotated, Any, TypedDict, get_type_hints
 
 from torch import Tensor
 
-from torchcurv.curv.checks import Check, Interval, check_interval, check_number, check_one_of, count, number, one_of
+from torchcurv.curv.checks import NAMES, Check, Interval, check_interval, check_number, count, number, of_table, one_of
+from torchcurv.curv.checks import allow as allow
 from torchcurv.curv.option_rules import BLOCK_RULES
 
 # What an option decides: the structure of blocks, which is read when they are built; what the next step does, which is
@@ -39,22 +40,6 @@ class Option:
 
 
 # -------------------------------------------------------------------------------- names and numbers
-
-_NAMES: dict[str, Any] = {}  # by option, the tables or the names that higher floors have
-
-
-def allow(option: str, names: Collection[Any]) -> None:
-    """Let an option take the names of a table, also those that are added to it later."""
-    _NAMES[option] = names
-
-
-def of_table(*others: Any) -> Check:
-    """A name of the table that was given to `allow`, or one of some other values."""
-
-    def check(name: str, value: Any) -> None:
-        check_one_of(name, value, (*_NAMES[name], *others))
-
-    return check
 
 
 def _damping(name: str, value: Any) -> None:
@@ -209,6 +194,16 @@ class HessianOptions(TypedDict, total=False):
             count(),
             STRUCTURE,
             'the largest number of elements of a sample that "kfac" of the Hessian carries a matrix over',
+        ),
+    ]
+    max_chain_products: Annotated[
+        int,
+        Option(
+            64,
+            count(),
+            STRUCTURE,
+            'the most vector-Jacobian products that "diag" of the propagated Hessian spends on a chain of operations '
+            "between layers, which is exact; one that takes more is gone through op by op, without its cross terms",
         ),
     ]
     indefinite: Annotated[
@@ -376,12 +371,12 @@ class Options:
     @property
     def kind(self) -> Any:
         """The class of curv_type in the table of kinds."""
-        return _NAMES["curv_type"][self.curv_type]
+        return NAMES["curv_type"][self.curv_type]
 
     @property
     def hessian_methods(self) -> tuple[str, ...]:
         """The ways to the Hessian that the approximation has, the default first."""
-        return () if self.approx is None else _NAMES["approx"][self.approx].hessian
+        return () if self.approx is None else NAMES["approx"][self.approx].hessian
 
     @property
     def method(self) -> str:
@@ -391,7 +386,7 @@ class Options:
     @property
     def joins(self) -> bool:
         """Whether one block covers several layers unless `partition` says otherwise."""
-        return self.approx is not None and _NAMES["approx"][self.approx].joins
+        return self.approx is not None and NAMES["approx"][self.approx].joins
 
     @property
     def covers(self) -> str:

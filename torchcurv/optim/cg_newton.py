@@ -85,6 +85,7 @@ class CGKeywords(CGSolveOptions, LossOptions):
     residual_over: str
     hessian_averaging: str
     max_hessian_dim: int
+    max_chain_products: int
     indefinite: str
 
 

@@ -88,6 +88,7 @@ MATRICES = {  # exact as matrices only
     "kernel": lambda x: x @ x.mT,
     "heads": lambda x: F.scaled_dot_product_attention(*x.unflatten(2, (3, 2)).unbind(2), is_causal=True),
     "entropy": lambda x: -(F.softmax(x, -1) * F.log_softmax(x, -1)).sum(-1),
+    "constant": lambda x: x.mean(-1, keepdim=True).expand_as(x).softmax(-1) + x.mean(-1, keepdim=True).tanh(),
     "expert": lambda x: (torch.softmax(x.mean(1), -1)[:, None] * x.tanh()).sum(-1),
 }
 
@@ -178,18 +179,20 @@ def test_second_derivatives_of_a_chain_are_those_of_the_whole(residual):
 
 
 def test_maps_over_the_batch():
-    found, truth, _ = recorded(lambda x: x - x.mean(), 4, elementwise_loss, "diag")
+    found, truth, _ = recorded(lambda x: x - x.mean(), 4, elementwise_loss, "diag", max_products=72)
     torch.testing.assert_close(found.reshape(4, 18), truth.diagonal(dim1=1, dim2=2), **TIGHT)
     with pytest.raises(NotImplementedError, match=r"through (mean|sub)"):
         recorded(lambda x: x - x.mean(), 4, loss_of, "matrix")
 
 
 def test_a_chain_that_takes_too_many_products_is_gone_through_op_by_op():
-    exact, truth, _ = recorded(LINEAR["centred"], 4, elementwise_loss, "diag", max_dim=1)  # one product for all rows
+    exact, truth, _ = recorded(
+        LINEAR["centred"], 4, elementwise_loss, "diag", max_products=1
+    )  # one product for all rows
     torch.testing.assert_close(exact.reshape(4, 18), truth.diagonal(dim1=1, dim2=2), **TIGHT)
-    dropped, truth, _ = recorded(CURVED["rms norm"], 4, elementwise_loss, "diag", max_dim=1)
+    dropped, truth, _ = recorded(CURVED["rms norm"], 4, elementwise_loss, "diag", max_products=1)
     assert (dropped.reshape(4, 18) - truth.diagonal(dim1=1, dim2=2)).abs().max() > 1e-3
-    found, truth, _ = recorded(CURVED["gate"], 4, elementwise_loss, "diag", max_dim=2)
+    found, truth, _ = recorded(CURVED["gate"], 4, elementwise_loss, "diag", max_products=2)
     torch.testing.assert_close(found.reshape(4, 18), truth.diagonal(dim1=1, dim2=2), **TIGHT)
 
 
@@ -261,7 +264,7 @@ def of_program(program):
     return f
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(program=PROGRAMS, seed=st.integers(0, 99))
 def test_random_functions_of_one_layer(program, seed):
     f = of_program([*program, ("add", 0, 1)])
@@ -273,6 +276,46 @@ def test_random_functions_of_one_layer(program, seed):
         torch.testing.assert_close(
             found.reshape(3, 18), diagonal, rtol=1e-8, atol=1e-9 * float(1 + diagonal.abs().max())
         )
+
+
+class Between(nn.Module):
+    """Two layers with a function between."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.first, self.last, self.f = nn.Linear(4, 18), nn.Linear(18, 3), f
+
+    def forward(self, x):
+        return self.last(self.f(self.first(x).unflatten(1, (3, 6))).flatten(1))
+
+
+def dense(block):
+    sizes = [p.numel() for p in block.params]
+    columns = []
+    for unit in torch.eye(sum(sizes), dtype=torch.float64):
+        given = [part.reshape(p.shape) for part, p in zip(unit.split(sizes), block.params, strict=True)]
+        columns.append(torch.cat([t.flatten() for t in block.matvec(given)]))
+    return torch.stack(columns, 1)
+
+
+def true_block(model, loss, x, y, name):
+    named = list(model.named_parameters())
+    names = [n for n, _ in named if n.rpartition(".")[0] == name]
+    return oracles.sub_block(oracles.hessian(model, loss, x, y, named), named, names)
+
+
+@settings(max_examples=10, deadline=None)
+@given(program=PROGRAMS, seed=st.integers(0, 99))
+def test_random_networks_of_two_layers(program, seed):
+    """One sample: "kfac" is the Hessian of both layers; "diag" is that of the last."""
+    model, loss = seeded(lambda: Between(of_program(program)), seed), nn.CrossEntropyLoss()
+    x, y = randn(1, 4, seed=seed), torch.tensor([1])
+    blocks = curvature(model, loss, [(x, y)], curv_type="hessian", approx="kfac").blocks
+    for name in blocks:
+        torch.testing.assert_close(dense(blocks[name]), true_block(model, loss, x, y, name), rtol=1e-7, atol=1e-9)
+    diagonal = curvature(model, loss, [(x, y)], curv_type="hessian", approx="diag").blocks["last"]
+    expected = true_block(model, loss, x, y, "last").diagonal()
+    torch.testing.assert_close(dense(diagonal).diagonal(), expected, rtol=1e-8, atol=1e-10)
 
 
 # --- models -------------------------------------------------------------------------------------------------
@@ -329,21 +372,12 @@ class Cell(nn.Module):
 def test_for_one_sample_every_block_of_a_model_is_the_true_hessian(make):
     model, loss = seeded(make), nn.CrossEntropyLoss()
     x = randn(1, 3, 4, seed=1) if make is Attends else randn(1, 4, seed=1)
-    y, named = torch.tensor([1]), list(model.named_parameters())
+    y = torch.tensor([1])
     got = curvature(model, loss, [(x, y)], curv_type="hessian", approx="kfac", sharing="expand")
-    truth = oracles.hessian(model, loss, x, y, named)
     for name, block in got.blocks.items():
         if (make is Attends and name == "qkv") or (make is Cell and name == "first"):
             continue  # shared positions, and branches with a layer on one of them
-        size = sum(p.numel() for p in block.params)
-        names = [n for n, _ in named if n.rpartition(".")[0] == name]
-        expected = oracles.sub_block(truth, named, names)
-        columns = []
-        sizes = [p.numel() for p in block.params]
-        for unit in torch.eye(size, dtype=torch.float64):
-            given = [part.reshape(p.shape) for part, p in zip(unit.split(sizes), block.params, strict=True)]
-            columns.append(torch.cat([t.flatten() for t in block.matvec(given)]))
-        torch.testing.assert_close(torch.stack(columns, 1), expected, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(dense(block), true_block(model, loss, x, y, name), rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("approx", ["diag", "kfac"])

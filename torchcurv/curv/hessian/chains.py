@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 import torch
@@ -49,12 +50,12 @@ def is_curved(op: Op, slots: list[int]) -> bool:
 
 def chains(steps: list[Step], targets: Collection[Key], now: Propagation) -> dict[Op, Chain]:
     """The chains of a propagation, by their heads. steps: from the output backwards."""
-    making = {key_of(op.output): index for index, (op, _) in enumerate(steps)}
+    places = _Places(steps)
     found = {}
     for index, (op, slots) in enumerate(steps):
         joins = len(slots) > 1 and ((op.rule.chain == "entry" and not op.rule.move) or not now.diag)
         if _contains(op, slots, now) and (joins or (now.diag and op.rule.chain == "mixing")):
-            chain = _Descent(steps, making, targets, now).chain(index)
+            chain = _Descent(steps, places, targets, now).chain(index)
             if chain is not None:
                 found[op] = chain
     return found
@@ -72,32 +73,49 @@ class _Use(NamedTuple):
     slot: int
 
 
+class _Places:
+    """making: the step that makes a tensor. lowest: the last one, counted from the output, that uses it."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        self.making = {key_of(op.output): index for index, (op, _) in enumerate(steps)}
+        self.lowest = {key_of(op.inputs[slot]): index for index, (op, slots) in enumerate(steps) for slot in slots}
+
+
 class _Descent:
     """The operations below one head that a chain may contain, and the tensors at which going op by op is not exact."""
 
-    def __init__(self, steps: list[Step], making: dict[Key, int], targets: Collection[Key], now: Propagation) -> None:
-        self.steps, self.making, self.targets, self.now = steps, making, targets, now
+    def __init__(self, steps: list[Step], places: _Places, targets: Collection[Key], now: Propagation) -> None:
+        self.steps, self.places, self.targets, self.now = steps, places, targets, now
         self.uses: dict[Key, list[_Use]] = {}
         self.mixed: set[Key] = set()  # where H is not diagonal, though it is at the head
         self.trouble: set[Key] = set()
 
     def chain(self, head: int) -> Chain | None:
-        todo, inside = {head}, []
+        todo, inside, seen = [head], [], {head}
         while todo:  # from the top: all uses of a tensor come before what made it
-            index = min(todo)
-            todo.remove(index)
-            inside.append(index)
+            index = heappop(todo)
             op, slots = self.steps[index]
             self._meet(key_of(op.output))
+            if not todo and index != head and self._is_neck(index):
+                break
+            inside.append(index)
             for slot in slots:
                 key = key_of(op.inputs[slot])
                 self._pass(op, slot, key)
-                below = self.making.get(key)
-                if below is not None and key not in self.targets and _contains(*self.steps[below], self.now):
-                    todo.add(below)
+                below = self.places.making.get(key)
+                if below is None or below in seen or key in self.targets or not _contains(*self.steps[below], self.now):
+                    continue
+                seen.add(below)
+                heappush(todo, below)
         for key in self.uses:
             self._meet(key)
         return self._down_to_trouble(inside) if self.trouble else None
+
+    def _is_neck(self, index: int) -> bool:
+        """Whether all that lies below is reached through the output of one operation, at which H is what is kept."""
+        key = key_of(self.steps[index][0].output)
+        kept = key not in self.mixed if self.now.diag else not self.trouble
+        return kept and all(self.places.lowest[other] < index for other in self.uses if other != key)
 
     def _pass(self, op: Op, slot: int, key: Key) -> None:
         self.uses.setdefault(key, []).append(_Use(op, slot))

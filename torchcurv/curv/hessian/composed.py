@@ -17,9 +17,12 @@ from torch import Tensor
 from torchcurv.curv.graph import Edge
 from torchcurv.curv.hessian.local import Propagation
 from torchcurv.curv.hessian.operation import Kept, Key, Op, key_of, unflattened
+from torchcurv.curv.hessian.products import several_products
 
 Map = Callable[[Tensor], Tensor]
-APART = 1e-9  # a map in double precision that mixes what lies apart by less does not
+AT_ONCE = {"cpu": 1 << 16}  # elements of the products that are made at once; elsewhere 2^24
+APART = 1e-9  # a map in double precision that mixes what lies apart by less than this part of it does not
+ROUNDING = 1e-12  # what may be left of a map that is 0
 
 
 class Composed:
@@ -59,26 +62,21 @@ class Composed:
             x = x + (op.read(leaf, torch.float64) - x).detach()
         return x.clone()  # it may be edited in place
 
-    def pull(self, v: Tensor, x: Tensor) -> Tensor:
-        """J^T v at x."""
-        return torch.autograd.grad(self.out, x, v, retain_graph=True, materialize_grads=True)[0]
-
-    def second(self, g: Tensor | None, x: Tensor) -> Map | None:
-        """v -> (sum_k g_k d²F_k/dx²) v; None where that is 0."""
+    def slope(self, g: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(sum_k g_k dF_k/dx as a function of x, for a g of order 1, and the scale of g); None where it is constant."""
         if g is None:
             return None
-        (slope,) = torch.autograd.grad(self.out, x, self.like_out(g), create_graph=True, materialize_grads=True)
-        if not slope.requires_grad:
-            return None
-        return lambda v: torch.autograd.grad(slope, x, v, retain_graph=True, materialize_grads=True)[0]
+        scale = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny).double()
+        v = self.like_out(g) / scale
+        (slope,) = torch.autograd.grad(self.out, x, v, create_graph=True, materialize_grads=True)
+        return (slope, scale) if slope.requires_grad else None
 
     def like_out(self, v: Tensor) -> Tensor:
         return v.reshape(self.out.shape).to(self.out.dtype)
 
     def gradient_inside(self, key: Key, g: Tensor) -> Tensor:
         """The part of dL/d(what an operation of these made) that comes through F."""
-        inside = self.made[key]
-        return torch.autograd.grad(self.out, inside, self.like_out(g), retain_graph=True, materialize_grads=True)[0]
+        return _product(self.out, self.made[key], self.like_out(g))
 
     # ------------------------------------------------------------------------------------------- diagonal
 
@@ -90,21 +88,30 @@ class Composed:
     def diagonal(self, edge: Edge, h: Tensor, g: Tensor | None, now: Propagation, most: float) -> Tensor | None:
         """The exact one for a diagonal h at the output."""
         x = self.starts[key_of(edge)]
-        second = self.second(g, x)
-        apart = _apart(lambda v: self.pull(v, x), self.out, x)
-        if second is not None:
-            apart = [d for d in apart if d in _apart(second, x, x)]
+        apart = _apart(self.out, x)
+        if g is not None and _Blocks(self.out, apart).size > most:  # known before anything is differentiated twice
+            return None
+        slope = self.slope(g, x)
+        if slope is not None:
+            if _Blocks(x, apart).size > most:
+                return None
+            too = _apart(slope[0], x)
+            apart = [d for d in apart if d in too]
         outer, inner = _Blocks(self.out, apart), _Blocks(x, apart)
-        rows = _Rows(lambda v: self.pull(v, x), outer, inner)
-        if rows.products + (0 if second is None else inner.size) > most:
+        rows = _Rows(self.out, x, outer, inner)
+        if rows.products + (0 if slope is None else inner.size) > most:
             return None
         h = outer.split(self.like_out(h))
         new = torch.zeros(inner.count, inner.size, dtype=h.dtype, device=h.device)
-        for k, J in rows:  # J: [count or 1, rows, q]
-            new += torch.einsum("bk,bkq->bq", h[:, k], J.square().expand(inner.count, -1, -1))
-        if second is not None:
-            r = [inner.split(second(inner.unit(k)))[:, k] for k in range(inner.size)]
-            new += now.second_order(torch.stack(r, 1))
+        for k, J in rows:
+            new += h[:, k] @ J.square() if J.dim() == 2 else torch.einsum("bk,bkq->bq", h[:, k], J.square())
+        if slope is not None:
+            r = torch.empty_like(new)
+            for some in inner.chunks():
+                columns = several_products(slope[0], x, inner.units(some))
+                for at, column in zip(some, columns, strict=True):
+                    r[:, at] = inner.split(column)[:, at]
+            new += now.second_order(r * slope[1])
         return inner.join(new)
 
     # --------------------------------------------------------------------------------------------- matrix
@@ -115,7 +122,7 @@ class Composed:
         outer, inner = self.out.numel() // n, x.numel() // n
 
         def pull(v: Tensor) -> Tensor:
-            return self.pull(v.reshape(self.out.shape), x).reshape(n, inner)
+            return _product(self.out, x, v.reshape(self.out.shape)).reshape(n, inner)
 
         self._check_samples(pull, n, outer, x)
         if now.averaged:
@@ -125,11 +132,12 @@ class Composed:
             new = H.new_zeros(inner, inner)
             for k in range(outer):
                 new += pull(H[k].expand(n, outer)).T @ pull(_unit(n, outer, k, H)) / n
-        second = self.second(g, x)
-        if second is None or now.how.residual == "zero":
+        slope = self.slope(g, x)
+        if slope is None:
             return new
-        rows = [second(_unit(n, inner, k, H).reshape(x.shape)).reshape(n, inner) for k in range(inner)]
-        return new + now.second_order_matrix(torch.stack(rows, 1))
+        S, scale = slope
+        rows = [_product(S, x, _unit(n, inner, k, H).reshape(x.shape)).reshape(n, inner) for k in range(inner)]
+        return new + now.second_order_matrix(torch.stack(rows, 1) * scale)
 
     def _check_samples(self, pull: Map, n: int, outer: int, x: Tensor) -> None:
         if self.out.numel() % n or x.numel() % n:
@@ -137,6 +145,11 @@ class Composed:
         v, s = _random((n, outer), x), _random((n, 1), x)
         if not _same(pull(v * s), pull(v) * s):
             raise self.head.refused('it mixes samples; approx="diag" can do that')
+
+
+def _product(out: Tensor, x: Tensor, v: Tensor) -> Tensor:
+    """J^T v of out as a function of x."""
+    return torch.autograd.grad(out, x, v, retain_graph=True, materialize_grads=True)[0]
 
 
 def _unit(n: int, size: int, k: int, like: Tensor) -> Tensor:
@@ -152,18 +165,19 @@ def _random(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return bool(((a - b).abs() <= APART * b.abs().amax().clamp_min(1e-300)).all())
+    """Of products with vectors of order 1, in double precision."""
+    return bool(((a - b).abs() <= APART * b.abs().amax() + ROUNDING).all())
 
 
-def _apart(pull: Map, outer: Tensor, inner: Tensor) -> list[int]:
-    """The dimensions along which a linear map keeps elements apart: a random scale along one of them goes through."""
+def _apart(outer: Tensor, inner: Tensor) -> list[int]:
+    """The dimensions along which J keeps elements apart: a random scale along one of them goes through."""
     v = _random(outer.shape, outer)
-    pulled, found = pull(v), []
+    pulled, found = _product(outer, inner, v), []
     for d, (a, b) in enumerate(zip(outer.shape, inner.shape, strict=False)):
         if a != b:
             continue
         s = _random([a if k == d else 1 for k in range(outer.dim())], outer)
-        if _same(pull(v * s), pulled * s.reshape([a if k == d else 1 for k in range(inner.dim())])):
+        if _same(_product(outer, inner, v * s), pulled * s.reshape([a if k == d else 1 for k in range(inner.dim())])):
             found.append(d)
     return found
 
@@ -185,29 +199,36 @@ class _Blocks:
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
         return x.reshape(self.moved).permute(back)
 
-    def unit(self, k: int) -> Tensor:
-        """1 at element k of every block."""
-        return self.join(_unit(self.count, self.size, k, self.like))
+    def chunks(self) -> Iterator[range]:
+        """The elements of a block, as many at a time as products are made at once."""
+        step = max(1, AT_ONCE.get(self.like.device.type, 1 << 24) // max(1, self.like.numel()))
+        return (range(start, min(start + step, self.size)) for start in range(0, self.size, step))
+
+    def units(self, k: range) -> Tensor:
+        """For each of these elements, 1 there in every block."""
+        return torch.stack([self.join(_unit(self.count, self.size, at, self.like)) for at in k])
 
 
 class _Rows:
-    """The rows of J by block: (their numbers, J [count, rows, q]), or [1, rows, q] where all blocks have the same."""
+    """The rows of J by block: (their numbers, J [count, rows, q]), or [rows, q] where all blocks have the same."""
 
-    def __init__(self, pull: Map, outer: _Blocks, inner: _Blocks) -> None:
-        self.pull, self.outer, self.inner = pull, outer, inner
+    def __init__(self, out: Tensor, x: Tensor, outer: _Blocks, inner: _Blocks) -> None:
+        self.out, self.x, self.outer, self.inner = out, x, outer, inner
         v = _random((1, outer.size), outer.like).expand(outer.count, -1)
-        found = inner.split(pull(outer.join(v)))
+        found = inner.split(_product(out, x, outer.join(v)))
         self.shared = outer.count > 1 and _same(found, found[:1].expand_as(found))
         self.products = -(-outer.size // outer.count) if self.shared else outer.size
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        count, size = self.outer.count, self.outer.size
         if not self.shared:
-            for k in range(size):
-                yield slice(k, k + 1), self.inner.split(self.pull(self.outer.unit(k))).unsqueeze(1)
+            for k in self.outer.chunks():
+                rows = several_products(self.out, self.x, self.outer.units(k))
+                yield slice(k.start, k.stop), torch.stack([self.inner.split(row) for row in rows], 1)
             return
+        count, size = self.outer.count, self.outer.size
         for start in range(0, size, count):  # every block takes another row
-            rows = min(count, size - start)
+            taken = min(count, size - start)
             v = self.outer.like.new_zeros(count, size)
-            v[torch.arange(rows), start + torch.arange(rows)] = 1
-            yield slice(start, start + rows), self.inner.split(self.pull(self.outer.join(v)))[:rows].unsqueeze(0)
+            v[torch.arange(taken), start + torch.arange(taken)] = 1
+            product = _product(self.out, self.x, self.outer.join(v))
+            yield slice(start, start + taken), self.inner.split(product)[:taken]

@@ -31,17 +31,19 @@ def through(node: Any, v: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Treatment:
-    """What the options say of a propagation; the last three are about the matrix form.
+    """What the options say of a propagation; the next three are about the matrix form.
 
     residual: what becomes of second derivatives, a name in RESIDUALS. residual_over: whether that acts on those of
     each "sample" or on their mean over the "batch". averaging: mean J_n^T H J_n over the "sample"s, or for "batch"
-    (mean J_n)^T H (mean J_n). max_dim: the largest d of a matrix [d, d].
+    (mean J_n)^T H (mean J_n). max_dim: the largest d of a matrix [d, d]. max_products: the most of a chain, in the
+    diagonal form.
     """
 
     residual: str = "keep"
     residual_over: str = "sample"
     averaging: str = "sample"
     max_dim: int = 2048
+    max_products: int = 64
 
 
 EXACT = Treatment()

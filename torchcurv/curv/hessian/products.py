@@ -196,6 +196,12 @@ def _all_at_once(outputs: list[Any], inputs: list[Tensor], v: list[Tensor]) -> l
     return [x if x.dim() > y.dim() else x.expand(len(v[0]), *x.shape) for x, y in zip(found, inputs, strict=True)]
 
 
+def several_products(output: Tensor, x: Tensor, v: Tensor) -> Tensor:
+    """J^T v at x for each v of a batch of them, at once where that is right."""
+    found = _all_at_once([output], [x], [v])
+    return (found if len(v) == 1 or _add_up(found, [output], [x], [v]) else _one_by_one([output], [x], [v]))[0]
+
+
 def _add_up(found: list[Tensor], outputs: list[Any], inputs: list[Tensor], v: list[Tensor]) -> bool:
     """Whether Σ ± of the products is the product with Σ ± of the vectors, or not finite. Reads a number."""
     k = torch.arange(len(v[0]), device=v[0].device)

@@ -95,10 +95,10 @@ def _below_step(op: Op, slots: list[int], chain: Chain | None, H: Tensor, now: P
 
 
 def _through(chain: Chain, H: Tensor, now: Propagation) -> Arriving | None:
-    """H at the starts of a chain; None for a diagonal that takes more products than `max_dim`."""
+    """H at the starts of a chain; None for a diagonal that takes more products than `max_products`."""
     composed, found = Composed(chain.steps), []
     for edge in chain.starts:
-        new = composed.at(edge, H, now, now.how.max_dim)
+        new = composed.at(edge, H, now, now.how.max_products)
         if new is None:
             return None
         found.append((edge, new))

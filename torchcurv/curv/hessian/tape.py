@@ -17,6 +17,8 @@ from torchcurv.curv.hessian.local import through
 from torchcurv.curv.hessian.operation import Blank, Kept, Key, Op, Spec, flattened, key_of
 from torchcurv.curv.hessian.rules import MOVES, RULES
 
+SHAPED = {"expand_as", "view_as", "reshape_as", "type_as"}  # which read nothing of the second argument but its shape
+
 
 def _calling_module(model: nn.Module | None) -> str:
     """The innermost module of a model that is running, as the stack has it."""
@@ -53,7 +55,8 @@ class Tape(TorchFunctionMode):
         tensors = {k: x for k, x in enumerate(leaves) if isinstance(x, Tensor)}
         if not any(x.requires_grad for x in tensors.values()):
             return func(*args, **kwargs)
-        inputs = {k: edge_of(x) for k, x in tensors.items() if x.grad_fn is not None}
+        read = {0} if name in SHAPED else tensors.keys()
+        inputs = {k: edge_of(x) for k, x in tensors.items() if x.grad_fn is not None and k in read}
         self._known |= {key_of(edge) for edge in inputs.values()}
         kept = _kept(func, args, kwargs, leaves, inputs, RULES.get(name))  # before it edits them
         result = func(*args, **kwargs)

@@ -103,7 +103,13 @@ class PriceHessian(Hessian):
 
 def _propagated(options: KindOptions) -> CurvatureKind:
     form = "diag" if options.approx == "diag" else "matrix"
-    how = Treatment(options.residual, options.residual_over, options.hessian_averaging, options.max_hessian_dim)
+    how = Treatment(
+        options.residual,
+        options.residual_over,
+        options.hessian_averaging,
+        options.max_hessian_dim,
+        options.max_chain_products,
+    )
     return PropagatedHessian(form, how)
 
 
