@@ -471,6 +471,37 @@ def test_few_rows_are_kept_in_the_place_of_a_and_many_are_not():
         assert type(precond.engine.blocks[0].factor).__name__ == kept
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("top", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("rows", ["with a mean", "alike", "of many sizes"])
+def test_few_rows_are_as_accurate_as_the_matrix(rows, top, dtype):
+    """Inputs with a mean, samples that come twice: a step along λ (A + λ I)^-1 of the gradient, against a dense solve
+    in the same precision. The gradient lies in the span of the rows, so nearly all of it cancels."""
+    x = cases.randn(8, 20)
+    x = {
+        "with a mean": x + 10,
+        "alike": x[torch.arange(8) % 5],
+        "of many sizes": x * torch.logspace(0, -3, 8)[:, None],
+    }[rows]
+    x = x.float().double()
+    A = x.T @ x / len(x)
+    lam = torch.linalg.eigvalsh(A)[-1].item() / top
+    damped = A + lam * torch.eye(20, dtype=A.dtype)
+    model = cases.seeded(lambda: nn.Linear(20, 3)).to(dtype)
+    precond = Preconditioner(model, curv_type="input", ema_decay=0.0, damping=lam)
+    CE(model(x.to(dtype)), torch.arange(8) % 3).backward()
+    g = model.weight.grad.clone()
+    precond.step()
+    assert type(precond.engine.blocks[0].factor).__name__ == "InputRows"
+    truth = lam * torch.linalg.solve(damped, g.double().T).T
+    matrix = lam * torch.cholesky_solve(g.T, torch.linalg.cholesky(damped.to(dtype))).T
+
+    def error(step):
+        return ((step.double() - truth).norm() / truth.norm()).item()
+
+    assert error(model.weight.grad) <= 10 * error(matrix) + torch.finfo(dtype).eps * (10 + top)
+
+
 def test_batches_of_other_sizes_where_nothing_is_read_from_the_device(accelerator):
     """On an accelerator the choice between the new and the last factor is made without a host sync."""
     model = nn.Linear(4, 3).double()

@@ -5,7 +5,8 @@ A step along λ (C + λ I)^-1 g takes, for a weight gradient G [o, i] and the ro
 
     λ G (A + λ I)^-1  =  G - G a^T (b λ I + a a^T)^-1 a
 
-and the bias gradient as it is; for λ -> ∞ it is the gradient. The second form inverts b x b in the place of i x i.
+and the bias gradient as it is; for λ -> ∞ it is the gradient. The second form inverts b x b in the
+place of i x i; it is taken in an orthonormal basis of the rows (InputRows).
 
 Sources: Petersen et al., "ISAAC Newton: input-based approximate curvature for Newton's method" (2023), where
 A + λ I is that of one batch; Benzing, "Gradient descent on neurons and its link to approximate second-order
@@ -131,9 +132,10 @@ class InputCurvature(Approximation):
         lam = torch.as_tensor(damping, dtype=count.dtype, device=count.device)
         rows = tensors.get(ROWS)
         if rows is not None and "A" not in tensors and rows.shape[-2] < d:
-            rows = rows / count.sqrt()
-            small, ok = inverse_spd(rows @ rows.mT, lam)
-            return InputRows(rows, small, lam), ok
+            Q, T = torch.linalg.qr((rows / count.sqrt()).mT)
+            small, ok = inverse_spd(T @ T.mT, lam)
+            identity = torch.eye(T.shape[-1], dtype=T.dtype, device=T.device)
+            return InputRows(Q, identity - lam * small, lam), ok
         identity, A = self.sides_of(tensors)
         if damping_type == "factored":
             right, ok = inverse(A, lam, d)
