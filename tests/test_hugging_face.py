@@ -1,4 +1,4 @@
-"""Models of the transformers library train with nothing but the model, and their curvature is that of the logits."""
+"""Models of transformers and the adapters of peft train with nothing but the model; curvature is that of the logits."""
 
 import pytest
 import torch
@@ -7,12 +7,14 @@ from torch import nn
 from torchcurv import SecondOrderOptimizer
 
 pytest.importorskip("transformers")
+pytest.importorskip("peft")
 from hugging_face import MODELS
 
+RENAMED = "ignore:`past_key_values` is deprecated:FutureWarning"  # which peft still writes
 TWICE = "ignore:.*cannot be differentiated twice:UserWarning"  # CTC, which says so
 
 
-@pytest.mark.filterwarnings(TWICE)
+@pytest.mark.filterwarnings(TWICE, RENAMED)
 @pytest.mark.parametrize("name", MODELS)
 def test_it_trains_untouched(name):
     model, batch = MODELS[name]()

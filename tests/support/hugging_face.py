@@ -1,10 +1,12 @@
-"""Small models of the transformers library, from configurations: one row each."""
+"""Small models of the transformers library, from configurations, and with the adapters of peft: one row each."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import torch
 import transformers as hf
 
@@ -93,10 +95,13 @@ MODELS: dict[str, Callable[[], tuple[Any, Batch]]] = {
     "mistral": _row("MistralForCausalLM", "MistralConfig", _of_text, **TEXT, num_key_value_heads=1),
     "mixtral": _row("MixtralForCausalLM", "MixtralConfig", _of_text, **TEXT, num_key_value_heads=1,
                     num_local_experts=3, num_experts_per_tok=2),
+    "phi3": _row("Phi3ForCausalLM", "Phi3Config", _of_text, **TEXT),
     "qwen2": _row("Qwen2ForCausalLM", "Qwen2Config", _of_text, **TEXT, num_key_value_heads=1),
+    "qwen3": _row("Qwen3ForCausalLM", "Qwen3Config", _of_text, **TEXT, num_key_value_heads=1, head_dim=8),
     "qwen3 moe": _row("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _of_text, **TEXT, num_key_value_heads=1, head_dim=8,
                       num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8, decoder_sparse_step=1),
     "gemma2": _row("Gemma2ForCausalLM", "Gemma2Config", _of_text, **TEXT, num_key_value_heads=1, head_dim=8),
+    "gemma3": _row("Gemma3ForCausalLM", "Gemma3TextConfig", _of_text, **TEXT, num_key_value_heads=1, head_dim=8),
     "phi": _row("PhiForCausalLM", "PhiConfig", _of_text, **TEXT),
     "falcon": _row("FalconForCausalLM", "FalconConfig", _of_text, vocab_size=V, hidden_size=16, num_hidden_layers=2,
                    num_attention_heads=2, bos_token_id=1, eos_token_id=2),
@@ -125,6 +130,8 @@ MODELS: dict[str, Callable[[], tuple[Any, Batch]]] = {
                     decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None),
     "vit": _row("ViTForImageClassification", "ViTConfig", _of_images, **VISION),
     "deit": _row("DeiTForImageClassification", "DeiTConfig", _of_images, **VISION, **DRY),
+    "dinov2": _row("Dinov2ForImageClassification", "Dinov2Config", _of_images, drop_path_rate=0.0, **DRY,
+                   **{k: x for k, x in VISION.items() if k != "intermediate_size"}),
     "beit": _row("BeitForImageClassification", "BeitConfig", _of_images, **VISION, **DRY, drop_path_rate=0.0,
                  use_relative_position_bias=True),
     "swin": _row("SwinForImageClassification", "SwinConfig", _of_images, **WINDOWS),
@@ -147,3 +154,28 @@ MODELS: dict[str, Callable[[], tuple[Any, Batch]]] = {
                       num_cross_attention_heads=2, max_position_embeddings=16, num_labels=LABELS,
                       attention_probs_dropout_prob=0.0),
 }  # fmt: skip
+
+ADAPTERS: dict[str, Callable[[list[str]], Any]] = {
+    "LoRA": lambda into: peft.LoraConfig(r=2, target_modules=into, task_type="CAUSAL_LM"),
+    "DoRA": lambda into: peft.LoraConfig(r=2, use_dora=True, target_modules=into, task_type="CAUSAL_LM"),
+    "IA3": lambda into: peft.IA3Config(target_modules=into, feedforward_modules=[], task_type="CAUSAL_LM"),
+    "prefixes": lambda into: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    "prompts": lambda into: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+}
+
+
+def _adapted(name: str, adapter: str, into: list[str]) -> Callable[[], tuple[Any, Batch]]:
+    def make() -> tuple[Any, Batch]:
+        model, batch = MODELS[name]()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of peft, about names of transformers
+            return peft.get_peft_model(model, ADAPTERS[adapter](into)), batch
+
+    return make
+
+
+MODELS |= {
+    f"{name}, {adapter}": _adapted(name, adapter, into)
+    for name, into in (("gpt2", ["c_attn"]), ("llama", ["q_proj", "v_proj"]))
+    for adapter in ADAPTERS
+}
