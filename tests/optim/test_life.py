@@ -113,13 +113,14 @@ def test_blocks_that_turn_out_to_have_no_curvature_are_said_once_and_listed():
     torch.manual_seed(0)
     model = nn.Sequential(Odd(), nn.Linear(4, 3))
     opt = SecondOrderOptimizer(model, unsupported="gradient")
-    with pytest.warns(UserWarning, match=r"1 of 2 blocks train with the plain gradient .*: 0\.w\."):
+    with pytest.warns(UserWarning, match=r"16 of 31 parameters train with the plain gradient .*: 0\.w\."):
         train(model, opt)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, opt, 3)
     line = next(line for line in opt.summary().splitlines() if line.startswith("0.w"))
-    assert "plain gradient" in line and "kfac" not in line
+    assert "plain gradient: used outside of its layer" in line and "kfac" not in line
+    assert opt.coverage() == 15 / 31
 
 
 def test_options_of_the_whole_optimizer_are_refused_in_a_group():
@@ -246,10 +247,12 @@ def test_complex_layers_are_refused_at_once_or_train_with_the_plain_gradient():
     before = model.low.weight.detach().clone()
     F.cross_entropy(model(X), Y).backward()
     grad = model.low.weight.grad.clone()
-    opt.step()
+    with pytest.warns(UserWarning, match=r"15 of 27 parameters train with the plain gradient .*: low\.bias, low\.w"):
+        opt.step()
     torch.testing.assert_close(model.low.weight.detach(), before - 0.1 * grad)
     lines = {line.split()[0]: line for line in opt.summary().splitlines()}
-    assert "plain gradient" in lines["low.weight"] and "kfac" in lines["head.weight"]
+    assert "plain gradient: its parameters are complex" in lines["low.weight"] and opt.coverage() == 12 / 27
+    assert "kfac" in lines["head.weight"]
 
 
 @pytest.mark.parametrize("approx", ["kfac", "ekfac", "diag", "unit", "block", "full"])

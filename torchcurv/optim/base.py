@@ -303,13 +303,13 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     def summary(self) -> str:
         """A table of what every parameter got: layer, curvature, approximation, block sizes, memory in bytes."""
         engine = self.engine
-        return summary_of(engine.blocks, engine.params(), engine.blueprint.names, engine.plain)
+        return summary_of(engine.blocks, engine.params(), engine.blueprint.names, engine.without_curvature())
 
     def coverage(self) -> float:
         """The share of the trainable parameters, by their number of elements, that belong to a block with a curvature:
         neither to a group with approx=None nor to a block that trains with the plain gradient."""
         engine = self.engine
-        covered = {p for block in engine.blocks if block.name not in engine.plain for p in block.params}
+        covered = {p for block in engine.blocks for p in block.params} - engine.without_curvature().keys()
         sizes = [(p.numel(), p in covered) for p in engine.params() if p.requires_grad]
         return sum(size for size, own in sizes if own) / max(1, sum(size for size, _ in sizes))
 

@@ -27,6 +27,7 @@ class Blueprint:
     arrange: from the blocks of the groups to those that are kept. rules: checks of each.
     alone: parameters that turned out not to be used as their module's type says. products: those of modules' own that
     turned out to be the weights of linear maps, and whether they are stored [inputs, outputs].
+    unread: why, for the names of parameters of which nothing can be measured, under unsupported="gradient".
     """
 
     model: nn.Module
@@ -35,6 +36,7 @@ class Blueprint:
     rules: tuple[BlockRule, ...] = ()
     alone: set[Tensor] = field(default_factory=set)
     products: dict[Tensor, bool] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> Names:
@@ -55,7 +57,8 @@ class Blueprint:
         names = self.names  # parameters of a module that was replaced stay in their group, and are none of the model
         covered = {p for p in group_of if options[p].approx is not None and p.requires_grad and p in names}
         if self.unsupported == "gradient":
-            covered = {p for p in covered if unreadable(p) is None}
+            self.unread.update({names[p]: why for p in covered if (why := unreadable(p))})
+            covered = {p for p in covered if names[p] not in self.unread}
         for _ in range(2):  # what no layer explains is taken element by element
             layers = find_layers(
                 self.model,

@@ -69,7 +69,7 @@ class CurvatureEngine:
         self.hint = hint
         self.unsaved: list[Curvature] = []
         self.only_zeros = False  # whether the last refresh found gradients of zeros and nothing that was captured
-        self.plain: set[str] = set()  # names of blocks that turned out to have no curvature
+        self.plain: dict[str, str] = {}  # why, for names of blocks and parameters that turned out without curvature
         self.said: set[str] = set()  # warnings that were given once
         self.hooked = False
         self.followers = Followers(blueprint.alone)
@@ -202,15 +202,24 @@ class CurvatureEngine:
         self.followers.rebuild |= bool(new)
 
     def _note_plain(self, missing: list[Curvature]) -> None:
-        """Say it when there are more blocks that train with the plain gradient."""
+        """Say it when there are more parameters that train with the plain gradient."""
         assert self.recorder is not None
         new = [block for block in missing if block.name not in self.plain]
-        moving = {block.name for block in new if any(p.grad.any() for p in block.params if p.grad is not None)}
-        now = self.recorder.context.check.excluded | moving
-        now |= {name for name in self.plain if name not in {block.name for block in self.blocks if block.pending}}
-        if now - self.plain:
-            warn_of_plain(sorted(now), len(self.blocks))
-        self.plain = now
+        moving = [block.name for block in new if any(p.grad.any() for p in block.params if p.grad is not None)]
+        seen = {block.name for block in self.blocks if block.pending}
+        now = {name: why for name, why in self.plain.items() if name not in seen}
+        now |= dict.fromkeys(moving, "its layer was not called, or what it returned led nowhere")
+        now |= dict.fromkeys(self.recorder.context.check.excluded, "used outside of its layer as well")
+        now |= self.blueprint.unread
+        grown, self.plain = now.keys() - self.plain.keys(), now
+        if grown:
+            warn_of_plain(now, self.without_curvature(), self.params())
+
+    def without_curvature(self) -> dict[Tensor, str]:
+        """Why a parameter trains with the plain gradient, where that was not chosen."""
+        why = {p: self.plain.get(name) for p, name in self.blueprint.names.items()}
+        why |= {p: self.plain[block.name] for block in self.blocks if block.name in self.plain for p in block.params}
+        return {p: reason for p, reason in why.items() if reason is not None}
 
     def _own_step(self, index: int) -> int | None:
         """The step, for blocks that are measured at intervals of their own choice."""

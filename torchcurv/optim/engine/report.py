@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -36,12 +36,14 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=10)  # the line that calls step(), through torch's own wrappers of it
 
 
-def warn_of_plain(plain: Sequence[str], total: int) -> None:
-    """Some blocks have no curvature after all."""
-    names = ", ".join(plain[:5]) + (", ..." if len(plain) > 5 else "")
+def warn_of_plain(plain: Iterable[str], without: Iterable[Tensor], params: Iterable[Tensor]) -> None:
+    """Some blocks and parameters have no curvature after all."""
+    found = sorted(plain)
+    names = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+    own, total = (sum(p.numel() for p in of) for of in (without, params))
     warn(
-        f'{len(plain)} of {total} blocks train with the plain gradient (unsupported="gradient"), since their curvature '
-        f"is not known: {names}. optimizer.summary() lists them"
+        f'{own:,} of {total:,} parameters train with the plain gradient (unsupported="gradient"), since their '
+        f"curvature is not known: {names}. optimizer.summary() lists them, each with its reason"
     )
 
 
@@ -70,21 +72,23 @@ def metrics_of(
 
 
 def summary_of(
-    blocks: Sequence[Curvature], params: Iterable[Tensor], names: dict[Tensor, str], plain: Collection[str] = ()
+    blocks: Sequence[Curvature], params: Iterable[Tensor], names: dict[Tensor, str], plain: Mapping[Tensor, str]
 ) -> str:
     """A table of what every parameter got: layer, curvature, approximation, block sizes, memory in bytes.
 
-    plain: names of blocks that turned out to train with the plain gradient.
+    plain: why a parameter trains with the plain gradient, where that was not chosen.
     """
     rows = [("parameter", "shape", "block", "curv_type", "approx", "block sizes", "memory")]
     owners: dict[Tensor, list[Curvature]] = {}
     for block in blocks:
-        for p in block.params if block.kind != GRADIENT_SHARES and block.name not in plain else ():
-            owners.setdefault(p, []).append(block)
+        for p in block.params if block.kind != GRADIENT_SHARES else ():
+            if p not in plain:
+                owners.setdefault(p, []).append(block)
     for p in params:
         name, shape = names.get(p, "?"), "x".join(map(str, p.shape)) or "scalar"
         if p not in owners:
-            rows.append((name, shape, "-", "-", "plain gradient" if p.requires_grad else "frozen", "-", "-"))
+            why = f"plain gradient: {plain.get(p, 'approx=None')}" if p.requires_grad else "frozen"
+            rows.append((name, shape, "-", "-", why, "-", "-"))
         rows += [(name, shape, *_cells(block, p)) for block in owners.get(p, ())]
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
