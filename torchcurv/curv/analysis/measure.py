@@ -273,7 +273,9 @@ def _measure(
     total: Tensor | float = 0.0
     for block in blocks:
         block.average.forget()
+    empty = True
     for x, y in map(pair_of, data):
+        empty = False
         with torch.enable_grad():
             f, _ = forward(model, x, output_fn)
         found = record.capture_of(f) if f.grad_fn is not None else None
@@ -286,7 +288,7 @@ def _measure(
             terms = replace(terms, reduction=1.0)
         event = LossEvent(loss, terms, 1.0, f.detach(), edge_of(f), capture, edge)
         CurvaturePass(record.context, event, blocks).run()
-    if not any(block.pending for block in blocks):
+    if empty:
         raise ValueError("data is empty: there is nothing to measure")
     unreached = [block for block in blocks if not block.pending]
     if unreached:
