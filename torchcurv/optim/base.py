@@ -30,7 +30,7 @@ from torchcurv.optim.engine.companion import Companion, hint_of
 from torchcurv.optim.engine.damping import DampingPolicy, StepDamping
 from torchcurv.optim.engine.engine import CurvatureEngine
 from torchcurv.optim.engine.groups import GroupOptions, GroupRule
-from torchcurv.optim.engine.report import metrics_of, summary_of
+from torchcurv.optim.engine.report import metrics_of, summary_of, without_curvature
 from torchcurv.optim.rules import damped, indefinite_is_mapped
 
 RECORDING = ("loss_fn", "reduction", "class_dim", "output_fn", "grad_scaler", "loss_factor", "negative", "seed")
@@ -303,13 +303,15 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     def summary(self) -> str:
         """A table of what every parameter got: layer, curvature, approximation, block sizes, memory in bytes."""
         engine = self.engine
-        return summary_of(engine.blocks, engine.params(), engine.blueprint.names, engine.without_curvature())
+        names = engine.blueprint.names
+        return summary_of(engine.blocks, engine.params(), names, without_curvature(engine.blocks, names, engine.plain))
 
     def coverage(self) -> float:
         """The share of the trainable parameters, by their number of elements, that belong to a block with a curvature:
         neither to a group with approx=None nor to a block that trains with the plain gradient."""
         engine = self.engine
-        covered = {p for block in engine.blocks for p in block.params} - engine.without_curvature().keys()
+        without = without_curvature(engine.blocks, engine.blueprint.names, engine.plain)
+        covered = {p for block in engine.blocks for p in block.params} - without.keys()
         sizes = [(p.numel(), p in covered) for p in engine.params() if p.requires_grad]
         return sum(size for size, own in sizes if own) / max(1, sum(size for size, _ in sizes))
 

@@ -15,7 +15,7 @@ from torchcurv.curv.kinds.table import kind_of
 from torchcurv.optim.engine.building import Blueprint, same
 from torchcurv.optim.engine.damping import DampingPolicy, Group, has_changed, is_of_the_loss
 from torchcurv.optim.engine.fallback import Followers, finite_or_zero, short_gradients, usable_direction
-from torchcurv.optim.engine.report import warn, warn_of_failures, warn_of_plain
+from torchcurv.optim.engine.report import warn, warn_of_failures, warn_of_plain, without_curvature
 from torchcurv.optim.engine.witness import check_captured, check_objections, check_present, check_unfrozen, remarks_on
 
 # Options that all groups under one block must agree on at each step.
@@ -213,13 +213,7 @@ class CurvatureEngine:
         now |= self.blueprint.unread
         grown, self.plain = now.keys() - self.plain.keys(), now
         if grown:
-            warn_of_plain(now, self.without_curvature(), self.params())
-
-    def without_curvature(self) -> dict[Tensor, str]:
-        """Why a parameter trains with the plain gradient, where that was not chosen."""
-        why = {p: self.plain.get(name) for p, name in self.blueprint.names.items()}
-        why |= {p: self.plain[block.name] for block in self.blocks if block.name in self.plain for p in block.params}
-        return {p: reason for p, reason in why.items() if reason is not None}
+            warn_of_plain(now, without_curvature(self.blocks, self.blueprint.names, now), self.params())
 
     def _own_step(self, index: int) -> int | None:
         """The step, for blocks that are measured at intervals of their own choice."""

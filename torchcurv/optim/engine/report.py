@@ -47,6 +47,15 @@ def warn_of_plain(plain: Iterable[str], without: Iterable[Tensor], params: Itera
     )
 
 
+def without_curvature(
+    blocks: Sequence[Curvature], names: dict[Tensor, str], plain: Mapping[str, str]
+) -> dict[Tensor, str]:
+    """Why a parameter trains with the plain gradient, where that was not chosen; plain: why, for the names of blocks
+    and parameters."""
+    why = {p: plain[name] for p, name in names.items() if name in plain}
+    return why | {p: plain[block.name] for block in blocks if block.name in plain for p in block.params}
+
+
 def metrics_of(
     step: int, blocks: Sequence[Curvature], groups: Sequence[Group], last: dict[str, Tensor]
 ) -> dict[str, float]:
