@@ -29,6 +29,13 @@ def rotated(x):
     return x * angles.cos() + turned * angles.sin()
 
 
+def in_place(x):
+    y = x * 2
+    y.mul_(x.sigmoid())
+    y -= y.mean(-1, keepdim=True)
+    return F.relu(y, inplace=True)
+
+
 def layer_norm(x):
     centred = x - x.mean(-1, keepdim=True)
     return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 0.1)
@@ -69,6 +76,10 @@ CURVED = {
     "rms norm": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.1) * randn(6, seed=5),
     "var": lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 0.1),
     "softmax by hand": lambda x: x.exp() / x.exp().sum(-1, keepdim=True),
+    "in place": in_place,
+    "crossed": lambda x: torch.stack([x[..., :3] * x[..., 3:].tanh(), x[..., 3:] * x[..., :3].tanh()], -1),
+    "viewed": lambda x: (x.flatten(1) - x.flatten(1).mean(1, keepdim=True)).view(x.shape) * x,
+    "masked": lambda x: x * torch.where(x > 0, 1.0, 0.5) + x.masked_fill(x > 0.2, 0.0),
     "dying": lambda x: x.relu() * x.relu().mean(-1, keepdim=True),
     "maximum": lambda x: F.max_pool1d(x, 3, 1) * x[..., :4],
 }
