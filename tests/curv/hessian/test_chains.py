@@ -111,7 +111,7 @@ def elementwise_loss(y):
 
 
 def loss_of(y):
-    return (y.flatten(1).logsumexp(1) + elementwise_loss(y)).mean()
+    return y.flatten(1).logsumexp(1).mean() + elementwise_loss(y) / len(y)
 
 
 def recorded(f, n, loss, form, seed=7, **how):
@@ -147,6 +147,13 @@ def test_the_matrix_of_one_sample_is_the_hessian(name):
     f = {**LINEAR, **CURVED, **COUPLED, **MATRICES}[name]
     found, truth, _ = recorded(f, 1, loss_of, "matrix")
     torch.testing.assert_close(found, truth[0], **TIGHT)
+
+
+@pytest.mark.parametrize("averaging", ["sample", "batch"])
+@pytest.mark.parametrize("name", [name for name in LINEAR if name != "per element"])
+def test_the_mean_over_samples_is_exact_through_a_linear_chain(name, averaging):
+    found, truth, _ = recorded(LINEAR[name], 4, loss_of, "matrix", averaging=averaging)
+    torch.testing.assert_close(found, truth.sum(0), **TIGHT)  # of the mean of four losses
 
 
 @pytest.mark.parametrize("averaging", ["sample", "batch"])
