@@ -129,7 +129,8 @@ class Composed:
             return new
         inner = x.numel() // n
         units = (_unit(n, inner, k, H).reshape(x.shape) for k in range(inner))
-        S = torch.stack([_product(slope[0], x, v).reshape(n, inner) for v in units], 1)
+        rows = (_product(slope[0], x, v).reshape(n, inner) for v in units)
+        S = torch.stack([row.mean(0, keepdim=True) if now.of_means else row for row in rows], 1)
         return new + now.second_order_matrix(S * slope[1])
 
     def _is_elementwise(self, x: Tensor) -> bool:
