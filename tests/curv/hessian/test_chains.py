@@ -29,6 +29,13 @@ def rotated(x):
     return x * angles.cos() + turned * angles.sin()
 
 
+def in_place(x):
+    y = x * 2
+    y.mul_(x.sigmoid())
+    y -= y.mean(-1, keepdim=True)
+    return F.relu(y, inplace=True)
+
+
 def layer_norm(x):
     centred = x - x.mean(-1, keepdim=True)
     return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 0.1)
@@ -69,6 +76,10 @@ CURVED = {
     "rms norm": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.1) * randn(6, seed=5),
     "var": lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 0.1),
     "softmax by hand": lambda x: x.exp() / x.exp().sum(-1, keepdim=True),
+    "in place": in_place,
+    "crossed": lambda x: torch.stack([x[..., :3] * x[..., 3:].tanh(), x[..., 3:] * x[..., :3].tanh()], -1),
+    "viewed": lambda x: (x.flatten(1) - x.flatten(1).mean(1, keepdim=True)).view(x.shape) * x,
+    "masked": lambda x: x * torch.where(x > 0, 1.0, 0.5) + x.masked_fill(x > 0.2, 0.0),
     "dying": lambda x: x.relu() * x.relu().mean(-1, keepdim=True),
     "maximum": lambda x: F.max_pool1d(x, 3, 1) * x[..., :4],
 }
@@ -100,7 +111,7 @@ def elementwise_loss(y):
 
 
 def loss_of(y):
-    return (y.flatten(1).logsumexp(1) + elementwise_loss(y)).mean()
+    return y.flatten(1).logsumexp(1).mean() + elementwise_loss(y) / len(y)
 
 
 def recorded(f, n, loss, form, seed=7, **how):
@@ -136,6 +147,13 @@ def test_the_matrix_of_one_sample_is_the_hessian(name):
     f = {**LINEAR, **CURVED, **COUPLED, **MATRICES}[name]
     found, truth, _ = recorded(f, 1, loss_of, "matrix")
     torch.testing.assert_close(found, truth[0], **TIGHT)
+
+
+@pytest.mark.parametrize("averaging", ["sample", "batch"])
+@pytest.mark.parametrize("name", [name for name in LINEAR if name != "per element"])
+def test_the_mean_over_samples_is_exact_through_a_linear_chain(name, averaging):
+    found, truth, _ = recorded(LINEAR[name], 4, loss_of, "matrix", averaging=averaging)
+    torch.testing.assert_close(found, truth.sum(0), **TIGHT)  # of the mean of four losses
 
 
 @pytest.mark.parametrize("averaging", ["sample", "batch"])

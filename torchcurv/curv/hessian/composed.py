@@ -8,18 +8,17 @@ channels) one product serves all elements, and where J is the same for all of th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchcurv.curv.graph import Edge
-from torchcurv.curv.hessian.local import Propagation
+from torchcurv.curv.hessian.local import Propagation, scaled_by
 from torchcurv.curv.hessian.operation import Kept, Key, Op, key_of, unflattened
 from torchcurv.curv.hessian.products import several_products
 
-Map = Callable[[Tensor], Tensor]
 AT_ONCE = {"cpu": 1 << 16}  # elements of the products that are made at once; elsewhere 2^24
 APART = 1e-9  # a map in double precision that mixes what lies apart by less than this part of it does not
 ROUNDING = 1e-12  # what may be left of a map that is 0
@@ -119,31 +118,50 @@ class Composed:
     def matrix(self, edge: Edge, H: Tensor, g: Tensor | None, now: Propagation) -> Tensor:
         """The mean over samples at a start, for the matrix H at the output."""
         x, n, H = self.starts[key_of(edge)], now.n, H.double()
-        outer, inner = self.out.numel() // n, x.numel() // n
+        self._check_samples(n, x)
+        slope = self.slope(g, x)
+        if self._is_elementwise(x) and (slope is None or len(_apart(slope[0], x)) == x.dim()):
+            ones = torch.ones_like(x)
+            new = scaled_by(_product(self.out, x, ones), H, now)
+            return new if slope is None else new + now.second_order(_product(slope[0], x, ones) * slope[1])
+        new = self._congruent(H, x, now)
+        if slope is None:
+            return new
+        inner = x.numel() // n
+        units = (_unit(n, inner, k, H).reshape(x.shape) for k in range(inner))
+        rows = (_product(slope[0], x, v).reshape(n, inner) for v in units)
+        S = torch.stack([row.mean(0, keepdim=True) if now.of_means else row for row in rows], 1)
+        return new + now.second_order_matrix(S * slope[1])
+
+    def _is_elementwise(self, x: Tensor) -> bool:
+        return x.shape == self.out.shape and len(_apart(self.out, x)) == x.dim()
+
+    def _congruent(self, H: Tensor, x: Tensor, now: Propagation) -> Tensor:
+        """mean_n J_n^T H J_n, or that of the mean of J_n."""
+        n, outer, inner = now.n, self.out.numel() // now.n, x.numel() // now.n
+        if len(x) == n == len(self.out):
+            rows = _Rows(self.out, x, _Blocks(self.out, [0]), _Blocks(x, [0]))
+            if rows.shared:
+                J = torch.cat([some for _, some in rows])
+                return J.T @ H @ J
 
         def pull(v: Tensor) -> Tensor:
             return _product(self.out, x, v.reshape(self.out.shape)).reshape(n, inner)
 
-        self._check_samples(pull, n, outer, x)
         if now.averaged:
             J = torch.stack([pull(_unit(n, outer, k, H)).mean(0) for k in range(outer)])
-            new = J.T @ H @ J
-        else:
-            new = H.new_zeros(inner, inner)
-            for k in range(outer):
-                new += pull(H[k].expand(n, outer)).T @ pull(_unit(n, outer, k, H)) / n
-        slope = self.slope(g, x)
-        if slope is None:
-            return new
-        S, scale = slope
-        rows = [_product(S, x, _unit(n, inner, k, H).reshape(x.shape)).reshape(n, inner) for k in range(inner)]
-        return new + now.second_order_matrix(torch.stack(rows, 1) * scale)
+            return J.T @ H @ J
+        new = H.new_zeros(inner, inner)
+        for k in range(outer):
+            new += pull(H[k].expand(n, outer)).T @ pull(_unit(n, outer, k, H)) / n
+        return new
 
-    def _check_samples(self, pull: Map, n: int, outer: int, x: Tensor) -> None:
+    def _check_samples(self, n: int, x: Tensor) -> None:
         if self.out.numel() % n or x.numel() % n:
             raise self.head.refused("it mixes samples")
-        v, s = _random((n, outer), x), _random((n, 1), x)
-        if not _same(pull(v * s), pull(v) * s):
+        v, s = _random((n, self.out.numel() // n), x), _random((n, 1), x)
+        alone, together = (_product(self.out, x, u.reshape(self.out.shape)).reshape(n, -1) for u in (v * s, v))
+        if not _same(alone, together * s):
             raise self.head.refused('it mixes samples; approx="diag" can do that')
 
 

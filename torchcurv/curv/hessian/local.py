@@ -67,10 +67,14 @@ class Propagation:
         """Whether it is Jacobians that are averaged over samples."""
         return self.how.averaging == "batch"
 
+    @property
+    def of_means(self) -> bool:
+        """Whether the mean of second derivatives is all that is asked of them."""
+        return self.how.residual == "keep" or self.how.residual_over == "batch"
+
     def second_order_matrix(self, S: Tensor) -> Tensor:
         """The mean of second derivatives S [n, d, d] that are no diagonals: the map acts on their eigenvalues."""
-        if self.how.residual == "keep" or self.how.residual_over == "batch":
-            S = S.mean(0, keepdim=True)
+        S = S.mean(0, keepdim=True) if self.of_means else S
         if self.how.residual != "keep":
             values, vectors = torch.linalg.eigh(S)
             S = vectors @ (RESIDUALS[self.how.residual](values).unsqueeze(-1) * vectors.mT)

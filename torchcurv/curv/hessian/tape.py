@@ -125,7 +125,7 @@ def _kept(
 ) -> list[Any]:
     if rule is None:
         return []
-    copies = rule.values and _in_place(func, args, kwargs)
+    copies = (rule.values or (rule.operands and len(inputs) > 1)) and _in_place(func, args, kwargs)
 
     def keep(k: int, x: Any) -> Any:
         if not isinstance(x, Tensor):
