@@ -231,7 +231,8 @@ def wide_outcome(seed: int) -> str:
     # A step far shorter than the parameters is known to the rounding of their difference only.
     rounding = EPS * before.norm()
     error = float(((step - expected).norm() - rounding) / expected.norm().clamp_min(1e-300))
-    assert error <= TOLERANCE, f"seed {seed}: the step is off by {error:.2e} of its norm: {case}"
+    unknown = 4 * EPS * float(torch.linalg.eigvalsh(C)[-1]) / LAMBDA  # what rounding C alone does to the truth
+    assert error <= TOLERANCE + unknown, f"seed {seed}: the step is off by {error:.2e} of its norm: {case}"
     return "right"
 
 
