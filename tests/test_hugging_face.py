@@ -8,7 +8,7 @@ from torchcurv import SecondOrderOptimizer
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-from hugging_face import MODELS
+from hugging_face import MODELS, trained
 
 RENAMED = "ignore:`past_key_values` is deprecated:FutureWarning"  # which peft still writes
 TWICE = "ignore:.*cannot be differentiated twice:UserWarning"  # CTC, which says so
@@ -17,16 +17,7 @@ TWICE = "ignore:.*cannot be differentiated twice:UserWarning"  # CTC, which says
 @pytest.mark.filterwarnings(TWICE, RENAMED)
 @pytest.mark.parametrize("name", MODELS)
 def test_it_trains_untouched(name):
-    model, batch = MODELS[name]()
-    model.train()
-    optimizer = SecondOrderOptimizer(model)
-    losses = []
-    for _ in range(8):
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    model, optimizer, losses = trained(name)
     assert losses[-1] < losses[0] and all(p.isfinite().all() for p in model.parameters())
     covered = {p for block in optimizer.blocks.values() if block.factor is not None for p in block.params}
     reached = {p for p in model.parameters() if p.grad is not None and p.grad.any()}

@@ -10,6 +10,8 @@ import peft
 import torch
 import transformers as hf
 
+from torchcurv import SecondOrderOptimizer
+
 V, LABELS = 24, 3  # words, classes
 TEXT = {
     "vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
@@ -154,6 +156,21 @@ MODELS: dict[str, Callable[[], tuple[Any, Batch]]] = {
                       num_cross_attention_heads=2, max_position_embeddings=16, num_labels=LABELS,
                       attention_probs_dropout_prob=0.0),
 }  # fmt: skip
+
+
+def trained(name: str, steps: int = 8) -> tuple[Any, Any, list[float]]:
+    """(the model, its optimizer, the loss of each step) with nothing said but the model."""
+    model, batch = MODELS[name]()
+    model.train()
+    optimizer, losses = SecondOrderOptimizer(model), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return model, optimizer, losses
+
 
 ADAPTERS: dict[str, Callable[[list[str]], Any]] = {
     "LoRA": lambda into: peft.LoraConfig(r=2, target_modules=into, task_type="CAUSAL_LM"),

@@ -9,9 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from hugging_face import MODELS
-
-from torchcurv import SecondOrderOptimizer
+from hugging_face import MODELS, trained
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "models.md"
 HEAD = """# Models as they come
@@ -32,15 +30,7 @@ a little.
 
 
 def row(name: str) -> str:
-    model, batch = MODELS[name]()
-    model.train()
-    optimizer, losses = SecondOrderOptimizer(model), []
-    for _ in range(8):
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    model, optimizer, losses = trained(name)
     blocks = optimizer.blocks.values()
     alone = sum(block.size for block in blocks if all(layer.sites[0].bare for layer in block.layers))
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)

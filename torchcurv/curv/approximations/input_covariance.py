@@ -5,8 +5,8 @@ A step along λ (C + λ I)^-1 g takes, for a weight gradient G [o, i] and the ro
 
     λ G (A + λ I)^-1  =  G - G a^T (b λ I + a a^T)^-1 a
 
-and the bias gradient as it is; for λ -> ∞ it is the gradient. The second form inverts b x b in the
-place of i x i; it is taken in an orthonormal basis of the rows (InputRows).
+and the bias gradient as it is; for λ -> ∞ it is the gradient. The second form inverts b x b in the place of
+i x i; it is taken in an orthonormal basis of the rows (InputRows).
 
 Sources: Petersen et al., "ISAAC Newton: input-based approximate curvature for Newton's method" (2023), where
 A + λ I is that of one batch; Benzing, "Gradient descent on neurons and its link to approximate second-order

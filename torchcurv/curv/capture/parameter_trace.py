@@ -72,6 +72,7 @@ MATRIX_PRODUCTS = {
     F.linear: (0, 1), torch.matmul: (0, 1), torch.mm: (0, 1), torch.Tensor.matmul: (0, 1), torch.Tensor.mm: (0, 1),
     torch.Tensor.__matmul__: (0, 1), torch.addmm: (1, 2),
 }  # fmt: skip
+_WITH_WEIGHTS = LAYER_FUNCTIONS | MATRIX_PRODUCTS.keys()
 _ADDS, _SUBTRACTS = _of("add", "add_", "__radd__"), _of("sub", "sub_", "subtract")
 _MULTIPLIES = _of("mul", "mul_", "multiply", "__rmul__")
 
@@ -155,7 +156,7 @@ class ParameterTrace(TorchFunctionMode):
             return self._attention(*args, **kwargs)
         if func in UNROLLED and not (len(args) > 3 and isinstance(args[3], tuple | list)):  # of packed sequences
             return UNROLLED[func](self._linear, *args, **kwargs)
-        if func in LAYER_FUNCTIONS | MATRIX_PRODUCTS.keys() and len(args) > 1:
+        if func in _WITH_WEIGHTS and len(args) > 1:
             place = MATRIX_PRODUCTS.get(func, (0, 1))[0]
             own = next((p for x in (*args[1:], *kwargs.values()) if (p := self._of_function(x)) is not None), None)
             if own is not None:
