@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchcurv import SecondOrderOptimizer, curvature
+from torchcurv.curv.losses.autograd import WholeLoss
 
 N, V = 6, 3
 X = cases.randn(N, 4)
@@ -447,13 +448,14 @@ def test_a_number_among_the_outputs_is_refused():
     "coupled",
     [
         lambda f, y: F.cross_entropy(f @ f.T, torch.arange(len(f))),
+        lambda f, y: F.cross_entropy(f @ f.T, torch.arange(N)),
         lambda f, y: F.huber_loss(f, y, reduction="none").mean(-1).topk(2)[0].mean(),
         lambda f, y: F.relu(1 - (f[0::2] - f[1::2]).square().sum(-1)).mean(),
         lambda f, y: F.huber_loss(f, y, reduction="none").max(),
         lambda f, y: F.huber_loss(f, y).sqrt(),
         lambda f, y: F.huber_loss((f - f.mean(0)) / f.std(0), y),
     ],
-    ids=["info nce", "top k", "pairs", "largest", "root", "standardised"],
+    ids=["info nce", "info nce of a fixed size", "top k", "pairs", "largest", "root", "standardised"],
 )
 def test_losses_in_which_samples_meet_are_refused(coupled):
     for _ in range(5):
@@ -461,3 +463,25 @@ def test_losses_in_which_samples_meet_are_refused(coupled):
         with pytest.raises(ValueError, match="samples meet in the loss"):
             opt.loss_fn(opt.model(X), REAL).backward()
         opt.remove()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("left", [0, 1])
+def test_sum_and_mean_are_told_apart_when_few_samples_have_a_gradient(reduction, left):
+    """A hinge that all samples but `left` satisfy: at its end there are such batches."""
+    y = torch.ones(N, V)
+    f = torch.full((N, V), 2.0)
+    f[:left] = 0.5
+    loss = WholeLoss(lambda f, y: getattr(F.relu(1 - f * y).mean(-1), reduction)(), f, y, N)
+    assert loss.divisor() == (None if not left else N if reduction == "mean" else 1)
+
+
+@pytest.mark.filterwarnings("ignore:the loss 'MultiMarginLoss' cannot be differentiated twice")
+def test_a_loss_without_a_gradient_asks_for_no_divisor():
+    model, loss_fn = net(""), nn.MultiMarginLoss(margin=1e-9)
+    opt = optimizer(model, loss_fn)
+    labels = model(X).argmax(-1)
+    loss_fn(model(X), labels).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    opt.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))

@@ -24,7 +24,6 @@ from torchcurv.curv.numerics import random_signs
 
 MAX_OUTPUTS = 64  # of a sample whose Hessian is made as a matrix: it has the square of that many numbers
 LANCZOS_STEPS = 32  # the root of an eigenvalue is off by about a 32nd of that of the largest, or less
-HALVES = 4  # of the samples, drawn until both say something
 
 _seeds = itertools.count()
 
@@ -161,10 +160,11 @@ class WholeLoss:
         if self.n == 1:
             return 1.0
         generator = torch.Generator(self.z.device).manual_seed(next(_seeds))
-        for _ in range(HALVES):
+        for batch in self._batches():
             halves = torch.randperm(self.n, generator=generator, device=self.z.device).tensor_split(2)
             try:
-                weights = [self._weight(half) for half in halves]
+                among = self._gradient_of(batch)
+                weights = [self._weight(among[half], batch[half]) for half in halves]
             except SamplesMeet:
                 raise
             except Exception:  # of a function that holds something for each sample
@@ -181,10 +181,23 @@ class WholeLoss:
                 raise SamplesMeet
         return None
 
-    def _weight(self, samples: Tensor) -> float | None:
+    def _batches(self) -> Iterator[Tensor]:
+        """The samples; and the same, with one that has a gradient in the place of each that has none, so that either
+        half says something."""
+        every, speaks = torch.arange(self.n, device=self.z.device), self.gradient.any(1)
+        yield every
+        loud = speaks.nonzero().squeeze(1)
+        if len(loud):
+            yield every.where(speaks, loud[every % len(loud)])
+
+    def _gradient_of(self, samples: Tensor) -> Tensor:
+        """Of a batch of these samples."""
+        return self.gradient_at(self._part(self.z, samples), self._part(self.target, samples))
+
+    def _weight(self, among: Tensor, samples: Tensor) -> float | None:
         """By what the gradient of some samples in a batch of their own is larger than among all; None: it is zero."""
-        alone = self.gradient_at(self._part(self.z, samples), self._part(self.target, samples))
-        among, size = self.gradient[samples], alone.square().sum()
+        alone = self._gradient_of(samples)
+        size = alone.square().sum()
         if not torch.isfinite(size) or (size == 0 and not among.any()):
             return None
         weight = (among * alone).sum() / size
@@ -200,8 +213,10 @@ class WholeLoss:
     def _change(self, kept: Tensor, moved: Tensor) -> bool:
         """Whether the gradient of some samples changes when others have other outputs."""
         flat = self.z.detach().reshape(self.n, self.c)
-        donors = moved.roll(1) if len(moved) > 1 else kept[:1]
-        other = flat.index_copy(0, moved, flat[donors]).reshape(self.shape)
+        # Between two outputs that there are is one that the loss allows, and unlike an exchange it shows in what does
+        # not depend on the order of the samples.
+        donors = kept[torch.arange(len(moved), device=kept.device) % len(kept)]
+        other = flat.index_copy(0, moved, torch.lerp(flat[moved], flat[donors], 0.3)).reshape(self.shape)
         return not self._close(self.gradient_at(other, self.target)[kept], self.gradient[kept])
 
     def _close(self, x: Tensor, y: Tensor) -> bool:
@@ -246,7 +261,7 @@ class AutogradFormula(LossFormula):
         known = None if said is None or self.weights is not None else said()
         if known is None and bool(torch.isfinite(self.whole.gradient).all()):  # else it is left out of the average
             known = self._seen()
-        self.divisor_known = known is not None
+        self.divisor_known = known is not None or not bool(self.whole.gradient.any())  # else it is nowhere asked
         self.scale = float(n) if known is None else known
         rows = self.rows
         return Target(lambda: rows, None, self.scale, True)

@@ -193,4 +193,4 @@ class LossFormula(KnownByName, ABC):
 
 def one_hot(labels: Tensor, f: Tensor) -> Tensor:
     """[n, t] -> [n, t, c] in the dtype of f."""
-    return nn.functional.one_hot(labels, f.shape[-1]).to(f.dtype)
+    return torch.zeros_like(f).scatter(-1, labels.unsqueeze(-1), 1)
