@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from ctypes import string_at
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import TreeSpec as TreeSpec
@@ -342,10 +344,53 @@ def function_modes() -> list[Any]:
     return _get_current_function_mode_stack()
 
 
-def call_plainly(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return target(*args, **kwargs)
+# ---------------------------------------------------------------------------------------- torch.compile
 
 
-uncompiled = torch._disable_dynamo(call_plainly)  # unlike torch.compiler.disable, imports the compiler only when called
 never_compiled = torch._disable_dynamo  # a decorator; the compiler drops what a function writes to an optimizer
 no_torch_function = torch._C.DisableTorchFunction  # a context in which no mode sees what a hook looks at
+
+
+def untraced(function: Callable[..., Any]) -> Any:
+    """A function that is not compiled; those that it calls are, but for what it says itself."""
+    how = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
+    eval_frame.set_code_exec_strategy(function.__code__, how)
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+        "a pass that measures curvature is not compiled: with fullgraph=True, give the optimizer the compiled model"
+    )
+    return function
+
+
+@untraced
+def uncompiled(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """target(*args, **kwargs), and what it calls; unlike torch.compiler.disable, this does not import the compiler."""
+    callback = eval_frame.get_eval_frame_callback()
+    if callback is None:
+        return target(*args, **kwargs)
+    eval_frame.set_eval_frame(None)
+    try:
+        return target(*args, **kwargs)
+    finally:
+        eval_frame.set_eval_frame(callback)
+
+
+class CompilerOff:
+    """Runs what follows in this thread uncompiled, also functions that are compiled for themselves, until `close`."""
+
+    def __init__(self) -> None:
+        self._callback = eval_frame.get_eval_frame_callback()  # which compiles what is called
+        if self._callback is not None:
+            eval_frame.set_eval_frame(None)
+        loaded = "torch._dynamo" in sys.modules
+        self._stance = torch.compiler.set_stance("force_eager") if loaded else None
+
+    def close(self) -> None:
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+        if self._callback is not None:
+            eval_frame.set_eval_frame(self._callback)
+
+
+untraced(CompilerOff.__init__)
+untraced(CompilerOff.close)

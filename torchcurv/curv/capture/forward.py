@@ -8,7 +8,7 @@ constants.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torchcurv.curv.capture.hooks import Hook, argument, is_inert, is_internal_f
 from torchcurv.curv.capture.notes import GraphNotes
 from torchcurv.curv.capture.parameter_trace import ParameterTrace, sample_gradients
 from torchcurv.curv.graph import (
+    CompilerOff,
     Edge,
     backward_id,
     base_of,
@@ -30,6 +31,7 @@ from torchcurv.curv.graph import (
     nodes_between,
     parameters_of,
     scale_of_batch_norm,
+    untraced,
 )
 from torchcurv.curv.hessian.tape import Tape
 from torchcurv.curv.layers.layer import FUNCTION, Layer, ParameterUse
@@ -55,13 +57,13 @@ class Forward:
         self.constant_statistics, self.twice, self.taped = True, False, False
         self.tape: Tape | None = None  # of the last forward pass of the model
         self.losses: Any = None  # where the model may compute its loss itself
-        self._losses: Any = None  # of the forward pass that runs
-        self._twice: AbstractContextManager[Any] = nullcontext()
         self.due: set[int] = set()
         self.bare = {k for k, layer in enumerate(layers) if layer.sites[0].bare}
         self.unknown_uses: dict[Tensor, str] = {}  # functions that used a bare parameter in a way that is not known
         self._calls: list[tuple[Call, Edge]] = []
         self._depth = 0  # of calls of the model's own forward
+        self._open = ExitStack()  # what ends with it
+        self._compiler: CompilerOff | None = None  # is put back after it
         self._watches: list[ParameterTrace | None] = []
         self._recent: dict[int, list[Call]] = {}  # uses of a bare parameter in the running call of its module
         self._handles: list[Any] = []
@@ -73,7 +75,7 @@ class Forward:
         self._functions: set[int] = set()  # ids of parameters that are known by torch functions
         self._called: set[int] = set()  # the layers whose function was called in the running call of their module
         self._hook_layers()
-        start, end = Hook(self._on_start), Hook(self._on_end)
+        start, end = Hook(self._on_start, untraced=True), Hook(self._on_end, untraced=True)
         for inner in model.modules():
             drop_hooks(inner, is_inert)
         self._handles.append(model.register_forward_pre_hook(start))
@@ -121,35 +123,43 @@ class Forward:
 
     # ------------------------------------------------------------------------------------ the whole model
 
+    @untraced
     def _on_start(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if is_internal_forward():
+        """A pass that is noted runs uncompiled as a whole: each hook inside of it would end a compiled graph."""
+        compiler = CompilerOff()
+        if is_internal_forward() or self._depth:
+            self._depth += not is_internal_forward()
+            compiler.close()
             return
-        if not self._depth:
-            self._calls, self.mixed = [], False
-            self._twice = sdpa_kernel(SDPBackend.MATH) if self.twice else nullcontext()
-            self._twice.__enter__()
-            self.tape = Tape(module) if self.taped else None
-            if self.tape is not None:
-                self.tape.__enter__()
-            self._losses = self.losses  # which the end of the pass may have taken away
-            if self._losses is not None:
-                self._losses.__enter__()
-        self._depth += 1
+        self._depth, self._calls, self.mixed, self._compiler = 1, [], False, compiler
+        if self.twice:
+            self._open.enter_context(sdpa_kernel(SDPBackend.MATH))
+        self.tape = self._open.enter_context(Tape(module)) if self.taped else None
+        if self.losses is not None:
+            self._open.enter_context(self.losses)
 
+    @untraced
     def _on_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if is_internal_forward() or not self._depth:
+        if not self._depth or is_internal_forward():
             return
         self._depth -= 1
         if self._depth:
             return
-        if self._losses is not None:
-            self._losses.__exit__(None, None, None)
-        if self.tape is not None:
-            self.tape.__exit__(None, None, None)
-        self._twice.__exit__(None, None, None)
+        self._open.close()
         calls, self._calls = self._calls, []
-        if output is not None and (calls or not self.due.isdisjoint(self.bare)):
-            self.ended(calls, output)
+        try:
+            if output is not None and (calls or not self.due.isdisjoint(self.bare)):
+                self.ended(calls, output)
+        finally:
+            self.abandon()
+
+    @untraced
+    def abandon(self) -> None:
+        """End a pass that has not ended itself: one that was interrupted from the keyboard."""
+        self._depth, compiler, self._compiler = 0, self._compiler, None
+        self._open.close()
+        if compiler is not None:
+            compiler.close()
 
     # --------------------------------------------------------------------------------------- its layers
 

@@ -7,23 +7,23 @@ from typing import Any
 
 import torch
 
-from torchcurv.curv.graph import backward_id, call_plainly, in_transform, uncompiled
+from torchcurv.curv.graph import backward_id, in_transform, uncompiled
 
 
 class Hook:
     """A bound hook that can be switched off, and is off after deepcopy and pickling: copies of the model feed nothing.
 
-    The switch is a bool, so that a compiled model breaks its graph at the hooks only while they are on.
+    The switch is a bool, so that a compiled model breaks its graph at the hooks only while they are on. Without
+    gradients it is not even read, so that an evaluation is compiled once.
     """
 
-    def __init__(self, target: Callable[..., Any] | None = None) -> None:
-        self.target, self.on = target, target is not None
+    def __init__(self, target: Callable[..., Any] | None = None, untraced: bool = False) -> None:
+        self.target, self.on, self.untraced = target, target is not None, untraced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.target is None or not self.on:
+        if not torch.is_grad_enabled() or self.target is None or not self.on:
             return None
-        call = uncompiled if torch.compiler.is_compiling() else call_plainly
-        return call(self.target, args, kwargs)
+        return self.target(*args, **kwargs) if self.untraced else uncompiled(self.target, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name == "__name__":  # which torch.jit.script asks for

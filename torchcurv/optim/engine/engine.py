@@ -337,8 +337,8 @@ class CurvatureEngine:
 
     def forget(self) -> None:
         """Gradients are gone, and what was captured for them."""
-        for block in self.blocks:
-            block.pending.forget()
+        if self.recorder is not None:
+            self.recorder.forget()
 
     def save(self, state: dict[Any, dict[str, Any]]) -> None:
         """The blocks that changed into the state of their first parameter."""
