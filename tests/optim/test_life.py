@@ -421,3 +421,35 @@ def test_coverage_is_the_share_of_parameters_with_a_curvature():
     with pytest.warns(UserWarning, match="plain gradient"):
         opt.step()
     assert opt.coverage() == pytest.approx(15 / 31)
+
+
+class OwnLoss(nn.Module):
+    """It computes its loss, and adds positions, which a module returns, outside of that module."""
+
+    class Positions(nn.Embedding):
+        def forward(self, x):
+            return self.weight[: x.shape[1]]
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.positions, self.head = nn.Embedding(7, 4), self.Positions(6, 4), nn.Linear(4, 7)
+
+    def forward(self, x, labels):
+        logits = self.head((self.words(x) + self.positions(x)).tanh())
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits, "more": logits * 2}
+
+
+def test_a_loss_inside_the_model_is_seen_when_only_a_bare_parameter_is_due():
+    """At intervals, the blocks that a first pass rebuilds measure in the second, and nothing else does."""
+    torch.manual_seed(0)
+    model, x = OwnLoss(), torch.randint(7, (5, 4))
+    opt = SecondOrderOptimizer(model, update_every=10, refactor_every=10)
+    losses = []
+    for _ in range(15):
+        opt.zero_grad()
+        loss = model(x, x)["loss"]
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and opt.coverage() == 1.0
+    assert all(block.average.known is None or bool(block.average.known) for block in opt.blocks.values())

@@ -329,7 +329,8 @@ class Forward:
 
     def capture_of(self, f: Tensor, several: bool = False) -> tuple[Capture, Edge] | None:
         """See `GraphNotes.capture_of`."""
-        return self.notes.capture_of(f, self.mixed, several)
+        unseen = self._depth > 0 and not self.due.isdisjoint(self.bare)  # bare parameters are looked for from the loss
+        return self.notes.capture_of(f, self.mixed, several, unseen)
 
 
 def _own_parameters(site: ParameterUse) -> bool:

@@ -98,7 +98,7 @@ class InnerLosses:
         self.mode = LossFunctions(self._note)
         self.watching: bool | None = None
         self.unseen = False  # whether there may have been one in a pass of this step that was not watched
-        self._found = False  # in the forward pass that runs
+        self._called = False  # in the forward pass that runs, whether what is due now reaches it or not
         self._forward: Watched | None = None
 
     def begin(self, forward: Watched) -> None:
@@ -108,7 +108,7 @@ class InnerLosses:
 
     def ended(self, forward: Watched, output: Any) -> bool:
         """Whether the forward pass that ends has called one, or may have done so unseen."""
-        found, self._found = self._found, False
+        called, self._called = self._called, False
         if self.watching is None and not isinstance(output, Tensor):
             numbers = [
                 x for x in tree_leaves(output) if isinstance(x, Tensor) and not x.dim() and x.grad_fn is not None
@@ -117,10 +117,10 @@ class InnerLosses:
             self.begin(forward)
             self.unseen = bool(numbers)
             return self.unseen
-        if self.watching and not found:
+        if self.watching and not called:
             self.watching = False
             self.begin(forward)
-        return found
+        return called
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward = self._forward
@@ -136,18 +136,20 @@ class InnerLosses:
         if module is None or not depends(f) or depends(target):
             outputs = [x for x in (*args, *kwargs.values()) if depends(x)]
             if not outputs:
-                return func(*args, **kwargs)
+                out = func(*args, **kwargs)
+                self._called |= isinstance(out, Tensor) and out.requires_grad
+                return out
             loss = JoinedCall(func, args, kwargs, depends, self._batch_of(outputs[0], func))
             f, target = loss.join(), loss.samples
             args, kwargs = loss.arguments(f)
         out = func(*args, **kwargs)
         found = forward.capture_of(f, several=True)
         if isinstance(out, Tensor) and out.requires_grad and found is not None:
+            self._called = True
             capture, output_edge = found
             capture.count_loss()
             edge = edge_of(out)
             LossModule(self.listener, capture, edge.number, loss, output_edge, f, target).arm(edge.node)
-            self._found = True
         return out
 
     def _batch_of(self, x: Tensor, func: Any) -> int:

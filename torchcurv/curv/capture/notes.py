@@ -26,16 +26,19 @@ class GraphNotes:
         """What is noted at an edge."""
         return metadata(edge.node).get(self._key, {}).get(edge.number, NodeNotes())
 
-    def capture_of(self, f: Tensor, mixed: bool, several: bool = False) -> tuple[Capture, Edge] | None:
+    def capture_of(
+        self, f: Tensor, mixed: bool, several: bool = False, unseen: bool = False
+    ) -> tuple[Capture, Edge] | None:
         """The capture of f, or of the model's output that f is computed from, and the edge it is kept at.
 
         Layers that lie between (or were called outside the model's own forward) make a capture of f itself.
         mixed: whether samples meet in it, where no capture says so.
-        several: whether it may join several forward passes.
+        several: whether it may join several forward passes. unseen: whether f may depend on parameters whose uses
+        leave no note, so that there is a capture where nothing was noted.
         """
         start = self._start(f)
         calls, captures = self._below(start)
-        if not calls and len(captures) < 2:
+        if not calls and (len(captures) == 1 or not (captures or unseen)):
             return captures[0] if captures else None
         forwards = {capture.forward for capture, _ in captures} - {None}
         if len(forwards) > 1 and not several:
