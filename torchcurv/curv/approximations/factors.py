@@ -177,10 +177,12 @@ class KroneckerInverse(Factor):
 
         Weight and bias are neither joined nor cut apart, and the sizes of the products stay those of the weight.
         """
+        if len(columns) == 1:
+            return [_sandwich(self.left, columns[0], self.right)]
         sizes = [x.shape[-1] for x in columns]
         solved = []
-        for right in self.right.split(sizes, -1):
-            pairs = zip(columns, right.split(sizes, -2), strict=True)
+        for right in torch.split_with_sizes(self.right, sizes, -1):
+            pairs = zip(columns, torch.split_with_sizes(right, sizes, -2), strict=True)
             (x, block), *wider = sorted(pairs, key=lambda pair: pair[0].shape[-1])  # a sum grows best in a product
             y = x @ block
             for x, block in wider:

@@ -14,7 +14,7 @@ from torchcurv.curv.capture.recorder import Recorder
 from torchcurv.curv.kinds.table import kind_of
 from torchcurv.optim.engine.building import Blueprint, same
 from torchcurv.optim.engine.damping import DampingPolicy, Group, has_changed, is_of_the_loss
-from torchcurv.optim.engine.fallback import Followers, finite_or_zero, short_gradients, usable_direction
+from torchcurv.optim.engine.fallback import Followers, all_usable, finite_or_zero, short_gradients, usable_direction
 from torchcurv.optim.engine.report import warn, warn_of_failures, warn_of_plain, without_curvature
 from torchcurv.optim.engine.witness import check_captured, check_objections, check_present, check_unfrozen, remarks_on
 
@@ -302,6 +302,7 @@ class CurvatureEngine:
         Of the others, `gradients` has zero from then on in the place of what is not finite.
         """
         solved: dict[Tensor, Tensor] = {}
+        ready: list[tuple[Curvature, list[Tensor], list[Tensor]]] = []
         for block, group in self.by_group():
             if not any(p in gradients for p in block.params):
                 continue
@@ -313,8 +314,11 @@ class CurvatureEngine:
                 piece.of(gradients[p] if (p := piece.param) in gradients else torch.zeros_like(p))
                 for piece in block.pieces
             ]
-            found = usable_direction(block, given, self._direction(block, group, given))
-            for piece, x in zip(block.pieces, found, strict=True):
+            ready.append((block, given, self._direction(block, group, given)))
+        usable = all_usable([block for block, _, _ in ready], [found for _, _, found in ready])
+        for block, given, found in ready:
+            taken = found if usable else usable_direction(block, given, found)
+            for piece, x in zip(block.pieces, taken, strict=True):
                 p = piece.param
                 if p in gradients and piece.rows is None:
                     solved[p] = x

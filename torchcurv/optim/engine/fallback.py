@@ -44,6 +44,24 @@ def short_gradients(gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     return {p: g / scale for p, g in plain.items()}
 
 
+def all_usable(blocks: list[Curvature], found: list[list[Tensor]]) -> bool:
+    """Whether `usable_direction` would take each direction as it is, where that can be read; it rarely would not."""
+    tensors = [x for own in found for x in own]
+    if not all(map(on_cpu, tensors)):
+        return False
+    flags = [flag for block in blocks for flag in _flags(block)]
+    finite = not tensors or bool(torch.isfinite(torch.stack(torch._foreach_norm(tensors)).sum()))
+    return finite and (not flags or bool(torch.stack(flags).all()))
+
+
+def _flags(block: Curvature) -> list[Tensor]:
+    """Whether what a direction is made of is known, as 0-d tensors."""
+    if not kind_of(block.kind, block.options).of_the_loss:  # λ (0 + λ I)^-1 g is the gradient
+        return []
+    factor = block.factor
+    return [x for x in (block.average.known, None if factor is None else factor.finite) if x is not None]
+
+
 def usable_direction(block: Curvature, gradients: list[Tensor], found: list[Tensor]) -> list[Tensor]:
     """The direction of a block, if it is finite and something was measured; else its gradient, of length 1 at the
     most, or nothing where that is not finite.
@@ -53,12 +71,9 @@ def usable_direction(block: Curvature, gradients: list[Tensor], found: list[Tens
     factorisation.
     """
     finite = torch.isfinite(sum_of(found))
-    factor, known = block.factor, block.average.known
-    if factor is not None and factor.finite is not None:
-        known = factor.finite if known is None else known & factor.finite
-    if not kind_of(block.kind, block.options).of_the_loss:  # λ (0 + λ I)^-1 g is the gradient
-        known = None
-    usable = finite if known is None else finite & known
+    usable = finite
+    for known in _flags(block):
+        usable = usable & known
     if on_cpu(usable) and usable:
         return found
     plain = [at_least_float32(g) for g in gradients]
