@@ -209,3 +209,20 @@ def test_a_pass_that_was_interrupted_leaves_the_compiler_on():
     F.cross_entropy(model(x), y).backward()
     opt.step()
     assert opt.metrics()["measurements"] == 2
+
+
+def test_two_optimizers_on_one_model_leave_the_compiler_on():
+    """Their hooks begin and end a pass in one order, not one inside of the other."""
+    torch._dynamo.reset()
+    counters.clear()
+    model, x, y = mlp(), torch.randn(8, 4), torch.arange(8) % 3
+    options = {"loss_fn": "cross_entropy", "update_every": EVERY, "refactor_every": EVERY}
+    both = [SecondOrderOptimizer(model, **options), SecondOrderOptimizer(model, curv_type="fisher", **options)]
+    called = torch.compile(model, backend="eager")
+    for _ in range(EVERY + 2):
+        model.zero_grad()
+        F.cross_entropy(called(x), y).backward()
+        for opt in both:
+            opt.step()
+    assert counters["stats"]["unique_graphs"] == 1 and torch._dynamo.eval_frame._stance.stance == "default"
+    assert all(opt.metrics()["measurements"] == 4 for opt in both)

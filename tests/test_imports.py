@@ -17,7 +17,12 @@ house = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(house)
 
 FLOORS = (
-    {"ground": ("curv.numerics", "curv.checks", "curv.graph", "curv.options", "curv.option_rules", "curv.bundles")},
+    {
+        "ground": (
+            *("curv.numerics", "curv.checks", "curv.graph", "curv.graph_structure", "curv.compiler", "curv.options"),
+            *("curv.option_rules", "curv.bundles"),
+        )
+    },
     {"linalg": ("curv.linalg",)},
     {"layers": ("curv.layers",), "losses": ("curv.losses",)},
     {"statistics": ("curv.statistics",), "hessian": ("curv.hessian",)},
@@ -29,7 +34,7 @@ FLOORS = (
 )
 NEIGHBOURS: set[tuple[str, str]] = set()  # (room, the room beside it that it may import)
 FACES = ("", "curv")  # which import what they offer, and are imported by nobody inside
-PRIVATE_TORCH_FILE = "curv.graph"
+PRIVATE_TORCH_FILES = ("curv.graph", "curv.graph_structure", "curv.compiler")
 NAMED_TUPLE = ("_replace", "_asdict", "_fields", "_make")
 IN_ORDER = True
 
@@ -110,7 +115,7 @@ def private_torch(source):
     tensors, nodes and modules that the package does not define itself."""
     own, found = {*house.private_names(source), *NAMED_TUPLE}, []
     for module in source.modules.values():
-        if inside(module.name, source.package) == PRIVATE_TORCH_FILE:
+        if inside(module.name, source.package) in PRIVATE_TORCH_FILES:
             continue
         names = [
             (node, f"{origin}.{taken}" if taken else origin)
@@ -119,7 +124,7 @@ def private_torch(source):
         ]
         names += [(node, _foreign(node, module, own)) for node in house.in_order(module.tree)]
         found += [f"{source.place(module.path, node)} {name}" for node, name in names if name and is_private(name)]
-    return [f"{place}: a private name of torch belongs into {PRIVATE_TORCH_FILE}" for place in found]
+    return [f"{place}: a private name of torch belongs into {' or '.join(PRIVATE_TORCH_FILES)}" for place in found]
 
 
 def _foreign(node, module, own):

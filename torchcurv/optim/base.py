@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.bundles import flattened
-from torchcurv.curv.graph import never_compiled
+from torchcurv.curv.compiler import never_compiled
 from torchcurv.curv.losses.autograd import watched
 from torchcurv.curv.options import OPTIMIZER, Option
 from torchcurv.optim.engine.building import BlockRule, Blueprint

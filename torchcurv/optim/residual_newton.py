@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcurv.curv.checks import check_count, check_number, check_one_of, flag
-from torchcurv.curv.graph import never_compiled
+from torchcurv.curv.compiler import never_compiled
 from torchcurv.curv.linalg.least_squares import DampedLeastSquares, jacobian
 from torchcurv.curv.options import LIVE, Option, table_of
 from torchcurv.optim.control.residuals import MatrixFreeLeastSquares, Weights, residual_vector

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from torchcurv import SecondOrderOptimizer, curvature, laplace
+from torchcurv.curv.capture.probe import Probe
 from torchcurv.curv.capture.verify import GradientCheck
 
 V, D = cases.CLASSES, 4
@@ -935,3 +936,37 @@ def test_random_routes_of_rows_are_right_or_refused(seed):
             close(got, truth(opt, CE, x, y, "ggn", Part(opt.model, part)))
             right += 1
     assert right > refused / 2  # most of these do join samples
+
+
+class Towers(nn.Module):
+    """Each output of a sample is a product with what another sample gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.twice = nn.Linear(4, 3), nn.Linear(4, 3), False
+
+    def forward(self, x):
+        left = self.left(x)
+        if self.twice:
+            left = left + F.linear(x, self.left.weight)
+        return left @ self.right(x).T
+
+
+def test_layers_of_samples_that_meet_are_compared_once(monkeypatch):
+    """The products that mix the samples change with the weights, and what they mix is not asked."""
+    probes = []
+    monkeypatch.setattr(Probe, "run", lambda self, light, run=Probe.run: probes.append(light) or run(self, light))
+    torch.manual_seed(0)
+    model, x, y = Towers(), torch.randn(5, 4), torch.arange(5)
+    opt = SecondOrderOptimizer(model, loss_fn="cross_entropy", update_every=1, refactor_every=1)
+    for k in range(4):
+        opt.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
+        if k == 1:
+            probes.clear()
+    assert not probes
+    model.twice = True
+    opt.zero_grad()
+    with pytest.raises(RuntimeError, match="is not the one that the recorded calls of the layer explain"):
+        F.cross_entropy(model(x), y).backward()

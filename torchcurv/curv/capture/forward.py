@@ -20,8 +20,8 @@ from torchcurv.curv.capture.calls import Call, Capture
 from torchcurv.curv.capture.hooks import Hook, argument, is_inert, is_internal_forward
 from torchcurv.curv.capture.notes import GraphNotes
 from torchcurv.curv.capture.parameter_trace import ParameterTrace, sample_gradients
+from torchcurv.curv.compiler import CompilerOff, untraced
 from torchcurv.curv.graph import (
-    CompilerOff,
     Edge,
     backward_id,
     base_of,
@@ -31,7 +31,6 @@ from torchcurv.curv.graph import (
     nodes_between,
     parameters_of,
     scale_of_batch_norm,
-    untraced,
 )
 from torchcurv.curv.hessian.tape import Tape
 from torchcurv.curv.layers.layer import FUNCTION, Layer, ParameterUse

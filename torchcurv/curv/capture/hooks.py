@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from torchcurv.curv.graph import backward_id, in_transform, uncompiled
+from torchcurv.curv.compiler import uncompiled
+from torchcurv.curv.graph import backward_id, in_transform
 
 
 class Hook:

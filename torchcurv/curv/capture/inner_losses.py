@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torchcurv.curv.capture.calls import Capture
 from torchcurv.curv.capture.hooks import is_internal_forward
 from torchcurv.curv.capture.triggers import Listener, LossModule
-from torchcurv.curv.graph import Edge, edge_of, tree_leaves, uncompiled
+from torchcurv.curv.compiler import uncompiled
+from torchcurv.curv.graph import Edge, edge_of, tree_leaves
 from torchcurv.curv.losses.joined import JoinedCall
 
 # By function: the module that says its settings, for a loss whose formula is known; None: by autograd.

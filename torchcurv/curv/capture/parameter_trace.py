@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from torchcurv.curv.graph import base_of, function_modes, uncompiled
+from torchcurv.curv.compiler import uncompiled
+from torchcurv.curv.graph import base_of, function_modes
 from torchcurv.curv.layers.inner_layers import Rows
 from torchcurv.curv.layers.recurrent import UNROLLED
 

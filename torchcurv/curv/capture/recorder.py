@@ -134,12 +134,6 @@ class Recorder:
         for block in self.blocks:
             block.pending.forget()
 
-    def forget(self) -> None:
-        """Gradients are gone, and what was captured for them."""
-        self.forward.abandon()
-        for block in self.blocks:
-            block.pending.forget()
-
     def remove(self) -> None:
         """Take every hook away."""
         self.forward.remove()

@@ -23,7 +23,8 @@ from torchcurv.curv.capture.context import LossEvent, PassContext
 from torchcurv.curv.capture.parameter_trace import CannotRunAgain
 from torchcurv.curv.capture.rows import Mark, Rows, depending
 from torchcurv.curv.capture.verify import Path
-from torchcurv.curv.graph import Edge, Structure, backward_id, edges_below, structure_of, will_run
+from torchcurv.curv.graph import Edge, backward_id, edges_below, will_run
+from torchcurv.curv.graph_structure import Structure, structure_of
 from torchcurv.curv.hessian.operation import Key, key_of
 from torchcurv.curv.hessian.products import OutputLoss
 from torchcurv.curv.hessian.tape import Tape

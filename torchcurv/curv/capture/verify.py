@@ -42,6 +42,7 @@ class GradientCheck:
         self.name_fits = False  # whether a gradient was found to be that of the loss known by its name
         self.hard_labels: bool | None = None  # whether the last that told was of labels times a factor
         self._verified: set[Hashable] = set()
+        self._explained: set[Hashable] = set()  # of common blocks: (block, functions, calls) that were compared
         self._rows: dict[Hashable, Rows] = {}  # by the path, where they are not equal runs
         self._one_row: set[Hashable] = set()  # (block, number of a call) where each sample had a row of its own
         self._sizes: dict[Hashable, int] = {}  # by the functions of a path: how many sizes it has held for, or -1
@@ -107,7 +108,9 @@ class GradientCheck:
         if not blocks:
             return
         path = source.path(blocks)
-        doubtful = [block for block in blocks if self._doubtful(block, path)]
+        # Which rows meet in which, as by a product of two outputs, is nothing that their sum over all rows depends on.
+        keys = {block.name: (block.name, path.functions[block.name], path.marks[block.name]) for block in blocks}
+        doubtful = [b for b in blocks if keys[b.name] not in self._explained or self._used_unknown(b)]
         if not doubtful:
             return
         layers = {k: False for block in doubtful for k in source.arranged(None).layers_of(block)}
@@ -115,6 +118,9 @@ class GradientCheck:
         findings = Probe(self.compared, doubtful, source, None, one, layers).run(True)
         assert findings is not None
         self._conclude(doubtful, path, findings, None)
+        self._explained |= {
+            keys[b.name] for b in doubtful if findings[b.name].finite and not findings[b.name].unexplained
+        }
 
     def _doubtful(self, block: Curvature, path: Path) -> bool:
         """Whether the gradient of a block has to be compared."""
@@ -136,7 +142,7 @@ class GradientCheck:
     ) -> Rows | None:
         """Refuse the blocks that failed, and remember the others."""
         if max(len(self._verified), len(self._rows), len(self._sizes)) > KEPT * (1 + len(blocks)):
-            self._verified, self._rows, self._sizes = set(), {}, {}
+            self._verified, self._rows, self._sizes, self._explained = set(), {}, {}, set()
         for block in blocks:
             unexplained, coupled, finite = findings[block.name]
             if unexplained and (_has_own_forward(block) or all(layer.sites[0].bare for layer in block.layers)):

@@ -342,7 +342,9 @@ class CurvatureEngine:
     def forget(self) -> None:
         """Gradients are gone, and what was captured for them."""
         if self.recorder is not None:
-            self.recorder.forget()
+            self.recorder.forward.abandon()
+        for block in self.blocks:
+            block.pending.forget()
 
     def save(self, state: dict[Any, dict[str, Any]]) -> None:
         """The blocks that changed into the state of their first parameter."""
