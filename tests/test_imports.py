@@ -20,6 +20,7 @@ FLOORS = (
     {
         "ground": (
             *("curv.numerics", "curv.checks", "curv.graph", "curv.graph_structure", "curv.compiler", "curv.options"),
+            *("curv.distributed",),
             *("curv.option_rules", "curv.bundles"),
         )
     },

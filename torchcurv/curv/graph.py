@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import TreeSpec as TreeSpec
 from torch.utils._pytree import tree_flatten as tree_flatten
@@ -173,6 +174,11 @@ def drop_hooks(module: nn.Module, left_over: Callable[[Any], bool]) -> None:
 def has_backward_hooks(tensor: Tensor) -> bool:
     """Whether hooks of the user's run when the gradient of a tensor arrives."""
     return bool(tensor._backward_hooks)
+
+
+def wrapper_that_runs() -> DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward runs now."""
+    return DistributedDataParallel._get_active_ddp_module()
 
 
 def output_padding_of(module: Any, x: Tensor, output_size: Any) -> Any:

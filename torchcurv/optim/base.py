@@ -85,6 +85,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         recording = {name: whole[name] for name in RECORDING}
         recording["loss_fn"] = watched(recording["loss_fn"])
         blueprint = Blueprint(model, whole["unsupported"], arrange, tuple(block_rules))
+        engine_options["process_group"] = whole["process_group"]
         self._make_engine(blueprint, recording, damping or StepDamping(), engine_options)
         self._companions |= {companion: companion(self) for companion in companions}
         self._group_options.check(self._group_options.at_step(defaults, 0))
@@ -165,6 +166,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         """
         engine = self.engine
         self._check_scaler()
+        self._check_ranks()
         loss = self.run_closure(closure)
         self.noted = {"loss": loss.detach()} if isinstance(loss, Tensor) and not loss.dim() else {}
         if engine.refresh():
@@ -188,6 +190,19 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
                 "a GradScaler steps this optimizer, and its scale is in the loss whose curvature was measured: pass it "
                 "as grad_scaler= when you build the optimizer"
             )
+
+    def _check_ranks(self) -> None:
+        if not self._over_ranks and self.engine.ranks.group is not None:
+            raise NotImplementedError(
+                f"{type(self).__name__} with these options takes decisions on one process that others do not know of, "
+                "so that their models would drift apart: use SecondOrderOptimizer with step_rule and damping_rule "
+                '"fixed" on several processes, or pass process_group=None where each trains a model of its own'
+            )
+
+    @property
+    def _over_ranks(self) -> bool:
+        """Whether all that a step decides is decided by what is reduced over processes."""
+        return False
 
     def run_closure(self, closure: Callable[[], Any] | None) -> Any:
         """Run the closure, if there is one, so that gradients lie in `.grad`."""

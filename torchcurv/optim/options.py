@@ -231,6 +231,16 @@ class LossOptions(TypedDict, total=False):
         ),
     ]
     seed: Annotated[int, Option(0, _seed, OPTIMIZER, "of the generator that draws come from")]
+    process_group: Annotated[
+        Any,
+        Option(
+            "auto",
+            anything,
+            OPTIMIZER,
+            'over which processes what is measured is reduced: "auto", those of the DistributedDataParallel around the '
+            "forward pass; a group whose gradients are averaged; None: each process trains a model of its own",
+        ),
+    ]
 
 
 class SecondOrderOptions(BlockOptions, StepOptions, KLClipOption, ControlOptions, LossOptions):

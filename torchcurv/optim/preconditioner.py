@@ -44,6 +44,10 @@ class Preconditioner(CurvatureOptimizer):
         given = given_options(named, damping, (refresh,), options)
         super().__init__(model, params, complete(self.table, given, type(self).__name__), rules=(no_price,))
 
+    @property
+    def _over_ranks(self) -> bool:
+        return True
+
     def run_closure(self, closure: Callable[[], Any] | None) -> None:
         """None: there is no closure to be run."""
         if closure is not None:

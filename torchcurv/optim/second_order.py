@@ -175,6 +175,10 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         control = self.companion(StepControl)
         return control.evaluate(closure) if control.needs_closure else super().run_closure(closure)
 
+    @property
+    def _over_ranks(self) -> bool:
+        return self.settings["step_rule"] == self.settings["damping_rule"] == "fixed"
+
     def update_parameters(self) -> None:
         """Steps along V by the step rule, and the damping of the next ones by the damping rule."""
         engine, control = self.engine, self.companion(StepControl)

@@ -21,6 +21,7 @@ from torchcurv.curv.capture.hooks import Hook, argument, is_inert, is_internal_f
 from torchcurv.curv.capture.notes import GraphNotes
 from torchcurv.curv.capture.parameter_trace import ParameterTrace, sample_gradients
 from torchcurv.curv.compiler import CompilerOff, untraced
+from torchcurv.curv.distributed import Ranks
 from torchcurv.curv.graph import (
     Edge,
     backward_id,
@@ -46,12 +47,13 @@ class Forward:
 
     ended: called after each forward pass of the model, with what was noted in it and the model's output.
     inside: set while a pass of our own runs. mixed: whether samples met in the last forward pass.
+    ranks: who sees whether the model runs in several processes.
     twice: whether the graph will be differentiated twice, which fused attention cannot. taped: whether every function
     is noted, for propagation. constant_statistics: whether batch statistics are constants in a pass of our own.
     """
 
     def __init__(self, model: nn.Module, layers: list[Layer], ended: Ended) -> None:
-        self.layers, self.ended, self.notes = layers, ended, GraphNotes()
+        self.layers, self.ended, self.notes, self.ranks = layers, ended, GraphNotes(), Ranks(None)
         self.inside = self.mixed = False
         self.constant_statistics, self.twice, self.taped = True, False, False
         self.tape: Tape | None = None  # of the last forward pass of the model
@@ -131,6 +133,7 @@ class Forward:
             compiler.close()
             return
         self._depth, self._calls, self.mixed, self._compiler = 1, [], False, compiler
+        self.ranks.saw(module)
         if self.twice:
             self._open.enter_context(sdpa_kernel(SDPBackend.MATH))
         self.tape = self._open.enter_context(Tape(module)) if self.taped else None

@@ -11,10 +11,12 @@ from torch import Tensor
 from torchcurv.curv.block.block import POSTERIOR, STEP, Curvature
 from torchcurv.curv.block.slot import FactorSlot
 from torchcurv.curv.capture.recorder import Recorder
+from torchcurv.curv.distributed import Ranks
 from torchcurv.curv.kinds.table import kind_of
 from torchcurv.optim.engine.building import Blueprint, same
 from torchcurv.optim.engine.damping import DampingPolicy, Group, has_changed, is_of_the_loss
 from torchcurv.optim.engine.fallback import Followers, all_usable, finite_or_zero, short_gradients, usable_direction
+from torchcurv.optim.engine.reduction import reduce_pending
 from torchcurv.optim.engine.report import warn, warn_of_failures, warn_of_plain, without_curvature
 from torchcurv.optim.engine.witness import check_captured, check_objections, check_present, check_unfrozen, remarks_on
 
@@ -44,7 +46,7 @@ class CurvatureEngine:
     functions of the step. damping: what is added to eigenvalues.
     factors: whether steps solve with factors, or only multiply with what was measured.
     warmup: so many steps only measure. waits_for_gradients: whether a step without gradients does nothing.
-    hint: why nothing may have been captured, beyond what the recorder knows.
+    hint: why nothing may have been captured, beyond what the recorder knows. process_group: see `Ranks`.
     """
 
     def __init__(
@@ -58,9 +60,11 @@ class CurvatureEngine:
         warmup: int = 0,
         waits_for_gradients: bool = True,
         hint: Callable[[], str | None] = lambda: None,
+        process_group: Any = "auto",
     ) -> None:
         self.blueprint, self.recording, self.schedule, self.damping = blueprint, recording, schedule, damping
         self.factors, self.warmup, self.waits_for_gradients = factors, warmup, waits_for_gradients
+        self.ranks = Ranks(process_group)
         self.step = 0
         self.groups: Sequence[Group] = ()
         self.pairs: list[tuple[Curvature, int]] = []
@@ -73,6 +77,7 @@ class CurvatureEngine:
         self.said: set[str] = set()  # warnings that were given once
         self.hooked = False
         self.followers = Followers(blueprint.alone)
+        self._measured: set[str] = set()  # names of the blocks that this step measures
         self._trained: list[bool] = []  # which parameters were trainable when the blocks were built
 
     # ------------------------------------------------------------------------------------ building
@@ -119,6 +124,7 @@ class CurvatureEngine:
             unsupported=self.blueprint.unsupported,
             before=self.recorder,
         )
+        self.recorder.forward.ranks = self.ranks
         self.hooked = True
         self.begin_step()
 
@@ -153,7 +159,8 @@ class CurvatureEngine:
         """Say what the next forward passes feed."""
         assert self.recorder is not None
         self.followers.names = set()
-        self.recorder.begin_step(self.step, self._due())
+        self._measured = set(due := self._due())
+        self.recorder.begin_step(self.step, due)
 
     def _due(self) -> list[str]:
         for block, index in self.pairs:
@@ -173,6 +180,7 @@ class CurvatureEngine:
         reached = [pair for pair in self.pairs if any(p.grad is not None for p in pair[0].params)]
         for block, _ in reached:
             block.follow_parameters()
+        reduce_pending([block for block in self.blocks if block.name in self._measured], self.ranks)
         check_objections([block for block, _ in reached])
         missing = [block for block, _ in reached if self.step >= block.refresh.next_update and not block.pending]
         if missing and not check_captured(self, missing):

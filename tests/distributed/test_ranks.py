@@ -1,0 +1,210 @@
+"""Several processes train one model: they stay equal, and equal one process that accumulates their parts."""
+
+import os
+import tempfile
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer
+
+WORLD, N, STEPS = 2, 8, 4
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def convolutions():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 2, 2), nn.GroupNorm(1, 2), nn.Tanh(), nn.Flatten(), nn.Linear(2, 3)
+    return nn.Sequential(nn.Unflatten(1, (1, 2, 2)), *layers).double()
+
+
+NETWORKS = {"mlp": network, "cnn": convolutions}
+
+
+def part(step, rank):
+    """The data of one process; that of the second has fewer samples."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    n = N - 3 * rank
+    x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (n,), generator=generator)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def joined(rank, path, job, arguments, results):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
+    try:
+        results[rank] = job(rank, *arguments)
+    except Exception:  # for the test to see
+        results[rank] = traceback.format_exc()
+    torch.distributed.destroy_process_group()
+
+
+def together(job, *arguments):
+    """What a function of (rank, ...) returns in each of two processes."""
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Manager() as manager, tempfile.TemporaryDirectory() as folder:
+        results = manager.dict()
+        given = (os.fspath(Path(folder) / "rendezvous"), job, arguments, results)
+        torch.multiprocessing.start_processes(joined, given, nprocs=WORLD, start_method="spawn")
+        found = [results[rank] for rank in range(WORLD)]
+    for one in found:
+        assert not isinstance(one, str), one
+    return found
+
+
+OPTIONS = {
+    **{f"{a}": {"approx": a} for a in ("kfac", "ekfac", "diag", "unit", "block", "full", None)},
+    "kfac, empirical": {"curv_type": "empirical_fisher"},
+    "kfac, hessian": {"curv_type": "hessian", "approx": "diag"},
+    "input": {"curv_type": "input", "lr": 0.01},
+    "kfac, adaptive": {"update_every": "adaptive", "refactor_every": "adaptive"},
+    "kfac, at intervals": {"update_every": 2, "refactor_every": 2},
+}
+
+
+def trained(rank, name, options, network, wrap):
+    model = NETWORKS[network]()
+    exact = {} if options.get("curv_type") in ("input", "hessian", "empirical_fisher") else {"samples": None}
+    every = {"update_every": 1, "refactor_every": 1, "lr": 0.1, "momentum": 0.9, **exact, **options}
+    called = DistributedDataParallel(model) if wrap else model
+    opt = SecondOrderOptimizer(model, loss_fn="cross_entropy", **every)
+    for step in range(STEPS):
+        opt.zero_grad()
+        for r in [rank] if wrap else range(WORLD):
+            x, y = part(step, r)
+            loss = F.cross_entropy(called(x), y)
+            (loss if wrap else loss / WORLD).backward()
+        opt.step()
+    return weights(model).tolist()
+
+
+def all_trained(rank, network):
+    """Of every set of options; in one pair of processes, since starting them takes longer than training."""
+    return {name: trained(rank, name, options, network, True) for name, options in OPTIONS.items()}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_processes_are_equal_and_equal_micro_batches(network):
+    first, second = together(all_trained, network)
+    assert first == second  # bit for bit
+    for name, options in OPTIONS.items():
+        expected = torch.tensor(trained(0, name, options, network, False), dtype=torch.float64)
+        found = torch.tensor(first[name], dtype=torch.float64)
+        assert (found - expected).norm() <= 1e-10 * expected.norm(), name
+
+
+def odd_ends(rank):
+    """Sentences, and what becomes of batches without a measurement, of NaN, and of accumulation under no_sync."""
+    said, x, y = {}, *part(0, rank)
+
+    def attempt(name, make, called=None):
+        model = network()
+        try:
+            opt = make(model)
+            wrapped = (called or DistributedDataParallel)(model)  # which must live until backward()
+            F.cross_entropy(wrapped(x), y).backward()
+            opt.step()
+            said[name] = weights(model).tolist()
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+
+    def by_name(model, **options):
+        return SecondOrderOptimizer(model, loss_fn="cross_entropy", **options)
+
+    attempt("not wrapped", by_name, lambda model: model)
+    attempt("each for itself", lambda m: by_name(m, process_group=None), lambda model: model)
+    attempt("own group", lambda m: by_name(m, process_group=torch.distributed.group.WORLD))
+    attempt("static graph", by_name, lambda m: DistributedDataParallel(m, static_graph=True))
+    attempt("low rank", lambda m: by_name(m, approx="lowrank", update_every=1, refactor_every=1))
+    attempt("posterior", lambda m: VIOptimizer(m, loss_fn="cross_entropy", dataset_size=16))
+    attempt("steps by a model", lambda m: by_name(m, step_rule="quadratic", damping_rule="lm"))
+    attempt("preconditioner", lambda m: Preconditioner(m, loss_fn="cross_entropy"))
+
+    def loop(change, sync=True, loss_fn=None):
+        model = network()
+        wrapped, loss_fn = DistributedDataParallel(model), loss_fn or nn.CrossEntropyLoss()
+        opt = SecondOrderOptimizer(model, loss_fn=loss_fn, update_every=1, refactor_every=1, samples=None)
+        for step in range(3):
+            opt.zero_grad()
+            x, y = part(step, rank)
+            x, y = change(step, x, y)
+            if not sync:
+                with wrapped.no_sync():
+                    loss_fn(wrapped(x), y).backward()
+            loss_fn(wrapped(x), y).backward()
+            opt.step()
+        return weights(model).tolist(), opt.metrics()["skipped_measurements"]
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = (nn.Linear(4, 4).double() for _ in range(3))
+
+        def forward(self, x):
+            return self.head((self.first if rank else self.second)(x).tanh())
+
+    def by_branches():
+        torch.manual_seed(0)
+        model = Branches()
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        opt = by_name(model, update_every=1, refactor_every=1, samples=None)
+        for step in range(3):
+            opt.zero_grad()
+            x, y = part(step, rank)
+            F.cross_entropy(wrapped(x), y).backward()
+            opt.step()
+        return weights(model).tolist()
+
+    def objecting():
+        model, loss_fn = network(), nn.CrossEntropyLoss()
+        opt, wrapped = SecondOrderOptimizer(model, loss_fn=loss_fn), DistributedDataParallel(model)
+        x, y = part(0, rank)
+        (loss_fn(wrapped(x), y) * (-1 if bad else 1)).backward()
+        try:
+            opt.step()
+        except RuntimeError as error:
+            return str(error)
+
+    bad = rank == 1
+    said["a layer of one process"] = by_branches()
+    said["negative"] = objecting()
+    said["nan"] = loop(lambda step, x, y: (x / 0 if bad and step == 1 else x, y))
+    said["nothing counts"] = loop(
+        lambda step, x, y: (x, torch.full_like(y, -100) if bad and step == 1 else y),
+        loss_fn=nn.CrossEntropyLoss(reduction="sum"),
+    )
+    said["no_sync"] = loop(lambda step, x, y: (x, y), sync=False)
+    return said
+
+
+def test_sentences_and_odd_ends():
+    first, second = together(odd_ends)
+    for name in ("own group", "preconditioner", "nan", "nothing counts", "no_sync"):
+        assert first[name] == second[name], name
+        assert not isinstance(first[name], str), (name, first[name])
+    assert all(torch.tensor(first[name][0]).isfinite().all() for name in ("nan", "nothing counts", "no_sync"))
+    assert first["a layer of one process"] == second["a layer of one process"]
+    assert "another process refuses" in first["negative"] and "negative=" in second["negative"]
+    assert first["nan"][1] == 2  # of two blocks
+    assert first["each for itself"] != second["each for itself"]
+    for name, sentence in {
+        "not wrapped": "wrap the model in DistributedDataParallel, or pass process_group=",
+        "static graph": "leave static_graph=False",
+        "low rank": "kept as rows, which are not sent between processes yet",
+        "posterior": "VIOptimizer with these options takes decisions on one process",
+        "steps by a model": "takes decisions on one process",
+    }.items():
+        assert sentence in first[name] and sentence in second[name], (name, first[name], second[name])

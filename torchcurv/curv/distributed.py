@@ -1,0 +1,80 @@
+"""The processes that train one model together, each on a part of the batch.
+
+A process is a micro-batch: the loss is the mean over the processes of theirs, as DistributedDataParallel averages
+gradients, and statistics that are sums add up over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from torchcurv.curv.graph import wrapper_that_runs
+
+
+class Ranks:
+    """The processes whose gradients are averaged; alone where there is one.
+
+    process_group: "auto": that of the DistributedDataParallel that is seen around the forward pass; a group, whose
+    gradients somebody else averages; None: each process trains a model of its own.
+    """
+
+    def __init__(self, process_group: Any = "auto") -> None:
+        self.said = process_group
+        self._seen: Any = None
+
+    def saw(self, module: nn.Module) -> None:
+        """A forward pass of the model starts, of which this is the outermost module that we know."""
+        if self.said != "auto" or not _running():
+            return
+        wrapper = module if isinstance(module, DistributedDataParallel) else wrapper_that_runs()
+        if wrapper is None:
+            return
+        if wrapper.static_graph:
+            raise ValueError(
+                "DistributedDataParallel(static_graph=True) averages gradients in a callback that our pass through the "
+                "graph would use up: leave static_graph=False"
+            )
+        self._seen = wrapper.process_group
+
+    @property
+    def group(self) -> Any:
+        """None: this process is alone."""
+        if self.said is None or not _running():
+            return None
+        group = self._seen if self.said == "auto" else self.said
+        if group is None and distributed.get_world_size() > 1:
+            raise RuntimeError(
+                f"torch.distributed runs {distributed.get_world_size()} processes, and the model was not called "
+                "through DistributedDataParallel, so that each would measure its own curvature: wrap the model in "
+                "DistributedDataParallel, or pass process_group=, the group whose gradients are averaged "
+                "(torch.distributed.group.WORLD), or process_group=None where each process trains a model of its own"
+            )
+        return None if group is None or distributed.get_world_size(group) == 1 else group
+
+    @property
+    def count(self) -> int:
+        group = self.group
+        return 1 if group is None else distributed.get_world_size(group)
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Each tensor becomes the sum of those of all processes; one message for each type and device."""
+        group = self.group
+        kinds: dict[tuple[Any, Any], list[Tensor]] = {}
+        for tensor in tensors:
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        if group is None:
+            return
+        for own in kinds.values():
+            flat = torch.cat([tensor.reshape(-1) for tensor in own])
+            distributed.all_reduce(flat, group=group)
+            for tensor, part in zip(own, flat.split([tensor.numel() for tensor in own]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+
+def _running() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
