@@ -91,6 +91,29 @@ def trained(rank, name, options, network, wrap):
     return weights(model).tolist()
 
 
+def static(rank):
+    """Of a wrapper whose first gradients are averaged by a callback, and of one that is none; by modules and names."""
+    found = []
+    for loss_fn in (nn.CrossEntropyLoss(), "cross_entropy"):
+        for options in ({}, {"static_graph": True}):
+            model = network()
+            wrapped = DistributedDataParallel(model, **options)
+            opt = SecondOrderOptimizer(model, loss_fn=loss_fn, update_every=2, refactor_every=2)
+            for step in range(STEPS):
+                opt.zero_grad()
+                x, y = part(step, rank)
+                (loss_fn if isinstance(loss_fn, nn.Module) else F.cross_entropy)(wrapped(x), y).backward()
+                opt.step()
+            found.append(weights(model).tolist())
+    return found
+
+
+def test_a_static_graph_averages_its_gradients():
+    first, second = together(static)
+    assert first == second
+    assert first[0] == first[1] and first[2] == first[3]
+
+
 def all_trained(rank, network):
     """Of every set of options; in one pair of processes, since starting them takes longer than training."""
     return {name: trained(rank, name, options, network, True) for name, options in OPTIONS.items()}
@@ -127,7 +150,6 @@ def odd_ends(rank):
     attempt("not wrapped", by_name, lambda model: model)
     attempt("each for itself", lambda m: by_name(m, process_group=None), lambda model: model)
     attempt("own group", lambda m: by_name(m, process_group=torch.distributed.group.WORLD))
-    attempt("static graph", by_name, lambda m: DistributedDataParallel(m, static_graph=True))
     attempt("low rank", lambda m: by_name(m, approx="lowrank", update_every=1, refactor_every=1))
     attempt("posterior", lambda m: VIOptimizer(m, loss_fn="cross_entropy", dataset_size=16))
     attempt("steps by a model", lambda m: by_name(m, step_rule="quadratic", damping_rule="lm"))
@@ -202,7 +224,6 @@ def test_sentences_and_odd_ends():
     assert first["each for itself"] != second["each for itself"]
     for name, sentence in {
         "not wrapped": "wrap the model in DistributedDataParallel, or pass process_group=",
-        "static graph": "leave static_graph=False",
         "low rank": "kept as rows, which are not sent between processes yet",
         "posterior": "VIOptimizer with these options takes decisions on one process",
         "steps by a model": "takes decisions on one process",

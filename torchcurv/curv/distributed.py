@@ -6,14 +6,16 @@ gradients, and statistics that are sums add up over them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torchcurv.curv.graph import wrapper_that_runs
+from torchcurv.curv.graph import without_sink, wrapper_that_runs
 
 
 class Ranks:
@@ -26,25 +28,25 @@ class Ranks:
     def __init__(self, process_group: Any = "auto") -> None:
         self.said = process_group
         self._seen: Any = None
+        self._wrapper: Callable[[], DistributedDataParallel | None] = lambda: None
 
     def saw(self, module: nn.Module) -> None:
         """A forward pass of the model starts, of which this is the outermost module that we know."""
-        if self.said != "auto" or not _running():
+        if not running():
             return
         wrapper = module if isinstance(module, DistributedDataParallel) else wrapper_that_runs()
-        if wrapper is None:
-            return
-        if wrapper.static_graph:
-            raise ValueError(
-                "DistributedDataParallel(static_graph=True) averages gradients in a callback that our pass through the "
-                "graph would use up: leave static_graph=False"
-            )
-        self._seen = wrapper.process_group
+        if wrapper is not None:
+            self._seen, self._wrapper = wrapper.process_group, weakref.ref(wrapper)
+
+    def pass_of_ours(self) -> AbstractContextManager[None]:
+        """What a pass through the graph runs in that is none of the user's."""
+        wrapper = self._wrapper()
+        return nullcontext() if wrapper is None else without_sink(wrapper)
 
     @property
     def group(self) -> Any:
         """None: this process is alone."""
-        if self.said is None or not _running():
+        if self.said is None or not running():
             return None
         group = self._seen if self.said == "auto" else self.said
         if group is None and distributed.get_world_size() > 1:
@@ -76,5 +78,5 @@ class Ranks:
                 tensor.copy_(part.view_as(tensor))
 
 
-def _running() -> bool:
+def running() -> bool:
     return distributed.is_available() and distributed.is_initialized()

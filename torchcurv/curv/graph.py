@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -179,6 +180,20 @@ def has_backward_hooks(tensor: Tensor) -> bool:
 def wrapper_that_runs() -> DistributedDataParallel | None:
     """The DistributedDataParallel whose forward runs now."""
     return DistributedDataParallel._get_active_ddp_module()
+
+
+@contextmanager
+def without_sink(wrapper: DistributedDataParallel) -> Iterator[None]:
+    """Passes through the graph that do not use up the callback by which a static graph averages its first gradients."""
+    if not wrapper.static_graph:
+        yield
+        return
+    queued = wrapper._static_graph_delay_allreduce_enqueued
+    wrapper._static_graph_delay_allreduce_enqueued = True
+    try:
+        yield
+    finally:
+        wrapper._static_graph_delay_allreduce_enqueued = queued
 
 
 def output_padding_of(module: Any, x: Tensor, output_size: Any) -> Any:

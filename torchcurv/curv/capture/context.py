@@ -15,6 +15,7 @@ from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.calls import Call, Capture
 from torchcurv.curv.capture.forward import Ended, Forward
 from torchcurv.curv.capture.verify import GradientCheck
+from torchcurv.curv.distributed import running
 from torchcurv.curv.graph import Edge
 from torchcurv.curv.hessian.tape import Tape
 from torchcurv.curv.kinds.base import CurvatureKind
@@ -132,7 +133,7 @@ class PassContext:
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Draws that a resumed run repeats, and that leave the global generators alone."""
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        rank = torch.distributed.get_rank() if running() else 0
         seed = hash((self.seed, self.step, self.passes, rank)) & (2**63 - 1)
         return torch.Generator(device).manual_seed(seed)
 

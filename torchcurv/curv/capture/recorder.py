@@ -23,6 +23,7 @@ from torchcurv.curv.capture.rows import numbered
 from torchcurv.curv.capture.signal_pass import CurvaturePass
 from torchcurv.curv.capture.triggers import DerivativeTaken, InputsAlone, LossModule, NamedOutput, Observed, Trigger
 from torchcurv.curv.capture.witness import OF_ANOTHER_OUTPUT, OutputWitness, with_signs
+from torchcurv.curv.distributed import Ranks
 from torchcurv.curv.graph import Edge, age_of, backward_id, drop_hooks, edge_of, frozen, tree_leaves, will_run
 from torchcurv.curv.kinds.table import kind_of
 from torchcurv.curv.losses.formula import LabelFactor
@@ -52,7 +53,7 @@ class Recorder:
     loss_fn, reduction, class_dim, output_fn, grad_scaler, loss_factor, negative: see `LossSettings`.
     loss_twins: copies of loss_fn that may be called in its place. before: the recorder that this one replaces.
     unsupported: "error" raises where a parameter is used in a way its layer does not explain; "gradient" stops
-        feeding its block.
+        feeding its block. ranks: who sees in which processes the model runs.
 
     part: the model's output for some samples, and which they are, where signals start that stand for all of them.
     cut: by the shapes of its arguments, whether the model runs on a part of them.
@@ -76,11 +77,13 @@ class Recorder:
         seed: int = 0,
         unsupported: str = "error",
         before: Recorder | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.settings = LossSettings(loss_fn, reduction, class_dim, output_fn, grad_scaler, loss_factor, negative)
         self.blocks, self.loss_fn = blocks, loss_fn
         self.context = PassContext(model, blocks, self._gather, seed, unsupported)
         self.forward = self.context.forward
+        self.ranks = self.forward.ranks = self.forward.ranks if ranks is None else ranks
         self.part: tuple[Tensor, Tensor] | None = None
         self.cut: dict[Any, bool] = {}
         self.summed: Tensor | float | None = None

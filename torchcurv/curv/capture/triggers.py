@@ -19,6 +19,7 @@ from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.calls import Capture
 from torchcurv.curv.capture.context import LossEvent
 from torchcurv.curv.capture.witness import Expected, expected_from
+from torchcurv.curv.distributed import Ranks
 from torchcurv.curv.graph import Edge, Frozen, edge_of, running_node
 from torchcurv.curv.losses.formula import LabelFactor
 from torchcurv.curv.losses.loss import Loss
@@ -34,6 +35,7 @@ class Listener(Protocol):
     """Who is told of losses."""
 
     settings: LossSettings
+    ranks: Ranks
 
     def fed_by(self, trigger: Trigger) -> list[Curvature]:
         """The blocks that a gradient at this trigger feeds."""
@@ -81,7 +83,9 @@ class Trigger(ABC):
         if gradient is None or (self.capture.explicit and not self.observed):
             return
         blocks = self.listener.fed_by(self)
-        if blocks:
+        if not blocks:
+            return
+        with self.listener.ranks.pass_of_ours():
             event, witness = self.event(gradient), self.capture.witness
             if witness is not None and not witness.covered and not event.terms.empty:
                 witness.expected += self.sent(event, blocks)

@@ -123,8 +123,8 @@ class CurvatureEngine:
             **self.recording,
             unsupported=self.blueprint.unsupported,
             before=self.recorder,
+            ranks=self.ranks,
         )
-        self.recorder.forward.ranks = self.ranks
         self.hooked = True
         self.begin_step()
 
