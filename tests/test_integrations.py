@@ -1,9 +1,15 @@
 """The programs with other libraries train, where these are installed."""
 
+import os
+import re
+import subprocess
+import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parent.parent
 PROGRAMS = {
     "hf_trainer": ("transformers", ["--steps", "12"]),
     "hf_trainer, bf16": ("transformers", ["--steps", "12", "--bf16"]),
@@ -19,4 +25,38 @@ def test_it_trains(name, capsys):
     library, arguments = PROGRAMS[name]
     pytest.importorskip(library)
     losses = import_module(f"examples.integrations.{name.split(',')[0]}").main(arguments)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def launched(*command):
+    """What a program prints that starts two processes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("epoch ", "loss "))]
+    return [float(number) for line in lines for number in re.findall(r"\d+\.\d+", line)]
+
+
+def test_two_processes_of_torchrun():
+    losses = launched(
+        "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+        "-m", "examples.integrations.data_parallel", "--epochs", "4",
+    )  # fmt: skip
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_two_processes_of_accelerate():
+    pytest.importorskip("accelerate")
+    losses = launched(
+        "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0",
+        "-m", "examples.integrations.accelerate_loop", "--epochs", "4",
+    )  # fmt: skip
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_two_processes_of_lightning():
+    pytest.importorskip("lightning")
+    losses = launched("examples.integrations.lightning_module", "--epochs", "4", "--processes", "2")
     assert losses[-1] < 0.9 * losses[0]

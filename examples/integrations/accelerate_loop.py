@@ -1,6 +1,7 @@
 """Train a classifier in a loop of accelerate, with gradients accumulated over micro-batches.
 
 python -m examples.integrations.accelerate_loop
+accelerate launch --num_processes 2 -m examples.integrations.accelerate_loop
 """
 
 import argparse
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> list[float]:
                 optimizer.zero_grad()
             total += loss.item()
         losses.append(total / len(loader))
-        print(f"epoch {epoch}: {losses[-1]:.3f}")
+        accelerator.print(f"epoch {epoch}: {losses[-1]:.3f}")
     return losses
 
 

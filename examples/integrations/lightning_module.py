@@ -2,6 +2,7 @@
 
 python -m examples.integrations.lightning_module
 python -m examples.integrations.lightning_module --step-control
+python -m examples.integrations.lightning_module --processes 2
 """
 
 import argparse
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--step-control", action="store_true")
+    parser.add_argument("--processes", type=int, default=1, help="more than one: the strategy ddp")
     args = parser.parse_args(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.manual_seed(0)
@@ -48,7 +50,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     accumulate = {} if args.step_control else {"accumulate_grad_batches": 2}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Lightning, about loggers and workers
-        trainer = L.Trainer(max_epochs=args.epochs, accelerator="auto", devices=1, logger=False,
+        trainer = L.Trainer(max_epochs=args.epochs, accelerator="auto", devices=args.processes, logger=False,
+                            strategy="ddp" if args.processes > 1 else "auto",
                             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
                             **accumulate)  # fmt: skip
         trainer.fit(module, DataLoader(data, 32, shuffle=True))
