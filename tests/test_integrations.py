@@ -28,9 +28,14 @@ def test_it_trains(name, capsys):
     assert losses[-1] < 0.9 * losses[0]
 
 
+TORCHRUN = (  # by which `accelerate launch` starts processes as well, but for processors alone
+    "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m",
+)  # fmt: skip
+
+
 def launched(*command):
     """What a program prints that starts two processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )
@@ -40,19 +45,13 @@ def launched(*command):
 
 
 def test_two_processes_of_torchrun():
-    losses = launched(
-        "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-        "-m", "examples.integrations.data_parallel", "--epochs", "4",
-    )  # fmt: skip
+    losses = launched(*TORCHRUN, "examples.integrations.data_parallel", "--epochs", "4")
     assert losses[-1] < 0.7 * losses[0]
 
 
 def test_two_processes_of_accelerate():
     pytest.importorskip("accelerate")
-    losses = launched(
-        "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0",
-        "-m", "examples.integrations.accelerate_loop", "--epochs", "4",
-    )  # fmt: skip
+    losses = launched(*TORCHRUN, "examples.integrations.accelerate_loop", "--epochs", "4", "--processes", "2")
     assert losses[-1] < 0.9 * losses[0]
 
 

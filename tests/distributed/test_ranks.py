@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer
+from torchcurv.optim import AdaHesScale
 
 WORLD, N, STEPS = 2, 8, 4
 
@@ -155,6 +156,8 @@ def odd_ends(rank):
     attempt("steps by a model", lambda m: by_name(m, step_rule="quadratic", damping_rule="lm"))
     attempt("preconditioner", lambda m: Preconditioner(m, loss_fn="cross_entropy"))
 
+    attempt("adahesscale", lambda m: AdaHesScale(m, loss_fn="cross_entropy", lr=0.1))
+
     def loop(change, sync=True, loss_fn=None):
         model = network()
         wrapped, loss_fn = DistributedDataParallel(model), loss_fn or nn.CrossEntropyLoss()
@@ -214,7 +217,7 @@ def odd_ends(rank):
 
 def test_sentences_and_odd_ends():
     first, second = together(odd_ends)
-    for name in ("own group", "preconditioner", "nan", "nothing counts", "no_sync"):
+    for name in ("own group", "preconditioner", "adahesscale", "nan", "nothing counts", "no_sync"):
         assert first[name] == second[name], name
         assert not isinstance(first[name], str), (name, first[name])
     assert all(torch.tensor(first[name][0]).isfinite().all() for name in ("nan", "nothing counts", "no_sync"))

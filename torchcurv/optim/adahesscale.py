@@ -105,6 +105,10 @@ class AdaHesScale(CurvatureOptimizer):
             factors=False,
         )
 
+    @property
+    def _over_ranks(self) -> bool:
+        return True
+
     def update_parameters(self) -> None:
         """Adam with the diagonals that were measured."""
         diagonals = self._diagonals()
