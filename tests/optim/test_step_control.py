@@ -18,8 +18,8 @@ from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer, curvatu
 from torchcurv.curv.block.reading import effective_dimension_of
 from torchcurv.curv.capture.assemble import StatisticsAssembler
 from torchcurv.optim.control import damping_rules
-from torchcurv.optim.control.quadratic_model import RIDGE, Evaluation, minimiser, sample_order
-from torchcurv.optim.control.step_rules import shifts, with_bounded_last
+from torchcurv.optim.control.quadratic_model import Evaluation, sample_order
+from torchcurv.optim.control.step_rules import RIDGE, minimiser, shifts, with_bounded_last
 from torchcurv.optim.update import levenberg_marquardt, scale_within
 
 DATA = [(cases.randn(6, 4, seed=t), torch.arange(6) % 3) for t in range(5)]

@@ -77,6 +77,14 @@ class Ranks:
             for tensor, part in zip(own, flat.split([tensor.numel() for tensor in own]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def mean(self, numbers: Tensor) -> Tensor:
+        """That of all processes."""
+        if self.count == 1:
+            return numbers
+        total = numbers.detach().clone()
+        self.sum_([total])
+        return total / self.count
+
 
 def running() -> bool:
     return distributed.is_available() and distributed.is_initialized()

@@ -194,9 +194,9 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     def _check_ranks(self) -> None:
         if not self._over_ranks and self.engine.ranks.group is not None:
             raise NotImplementedError(
-                f"{type(self).__name__} with these options takes decisions on one process that others do not know of, "
-                "so that their models would drift apart: use SecondOrderOptimizer with step_rule and damping_rule "
-                '"fixed" on several processes, or pass process_group=None where each trains a model of its own'
+                f"{type(self).__name__} decides in one process what others do not know of, so that their models "
+                "would drift apart: use SecondOrderOptimizer on several processes, or pass process_group=None where "
+                "each trains a model of its own"
             )
 
     @property

@@ -177,7 +177,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 
     @property
     def _over_ranks(self) -> bool:
-        return self.settings["step_rule"] == self.settings["damping_rule"] == "fixed"
+        return True
 
     def update_parameters(self) -> None:
         """Steps along V by the step rule, and the damping of the next ones by the damping rule."""

@@ -70,14 +70,11 @@ class LevenbergMarquardt:
         curvature, change = evaluation.actual_change(moved, before, slope)
         decay = dot(moved, before, l2) + 0.5 * dot(moved, moved, l2)
         predicted, actual = slope + 0.5 * curvature + decay, change + decay
-        loss = evaluation.loss.detach()
-        dimension = effective_dimension(optimizer, loss)
+        dimension = effective_dimension(optimizer, evaluation.value)
         ratio = torch.where(predicted == 0, torch.nan, actual.double() / predicted.double())
         optimizer.noted.update(predicted=predicted, actual=actual, ratio=ratio, effective_dimension=dimension)
-        # what rounding makes of the difference of two losses, eight units in the last place of each
-        noise = loss.abs() * (8 * torch.finfo(loss.dtype).eps / evaluation.share)
-        read = torch.stack([x.double() for x in (actual, predicted, noise, dimension)]).tolist()
-        dimension_ratio = read[3] / (MAX_DIMENSIONS_PER_OUTPUT * evaluation.output.numel())
+        read = torch.stack([x.double() for x in (actual, predicted, evaluation.rounding, dimension)]).tolist()
+        dimension_ratio = read[3] / (MAX_DIMENSIONS_PER_OUTPUT * evaluation.num_outputs)
         omega = optimizer.settings["damping_decay"] ** steps
         factor = levenberg_marquardt(read[0], read[1], omega, read[2])
         if dimension_ratio > 2 / 3:  # smaller by ω, it would leave up to half as many more

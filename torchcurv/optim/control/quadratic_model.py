@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 
+from torchcurv.curv.distributed import Ranks
 from torchcurv.curv.graph import buffers_of, tree_leaves, tree_map, version_of
 from torchcurv.curv.layers.normalization import BATCH_NORMS, uses_batch_statistics
 from torchcurv.curv.layers.recurrent import unfused
@@ -31,9 +32,6 @@ from torchcurv.curv.numerics import at_least_float32
 from torchcurv.optim.update import inner
 
 Vector = dict[Tensor, Tensor]  # by parameter
-# Relative to the diagonal of the 2 x 2 system. J d in float32 is wrong by about 1e-6 of its norm (ten roundings), so
-# that a determinant smaller than that is none.
-RIDGE = 1e-6
 
 
 class Evaluation:
@@ -48,6 +46,7 @@ class Evaluation:
         the model does not return for a part of its arguments the same part of what it returns for all.
     products: whether `curvature` will be asked for, for which the graph is kept.
     seed: of the draw of the part. known: which arguments can be cut, by their shapes; filled here.
+    ranks: the processes over which the loss is a mean: `value`, and all that is said of the loss, is that of all.
     """
 
     def __init__(
@@ -58,7 +57,9 @@ class Evaluation:
         products: bool = True,
         seed: int = 0,
         known: dict[Any, bool] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = Ranks(None) if ranks is None else ranks
         self.model, self._closure, self._products = model, _Closure(model, closure), products
         self._devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
         self._draws = self._generators()
@@ -126,6 +127,30 @@ class Evaluation:
         """Whether the loss has a gradient with respect to nothing but by the model's output."""
         return self._call is not None and not _reaches(self.loss, self.output)
 
+    @cached_property
+    def value(self) -> Tensor:
+        """The loss, a number."""
+        return self._ranks.mean(self.loss.detach())
+
+    @cached_property
+    def num_outputs(self) -> float:
+        """How many numbers the loss is a function of."""
+        if self._ranks.count == 1:
+            return float(self.output.numel())
+        return float(self._ranks.mean(self.loss.new_tensor(float(self.output.numel())))) * self._ranks.count
+
+    @cached_property
+    def rounding(self) -> Tensor:
+        """What rounding makes of the difference of two losses, eight units in the last place of each."""
+        eps = 8 * torch.finfo(self.loss.dtype).eps
+        return self._ranks.mean(self.loss.detach().abs() * (eps / self.share))
+
+    @cached_property
+    def _by_part(self) -> bool:
+        """Whether the part stands for the batch in a change of the loss, in every process."""
+        own = self.part is not None and self._by_output_alone
+        return own if self._ranks.count == 1 else bool(self._ranks.mean(self.loss.new_tensor(float(own))) == 1)
+
     @property
     def share(self) -> float:
         """The part of the batch, as a share of it."""
@@ -147,7 +172,7 @@ class Evaluation:
     def loss_now(self) -> Tensor:
         """The loss of this batch at what the parameters hold now."""
         with self._again():
-            return self._closure()[0]
+            return self._ranks.mean(self._closure()[0])
 
     def curvature(self, directions: list[Vector], at: Vector) -> Tensor:
         """[k, k] of d_i^T C d_j; at: all parameters, as they were when the loss was computed."""
@@ -162,11 +187,12 @@ class Evaluation:
         """
         tangent = self._along(d, at)
         product = self._gram([tangent])[0, 0]
-        if self.part is None or not self._by_output_alone:
-            return product, self.loss_now() - self.loss
+        if not self._by_part:
+            return product, self.loss_now() - self.value
+        assert self.part is not None
         with self._again(), self._in_place_of_all(self.part):
             change = self._closure()[0] - self.loss - inner(self._slope[self.part], tangent)
-        return product, slope + change / self.share
+        return product, slope + self._ranks.mean(change / self.share)
 
     @contextmanager
     def _in_place_of_all(self, part: Tensor) -> Iterator[None]:
@@ -189,7 +215,8 @@ class Evaluation:
     def _gram(self, tangents: list[Tensor]) -> Tensor:
         """[k, k] of t_i^T H_L t_j, for t_i = J d_i."""
         products = [self._hessian_times(t) for t in tangents]
-        return torch.stack([torch.stack([inner(t, x) for x in products]) for t in tangents]) / self.share
+        gram = torch.stack([torch.stack([inner(t, x) for x in products]) for t in tangents]) / self.share
+        return self._ranks.mean(gram)
 
     @torch.no_grad()
     def _along(self, direction: Vector, at: Vector) -> Tensor:
@@ -361,18 +388,3 @@ def _load_forward_mode() -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         with forward_ad.dual_level():
             forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
-
-
-def minimiser(slope: Tensor, curvature: Tensor) -> Tensor:
-    """argmin_c slope·c + ½ c^T curvature c, [k] in float64; 0 for directions that are zero, and for all where something
-    is not finite. No host sync.
-    """
-    slope, curvature = slope.double(), curvature.double()
-    diagonal = curvature.diagonal()
-    known = diagonal > 0
-    scale = torch.where(known, diagonal, 1.0).rsqrt() * known
-    # With a unit diagonal, how parallel two directions may be to count as two.
-    ridge = torch.where(known, RIDGE, 1.0)
-    scaled = torch.linalg.solve_ex(scale[:, None] * curvature * scale + ridge.diag(), scale * slope)[0]
-    found = -scale * scaled
-    return torch.where(torch.isfinite(found).all(), found, 0.0)

@@ -58,7 +58,7 @@ class StepControl(Companion):
         products = (self.step_rule.needs_closure and not engine.warming_up) or self._checked > 0
         self._evaluation = self._evaluated(closure, products)
         if products and self.damping_rule.needs_closure and on_cpu(self._evaluation.loss):
-            self._look_at(float(self._evaluation.loss), step)
+            self._look_at(float(self._evaluation.value), step)
             if self.jumped:
                 self._evaluation = self._compared(self._evaluation, closure, products)
         self.harmed = bool(self._checked and self._previous) and self._harm_of_last_step(self._evaluation)
@@ -80,17 +80,17 @@ class StepControl(Companion):
             for p, data in now.items():
                 p.data = data
         noise = before.abs() * (8 * torch.finfo(before.dtype).eps)
-        return not bool(evaluation.loss.detach() <= before + noise)
+        return not bool(evaluation.value <= before + noise)
 
     def _compared(self, evaluation: Evaluation, closure: Callable[[], Any], products: bool) -> Evaluation:
         """Where the last step has done harm to this batch it is rejected, and the batch evaluated where that began;
         else the batch is a hard one."""
-        loss, now, previous = float(evaluation.loss), {p: p.detach().clone() for p in self._previous}, self._previous
+        loss, now, previous = float(evaluation.value), {p: p.detach().clone() for p in self._previous}, self._previous
         for p, x in previous.items():
             p.copy_(x)
         before = self._evaluated(closure, products)
         self._previous = {}
-        if previous and not loss <= LOSS_JUMP * float(before.loss):
+        if previous and not loss <= LOSS_JUMP * float(before.value):
             self._count_rejected()
             self._forget_momentum(previous)
             return before
@@ -101,8 +101,9 @@ class StepControl(Companion):
 
     def _evaluated(self, closure: Callable[[], Any], products: bool) -> Evaluation:
         engine = self.optimizer.engine
+        samples = self.settings["model_samples"]
         return Evaluation(
-            self.optimizer.model, closure, self.settings["model_samples"], products, engine.step, engine.recorder.cut
+            self.optimizer.model, closure, samples, products, engine.step, engine.recorder.cut, engine.ranks
         )
 
     def _look_at(self, loss: float, step: int) -> None:

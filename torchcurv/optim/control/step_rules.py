@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.optim.control.kl_clip import kl_clip
-from torchcurv.optim.control.quadratic_model import Evaluation, Vector, minimiser
+from torchcurv.optim.control.quadratic_model import Evaluation, Vector
 from torchcurv.optim.engine.companion import Companion, Group, buffer_of
 from torchcurv.optim.engine.damping import is_of_the_loss
 from torchcurv.optim.update import descend_, dot, momentum_, norm_of, normalise_, scale_within, trust_ratio
@@ -17,6 +17,9 @@ from torchcurv.optim.update import descend_, dot, momentum_, norm_of, normalise_
 # The least share of a relative damping that counts in a model of a loss which curves less than its running average. It
 # keeps the model bounded below where the loss is nearly linear along V. The value is a choice, not a measurement.
 MIN_CURVATURE_RATIO = 0.01
+# Relative to the diagonal of the 2 x 2 system. J d in float32 is wrong by about 1e-6 of its norm (ten roundings), so
+# that a determinant smaller than that is none.
+RIDGE = 1e-6
 
 # The largest β of a quadratic model. A quadratic whose steps go on in one direction wants β near 1; a tenth more lets
 # them grow, by half at the most between two checks of ρ five steps apart.
@@ -131,6 +134,21 @@ class QuadraticModelStep:
             chosen, size = chosen * scale, size * scale.square()
         optimizer.noted.update(kl=size / 2, **{f"step_along_{k}": c for k, c in enumerate(chosen)})
         return chosen.to(slope.dtype)
+
+
+def minimiser(slope: Tensor, curvature: Tensor) -> Tensor:
+    """argmin_c slope·c + ½ c^T curvature c, [k] in float64; 0 for directions that are zero, and for all where something
+    is not finite. No host sync.
+    """
+    slope, curvature = slope.double(), curvature.double()
+    diagonal = curvature.diagonal()
+    known = diagonal > 0
+    scale = torch.where(known, diagonal, 1.0).rsqrt() * known
+    # With a unit diagonal, how parallel two directions may be to count as two.
+    ridge = torch.where(known, RIDGE, 1.0)
+    scaled = torch.linalg.solve_ex(scale[:, None] * curvature * scale + ridge.diag(), scale * slope)[0]
+    found = -scale * scaled
+    return torch.where(torch.isfinite(found).all(), found, 0.0)
 
 
 def with_bounded_last(chosen: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:

@@ -125,6 +125,7 @@ class CurvatureEngine:
             before=self.recorder,
             ranks=self.ranks,
         )
+        self.ranks.saw(self.blueprint.model)
         self.hooked = True
         self.begin_step()
 
