@@ -38,6 +38,11 @@ class Ranks:
         if wrapper is not None:
             self._seen, self._wrapper = wrapper.process_group, weakref.ref(wrapper)
 
+    @property
+    def searching(self) -> bool:
+        """Whether a wrapper is still to be seen around the forward pass."""
+        return self.said == "auto" and self._seen is None and running() and distributed.get_world_size() > 1
+
     def pass_of_ours(self) -> AbstractContextManager[None]:
         """What a pass through the graph runs in that is none of the user's."""
         wrapper = self._wrapper()

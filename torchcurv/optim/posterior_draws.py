@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchcurv.curv.block.block import Curvature
+from torchcurv.curv.distributed import running
 from torchcurv.curv.posterior.gaussian import Gaussian, GaussianBlock
 from torchcurv.optim.draw_records import (
     AntitheticDraw,
@@ -77,8 +78,7 @@ class PosteriorDraws(Companion):
     def generator(self, stream: str, index: int, device: torch.device) -> torch.Generator:
         """That of the noise of one draw of a stream."""
         # Price's estimate multiplies a draw with its own gradient, which is an average over the ranks
-        alike = self._priced() or not torch.distributed.is_initialized()
-        rank = 0 if alike else torch.distributed.get_rank()
+        rank = 0 if self._priced() or not running() else torch.distributed.get_rank()
         seed = hash((self.optimizer.engine.recording["seed"], STREAMS[stream], index, rank, 0x5EED)) & (2**63 - 1)
         return torch.Generator(device).manual_seed(seed)
 

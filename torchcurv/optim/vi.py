@@ -267,6 +267,13 @@ class VIOptimizer(CurvatureOptimizer, WeightPosterior):
         self._scale_measured(self._factor)
         return loss
 
+    @property
+    def _over_ranks(self) -> bool:
+        return True
+
+    def _device(self) -> torch.device:
+        return next(self.engine.params()).device
+
     def _likelihood_factor(self) -> float:
         """From the loss, reduced by its mean, to the mean negative log likelihood: C / 2σ² of squared errors."""
         if self.settings["noise_variance"] is None:
@@ -292,6 +299,8 @@ class VIOptimizer(CurvatureOptimizer, WeightPosterior):
         likelihood, summed = self._likelihood_factor(), recorder.summed
         if summed is None:
             return likelihood / max(1, self._draws.made)
+        if self.engine.ranks.count > 1:  # whose gradients are averaged: so are their numbers of terms
+            summed = self.engine.ranks.mean(torch.as_tensor(summed, dtype=torch.float64, device=self._device()))
         return likelihood / (summed.clamp_min(1) if isinstance(summed, Tensor) else max(1, summed))
 
     def _scale_measured(self, factor: float | Tensor) -> None:
@@ -300,6 +309,8 @@ class VIOptimizer(CurvatureOptimizer, WeightPosterior):
             if block.pending and not _is_one(factor):
                 block.pending.scale(factor)
         products, recorder = self._draws.products, self.engine.recorder
+        if self.engine.ranks.count > 1:  # all have had the same draws
+            products = {p: self.engine.ranks.mean(x) for p, x in products.items()}
         if products and recorder is not None:
             for part, group in self.gaussian_blocks():
                 if is_priced(part.block):

@@ -113,7 +113,7 @@ class Forward:
         for hook, fed in self._hooks:
             hook.on = not layers.isdisjoint(fed)
         for hook in self._model_hooks:
-            hook.on = bool(layers)
+            hook.on = bool(layers) or self.ranks.searching
 
     def remove(self) -> None:
         """Take every hook away."""
