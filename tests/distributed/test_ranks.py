@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer
-from torchcurv.optim import AdaHesScale, CGNewton
+from torchcurv.optim import AdaHesScale, CGNewton, DirectionalNewton
+from torchcurv.optim.directional import constant, top_k
 
 WORLD, N, STEPS = 2, 8, 4
 
@@ -194,6 +195,44 @@ def test_posteriors_stay_equal():
     assert len({tuple(found[:10]) for found in first.values()}) == len(POSTERIORS)
 
 
+SOLVED = {
+    "rows": {"approx": "block"},
+    "one block": {"approx": "full"},
+    "hessian": {"approx": "block", "curv_type": "hessian", "indefinite": "clip"},
+    "warm": {"approx": "block", "warm_start": True, "cg_maxiter": 3},
+    "operator": {"approx": "operator", "curv_type": "ggn"},
+}
+
+
+def solved(options, rank, wrap):
+    model, loss_fn = network(), nn.CrossEntropyLoss()
+    called = DistributedDataParallel(model) if wrap else model
+    exact = {"cg_tol": 1e-13, "cg_maxiter": 200, "alpha": 0.1}
+    opt = CGNewton(model, loss_fn=loss_fn, lr=0.1, **{**exact, **options})
+    for step in range(3):
+        opt.zero_grad()
+        parts = [part(step, 0), part(step + 100, 0)]
+        x, y = (torch.cat(a) for a in zip(*(parts[rank : rank + 1] if wrap else parts), strict=True))
+        if options["approx"] == "operator":
+            opt.step(lambda x=x, y=y: (loss_fn(f := called(x), y), f))
+        else:
+            loss_fn(called(x), y).backward()
+            opt.step()
+    return weights(model).tolist()
+
+
+def all_solved(rank, wrap=True):
+    return {name: solved(options, rank, wrap) for name, options in SOLVED.items()}
+
+
+def test_conjugate_gradients_equal_those_of_the_whole_batch():
+    first, second = together(all_solved)
+    assert first == second
+    for name, expected in all_solved(0, False).items():
+        found, expected = (torch.tensor(x, dtype=torch.float64) for x in (first[name], expected))
+        assert (found - expected).norm() <= 1e-8 * expected.norm(), (name, (found - expected).norm())
+
+
 def all_trained(rank, network):
     """Of every set of options; in one pair of processes, since starting them takes longer than training."""
     return {name: trained(rank, name, options, network, True) for name, options in OPTIONS.items()}
@@ -231,7 +270,7 @@ def odd_ends(rank):
     attempt("each for itself", lambda m: by_name(m, process_group=None), lambda model: model)
     attempt("own group", lambda m: by_name(m, process_group=torch.distributed.group.WORLD))
     attempt("low rank", lambda m: by_name(m, approx="lowrank", update_every=1, refactor_every=1))
-    attempt("conjugate gradients", lambda m: CGNewton(m, loss_fn="cross_entropy"))
+    attempt("directions", lambda m: DirectionalNewton(m, criterion=top_k(2), damping=constant(0.1)))
     attempt("preconditioner", lambda m: Preconditioner(m, loss_fn="cross_entropy"))
 
     attempt("adahesscale", lambda m: AdaHesScale(m, loss_fn="cross_entropy", lr=0.1))
@@ -306,6 +345,6 @@ def test_sentences_and_odd_ends():
     for name, sentence in {
         "not wrapped": "wrap the model in DistributedDataParallel, or pass process_group=",
         "low rank": "kept as rows, which are not sent between processes yet",
-        "conjugate gradients": "CGNewton decides in one process",
+        "directions": "DirectionalNewton decides in one process",
     }.items():
         assert sentence in first[name] and sentence in second[name], (name, first[name], second[name])

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
+from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.checks import flag, number
 from torchcurv.curv.hessian.products import CurvatureVectorProduct
 from torchcurv.curv.losses.autograd import hessian_times
@@ -171,7 +172,12 @@ class CGNewton(CurvatureOptimizer):
             rules=(no_price, _residual_is_propagated),
             factors=False,
             waits_for_gradients=operator is None,
+            rows_stay=True,
         )
+
+    @property
+    def _over_ranks(self) -> bool:
+        return True
 
     def run_closure(self, closure: Callable[[], Any] | None) -> Any:
         """closure: recomputes loss and gradients as in torch.optim; with approx="operator" it is needed, and returns
@@ -190,16 +196,28 @@ class CGNewton(CurvatureOptimizer):
             return
         iterations = 0
         for block, group in self.engine.by_group():
-            if not block.average or all(p.grad is None for p in block.params):
+            if not self._measured(block) or all(p.grad is None for p in block.params):
                 continue
             gradients = {p: p.grad if p.grad is not None else torch.zeros_like(p) for p in block.params}
             b = [-piece.of(gradients[piece.param]) for piece in block.pieces]
-            d, count = self._solved(group, block.multiply, b, [p for p, _ in block.pieces])
+            d, count = self._solved(group, partial(self._multiply, block), b, [p for p, _ in block.pieces])
             iterations += count
             for piece, x in zip(block.pieces, d, strict=True):
                 piece.of(piece.param).add_(x, alpha=group["lr"])
         descend_uncovered(self.param_groups, self.engine.blocks)
         self.noted.update(cg_iterations=torch.tensor(float(iterations)))
+
+    def _measured(self, block: Curvature) -> bool:
+        """Whether some process has measured a block."""
+        ranks = self.engine.ranks
+        return bool(block.average) if ranks.count == 1 else bool(ranks.mean(_number(block, bool(block.average))))
+
+    def _multiply(self, block: Curvature, x: Vector) -> Vector:
+        """C x; rows stay in the process that has them, and products are averaged."""
+        ranks = self.engine.ranks
+        if ranks.count == 1 or not block.approx.of_one_step:
+            return block.multiply(x)
+        return [ranks.mean(Cx) for Cx in (block.multiply(x) if block.average else [torch.zeros_like(t) for t in x])]
 
     def _solved(
         self, group: dict[str, Any], multiply: Callable[[Vector], Vector], b: Vector, params: list[Tensor]
@@ -243,14 +261,19 @@ class CGNewton(CurvatureOptimizer):
     def _update_all(self, found: tuple[CurvatureVectorProduct, Vector]) -> None:
         products, gradient = found
         group, params = self.param_groups[0], [p for p in self.engine.params() if p.requires_grad]
+        mean = self.engine.ranks.mean  # no backward() has averaged anything
 
         def multiply(x: Vector) -> Vector:
-            return [Cx[0] for Cx in products([t.unsqueeze(0) for t in x])]
+            return [mean(Cx[0]) for Cx in products([t.unsqueeze(0) for t in x])]
 
-        d, iterations = self._solved(group, multiply, [-g.detach() for g in gradient], params)
+        d, iterations = self._solved(group, multiply, [-mean(g.detach()) for g in gradient], params)
         for p, x in zip(params, d, strict=True):
             p.add_(x.to(p.dtype), alpha=group["lr"])
         self.noted.update(cg_iterations=torch.tensor(float(iterations)))
+
+
+def _number(block: Curvature, value: float) -> Tensor:
+    return torch.tensor(float(value), device=block.params[0].device)
 
 
 def _gauss_newton(loss: Tensor, output: Tensor, params: Vector) -> CurvatureVectorProduct:

@@ -47,6 +47,7 @@ class CurvatureEngine:
     factors: whether steps solve with factors, or only multiply with what was measured.
     warmup: so many steps only measure. waits_for_gradients: whether a step without gradients does nothing.
     hint: why nothing may have been captured, beyond what the recorder knows. process_group: see `Ranks`.
+    rows_stay: whether what is kept as rows is used where it was measured, and not to be sent.
     """
 
     def __init__(
@@ -61,10 +62,11 @@ class CurvatureEngine:
         waits_for_gradients: bool = True,
         hint: Callable[[], str | None] = lambda: None,
         process_group: Any = "auto",
+        rows_stay: bool = False,
     ) -> None:
         self.blueprint, self.recording, self.schedule, self.damping = blueprint, recording, schedule, damping
         self.factors, self.warmup, self.waits_for_gradients = factors, warmup, waits_for_gradients
-        self.ranks = Ranks(process_group)
+        self.ranks, self.rows_stay = Ranks(process_group), rows_stay
         self.step = 0
         self.groups: Sequence[Group] = ()
         self.pairs: list[tuple[Curvature, int]] = []
@@ -181,7 +183,8 @@ class CurvatureEngine:
         reached = [pair for pair in self.pairs if any(p.grad is not None for p in pair[0].params)]
         for block, _ in reached:
             block.follow_parameters()
-        reduce_pending([block for block in self.blocks if block.name in self._measured], self.ranks)
+        due = [block for block in self.blocks if block.name in self._measured]
+        reduce_pending([b for b in due if not (self.rows_stay and b.approx.of_one_step)], self.ranks)
         check_objections([block for block, _ in reached])
         missing = [block for block, _ in reached if self.step >= block.refresh.next_update and not block.pending]
         if missing and not check_captured(self, missing):
