@@ -71,7 +71,7 @@ class CurvaturePass(SignalSource):
     def _by_kind(self) -> dict[CurvatureKind, list[Curvature]]:
         context, kinds = self.context, dict[CurvatureKind, list[Curvature]]()
         for block in self.blocks:
-            if block.name in context.due and block.name not in context.check.excluded | context.check.left:
+            if block.name in context.due and block.name not in context.check.excluded | context.check.left.keys():
                 kinds.setdefault(context.kind_of(block), []).append(block)
         return kinds
 
@@ -79,12 +79,14 @@ class CurvaturePass(SignalSource):
         """Find the rows of samples, and check that the recorded calls of the blocks explain their gradient."""
         context = self.context
         checked = [block for block in self.blocks if context.kind_of(block).checked]
-        checked = [block for block in checked if block.name not in context.check.excluded | context.check.left]
+        checked = [block for block in checked if block.name not in context.check.excluded | context.check.left.keys()]
         if checked:
             try:
                 self.rows = context.check.settle(checked, self.source)
             except CannotRunAgain:  # the gradients that arrive at its parameters say it in the next pass
-                context.check.leave([block for block in checked if any(_by_sample(layer) for layer in block.layers)])
+                for block in checked:
+                    if layers := [layer for layer in block.layers if _by_sample(layer)]:
+                        context.check.leave(block, layers)
                 return self.verify()
             if self.rows is not None:
                 self.assembler = self.source.arranged(self.rows)

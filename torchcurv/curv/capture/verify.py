@@ -37,7 +37,7 @@ class GradientCheck:
     def __init__(self, names: dict[Tensor, str], unknown_uses: dict[Tensor, str], unsupported: str) -> None:
         self.names, self.unknown_uses, self.unsupported = names, unknown_uses, unsupported
         self.excluded: set[str] = set()  # blocks that failed, under unsupported="gradient"
-        self.left: set[str] = set()  # blocks that have no pairs (a, s) of their type
+        self.left: dict[str, list[Tensor]] = {}  # blocks with parameters that have no pairs (a, s) of their type
         self.common: set[str] = set()  # blocks that have rows of no sample in particular
         self.name_fits = False  # whether a gradient was found to be that of the loss known by its name
         self.hard_labels: bool | None = None  # whether the last that told was of labels times a factor
@@ -89,19 +89,19 @@ class GradientCheck:
         if runs is not None and said is None and path.values not in self._rows:
             first = Probe(self.compared, doubtful, source, None, runs).run(light)
             if first is not None and not any(found.coupled and not found.unexplained for found in first.values()):
-                return self._conclude(doubtful, path, first, None)
+                return self._conclude(doubtful, path, first, None, source)
         for rows, mixed in self._found(blocks, path, source):
             own = [block for block in blocks if mixed.isdisjoint(path.marks[block.name])]
             second = Probe(self.compared, own, source, rows, rows.labels).run(False) if own else None
             if second is not None and not any(found.coupled for found in second.values()):
                 self.common |= {block.name for block in blocks} - {block.name for block in own}
-                return self._conclude(own, path, second, rows)
+                return self._conclude(own, path, second, rows, source)
         if first is None:
             assembler = source.arranged(None)
             unfit = {b.name for b in blocks if not all(map(assembler.fits, assembler.calls_of([b])))}
             self.common |= unfit or {block.name for block in blocks}
             return None
-        return self._conclude(doubtful, path, first, None)
+        return self._conclude(doubtful, path, first, None, source)
 
     def _check_common(self, blocks: list[Curvature], source: Source) -> None:
         """Compare the gradients of blocks that the samples have in common."""
@@ -117,7 +117,7 @@ class GradientCheck:
         one = torch.zeros(source.labels()[1], dtype=torch.long)
         findings = Probe(self.compared, doubtful, source, None, one, layers).run(True)
         assert findings is not None
-        self._conclude(doubtful, path, findings, None)
+        self._conclude(doubtful, path, findings, None, source)
         self._explained |= {
             keys[b.name] for b in doubtful if findings[b.name].finite and not findings[b.name].unexplained
         }
@@ -138,15 +138,18 @@ class GradientCheck:
         return seen > SIZES and seen & (seen - 1) != 0
 
     def _conclude(
-        self, blocks: list[Curvature], path: Path, findings: Mapping[str, Findings], rows: Rows | None
+        self, blocks: list[Curvature], path: Path, findings: Mapping[str, Findings], rows: Rows | None, source: Source
     ) -> Rows | None:
         """Refuse the blocks that failed, and remember the others."""
         if max(len(self._verified), len(self._rows), len(self._sizes)) > KEPT * (1 + len(blocks)):
             self._verified, self._rows, self._sizes, self._explained = set(), {}, {}, set()
         for block in blocks:
             unexplained, coupled, finite = findings[block.name]
-            if unexplained and (_has_own_forward(block) or all(layer.sites[0].bare for layer in block.layers)):
-                self.leave([block])  # there is more to it than what was seen
+            wrong = [la for la in block.layers if any(self.names.get(p, la.name) in unexplained for p in la.params)]
+            layers = source.arranged(None).layers if wrong else []
+            called = [layers[mark.layer] for mark in path.marks[block.name]] if wrong else []
+            if wrong and all(_has_own_forward(la) or la.sites[0].bare or la not in called for la in wrong):
+                self.leave(block, wrong)  # there is more to it than what was seen
             elif unexplained:
                 self.exclude(block, self.gradient_mismatch_message(block, unexplained))
             elif coupled:
@@ -247,9 +250,10 @@ class GradientCheck:
                 uses = assembler.uses(k, lambda call: [at_call.get(id(call))])
                 wrong += self._unexplained(assembler.layers[k], uses, gradients, eps) if gradients else []
             except (RuntimeError, ValueError, IndexError):
-                if not _has_own_forward(block):
+                layer = assembler.layers[k]
+                if not _has_own_forward(layer):
                     raise
-                return Findings([self.names.get(p, block.name) for p in block.params], False, True)
+                return Findings([self.names.get(p, layer.name) for p in layer.params], False, True)
             if k not in assembler.common:
                 mixed += [use.s[:, silent].nan_to_num(0, 0, 0).any() for use in uses]  # 0 times inf is no signal
             finite += [torch.isfinite(use.s.sum()) for use in uses]
@@ -285,11 +289,11 @@ class GradientCheck:
 
     # --------------------------------------------------------------------------------- what follows
 
-    def leave(self, blocks: list[Curvature]) -> None:
-        """These have no pairs (a, s) of their type; the engine takes their parameters alone from the next step on."""
-        for block in blocks:
-            self.left.add(block.name)
-            block.pending.forget()
+    def leave(self, block: Curvature, layers: list[Layer]) -> None:
+        """These layers have no pairs (a, s) of their type; the engine takes their parameters alone from the next step
+        on."""
+        self.left.setdefault(block.name, []).extend(p for layer in layers for p in layer.params)
+        block.pending.forget()
 
     def exclude(self, block: Curvature, why: str) -> None:
         """The gradient of a block is not that of its recorded calls."""
@@ -311,6 +315,6 @@ class GradientCheck:
         )
 
 
-def _has_own_forward(block: Curvature) -> bool:
-    """Whether a module of the block has another forward than its type."""
-    return any(site.function for layer in block.layers for site in layer.sites)
+def _has_own_forward(layer: Layer) -> bool:
+    """Whether a module of the layer has another forward than its type."""
+    return any(site.function for site in layer.sites)

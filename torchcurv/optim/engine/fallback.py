@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
@@ -29,11 +32,11 @@ class Followers:
         self.names: set[str] = set()
         self.alone, self.rebuild = alone, False
 
-    def add(self, blocks: list[Curvature], alone: bool) -> None:
-        """alone: whether their parameters are to be taken element by element from the next step on."""
+    def add(self, blocks: list[Curvature], alone: Mapping[str, Iterable[Tensor]] = MappingProxyType({})) -> None:
+        """alone: by the name of a block, the parameters that are taken element by element from the next step on."""
         self.names |= {block.name for block in blocks}
-        if alone:
-            self.alone.update(p for block in blocks for p in block.params)
+        for params in alone.values():
+            self.alone.update(params)
             self.rebuild = True
 
 

@@ -78,8 +78,10 @@ def check_captured(engine: Watched, missing: list[Curvature]) -> bool:
     nothing = not any(block.pending for block in engine.blocks)
     if not names:
         return not nothing
+    left = {} if engine.recorder is None else engine.recorder.context.check.left
+    nothing = nothing and not left
     if nothing and engine.recorder is not None and engine.recorder.unseen:
-        engine.followers.add(missing, alone=False)
+        engine.followers.add(missing)
         return True  # the next passes are watched
     if nothing and engine.recorder is not None and engine.recorder.without_terms:
         return True  # every target is ignored: what has a gradient is no part of this loss
@@ -95,7 +97,7 @@ def check_captured(engine: Watched, missing: list[Curvature]) -> bool:
         )
     excluded = set() if engine.recorder is None else engine.recorder.context.check.excluded
     new = [block for block in missing if block.name in names and block.name not in excluded]
-    engine.followers.add(new, alone=bool(new))
+    engine.followers.add(new, {block.name: left.get(block.name, block.params) for block in new})
     return True
 
 
