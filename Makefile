@@ -49,6 +49,7 @@ $(VENV)/.torch: $(VENV)/.created constraints.txt
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(PIP_INSTALL) -e ".[test,benchmarks,examples,integrations]"
+	$(PIP_INSTALL) --no-deps timm  # it asks for torchvision, which brings another torch; the tests do without
 	touch $@
 
 $(VENV)/.benchmarks: $(VENV)/.torch pyproject.toml

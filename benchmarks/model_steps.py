@@ -6,7 +6,7 @@
 
 Intervals are 10 / 10. Steps of both optimizers take turns. A ratio is that of the means of 20 steps after the first
 ten, two of which measure and factor; "quiet" that of the medians, which are steps that do neither. Needs the extra
-`integrations`.
+`integrations`, and timm.
 """
 
 import argparse
@@ -14,14 +14,17 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hugging_face
+import timm_models
 import torch
 import transformers
-from hugging_face import MODELS
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchcurv import SecondOrderOptimizer
@@ -30,30 +33,42 @@ Step = Callable[[], None]
 WARM, STEPS = 10, 20
 
 
-def step_of(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Any], called: Any = None) -> Step:
-    called = model if called is None else called
+Made = tuple[Any, Callable[[Any], Tensor], Any]  # a model, from what is called in its place to the loss, loss_fn=
 
+
+def of_transformers(make: Callable[[], tuple[Any, dict[str, Any]]]) -> Made:
+    model, batch = make()
+    return model, lambda called: called(**batch).loss, "cross_entropy"
+
+
+def of_timm(name: str) -> Made:
+    model, x, y = timm_models.made(name)
+    loss_fn = nn.CrossEntropyLoss()
+    return model, lambda called: loss_fn(called(x), y), loss_fn
+
+
+def step_of(model: Any, optimizer: torch.optim.Optimizer, loss: Callable[[Any], Tensor]) -> Step:
     def step() -> None:
         optimizer.zero_grad()
-        called(**batch).loss.backward()
+        loss(model).backward()
         optimizer.step()
 
     return step
 
 
-def both(make: Callable[[], tuple[Any, dict[str, Any]]], compiled: bool = False) -> list[Step]:
+def both(make: Callable[[], Made], compiled: bool = False) -> list[Step]:
     """A step of SGD with momentum and one of SecondOrderOptimizer, each on a model of its own."""
     steps = []
     for second_order in (False, True):
-        model, batch = make()
+        model, loss, loss_fn = make()
         model.train()
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer: Any = (
-            SecondOrderOptimizer(model, update_every=10, refactor_every=10)
+            SecondOrderOptimizer(model, loss_fn=loss_fn, update_every=10, refactor_every=10)
             if second_order
             else torch.optim.SGD(trainable, lr=1e-3, momentum=0.9)
         )
-        steps.append(step_of(model, optimizer, batch, torch.compile(model) if compiled else None))
+        steps.append(step_of(torch.compile(model) if compiled else model, optimizer, loss))
     return steps
 
 
@@ -87,20 +102,25 @@ def llama(words: int, width: int) -> tuple[Any, dict[str, Any]]:
     return transformers.LlamaForCausalLM(config), {"input_ids": x, "labels": x}
 
 
+EVERY: dict[str, Callable[[], Made]] = {
+    **{name: partial(of_transformers, make) for name, make in hugging_face.MODELS.items()},
+    **{name: partial(of_timm, name) for name in timm_models.MODELS},
+}
+
+
 def rows(args: argparse.Namespace) -> list[list[str]]:
     if not args.compiled:
-        chosen = args.models or list(MODELS)
-        return [line(name, both(MODELS[name])) for name in tqdm(chosen, leave=False)]
+        return [line(name, both(EVERY[name])) for name in tqdm(args.models or list(EVERY), leave=False)]
     found = []
     for width, words in tqdm([(128, 1024), (128, 2048), (128, 4096), (256, 2048)], leave=False):
-        steps = both(lambda width=width, words=words: llama(words, width), compiled=True)
+        steps = both(lambda width=width, words=words: of_transformers(lambda: llama(words, width)), compiled=True)
         found.append(line(f"compiled llama, width {width}, {words} words a batch", steps, 2 * STEPS))
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), metavar="NAME")
+    parser.add_argument("--models", nargs="+", choices=list(EVERY), metavar="NAME")
     parser.add_argument("--compiled", action="store_true", help="a Llama under torch.compile")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there too")

@@ -8,7 +8,8 @@ from torchcurv import SecondOrderOptimizer
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-from hugging_face import MODELS, trained
+from full_step import error_of_full
+from hugging_face import MODELS, counted, trained, two_of
 
 RENAMED = "ignore:`past_key_values` is deprecated:FutureWarning"  # which peft still writes
 TWICE = "ignore:.*cannot be differentiated twice:UserWarning"  # CTC, which says so
@@ -24,17 +25,6 @@ def test_it_trains_untouched(name):
     assert reached <= covered
 
 
-def counted(name, model, batch):
-    """(logits [rows, classes] of the terms that count, how many there are)."""
-    logits, labels = model(**batch).logits, batch["labels"]
-    if logits.dim() == 2:
-        return logits, len(logits)
-    if logits.shape[1] == labels.shape[1] and "masked" not in name and name not in ("t5", "bart", "whisper"):
-        logits = logits[:, :-1]  # of the next word
-    logits = logits.flatten(0, 1)
-    return logits, len(logits)
-
-
 EXACT = [
     "gpt2", "opt", "gemma2", "mamba", "bert", "deberta v2", "xlnet", "t5", "bart", "vit", "beit", "swin v2",
     "convnext", "perceiver",
@@ -45,9 +35,7 @@ EXACT = [
 def test_the_diagonal_is_that_of_the_logits(name):
     """diag(J^T H J) over the rows that count, for two parameters of each kind of module, in float64; the losses inside
     of causal language models are computed in float32."""
-    model, batch = MODELS[name]()
-    model = model.double().eval()
-    batch = {k: x[:2].double() if x.is_floating_point() else x[:2] for k, x in batch.items()}
+    model, batch = two_of(name)
     optimizer = SecondOrderOptimizer(
         model, approx="diag", samples=None, ema_decay=0.0, lr=0.0, weight_decay=0.0, update_every=1, refactor_every=1
     )
@@ -65,7 +53,8 @@ def test_the_diagonal_is_that_of_the_logits(name):
         seen[kind] = seen.get(kind, 0) + 1
         if seen[kind] <= 2:
             chosen |= dict.fromkeys(block.params, kind)
-    logits, count = counted(name, model, batch)
+    logits = counted(name, model, batch)
+    count = len(logits)
     probabilities = logits.detach().softmax(-1)
     expected = {p: torch.zeros_like(p) for p in chosen}
     for row in range(len(logits)):
@@ -78,6 +67,21 @@ def test_the_diagonal_is_that_of_the_logits(name):
                 expected[p] += g.square() / count
     for p, kind in chosen.items():
         assert (found[p] - expected[p]).norm() <= 1e-6 * expected[p].norm() + 1e-9, kind
+
+
+FULL = [
+    "gpt2", "gpt neox", "opt", "llama", "qwen3", "bloom", "mamba", "bert", "albert", "deberta v2", "xlnet", "t5",
+    "bart", "whisper", "vit", "dinov2", "swin v2", "convnext", "perceiver", "gpt2, LoRA", "gpt2, IA3", "gpt2, prefixes",
+    "llama, DoRA", "llama, prompts",
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings(RENAMED)
+@pytest.mark.parametrize("name", FULL)
+def test_a_step_of_full_is_the_dense_one(name):
+    """In float64, but for the losses of causal language models, which are computed in float32."""
+    model, batch = two_of(name)
+    assert error_of_full(model, lambda: model(**batch).loss, lambda: counted(name, model, batch)) <= 1e-6
 
 
 def test_a_loss_of_ones_own_beside_logits():

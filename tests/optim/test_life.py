@@ -453,3 +453,34 @@ def test_a_loss_inside_the_model_is_seen_when_only_a_bare_parameter_is_due():
         losses.append(loss.item())
     assert losses[-1] < losses[0] and opt.coverage() == 1.0
     assert all(block.average.known is None or bool(block.average.known) for block in opt.blocks.values())
+
+
+class Masked(nn.Module):
+    """A token that takes the place of words, if some are masked."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.mask, self.head = nn.Linear(4, 6), nn.Parameter(torch.zeros(6)), nn.Linear(6, 3)
+        self.masks = False
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        return self.head(h + self.mask if self.masks else h)
+
+
+def test_a_parameter_without_a_gradient_keeps_no_hook_on_and_is_measured_once_it_has_one():
+    torch.manual_seed(0)
+    model = Masked()
+    opt = SecondOrderOptimizer(model, update_every=5, refactor_every=5)
+    due = []
+    for step in range(14):
+        model.masks = step >= 7
+        due.append(len(opt.engine.recorder.due))
+        opt.zero_grad()
+        F.cross_entropy(model(X), Y).backward()
+        before = model.mask.detach().clone()
+        opt.step()
+        moved = float((model.mask.detach() - before).norm())
+        assert (moved > 0) == model.masks and moved <= 0.1 + 1e-6  # lr times a length of 1 at the most
+    assert due == [3, 0, 0, 0, 0, 3, 0, 0, 1, 0, 2, 0, 0, 1]
+    assert opt.coverage() == 1.0

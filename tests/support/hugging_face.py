@@ -172,6 +172,25 @@ def trained(name: str, steps: int = 8) -> tuple[Any, Any, list[float]]:
     return model, optimizer, losses
 
 
+def two_of(name: str) -> tuple[Any, Batch]:
+    """A model in float64 that draws nothing, and two samples."""
+    model, batch = MODELS[name]()
+    batch = {k: x[:2] if isinstance(x, torch.Tensor) else x for k, x in batch.items()}
+    wide = {k: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for k, x in batch.items()}
+    return model.double().eval(), wide
+
+
+def counted(name: str, model: Any, batch: Batch) -> torch.Tensor:
+    """The logits [terms, classes] whose cross entropies the loss averages."""
+    logits, labels = model(**batch).logits, batch["labels"]
+    if logits.dim() == 2:
+        return logits
+    if "masked" not in name and name not in ("t5", "bart", "whisper"):  # of the next word, from the last prompt on
+        before = logits.shape[1] - labels.shape[1]
+        logits = logits[:, max(0, before - 1) : -1]
+    return logits.flatten(0, 1)
+
+
 ADAPTERS: dict[str, Callable[[list[str]], Any]] = {
     "LoRA": lambda into: peft.LoraConfig(r=2, target_modules=into, task_type="CAUSAL_LM"),
     "DoRA": lambda into: peft.LoraConfig(r=2, use_dora=True, target_modules=into, task_type="CAUSAL_LM"),

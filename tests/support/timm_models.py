@@ -11,7 +11,7 @@ import enum
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from typing import Any
@@ -95,7 +95,6 @@ MODELS: dict[str, tuple[int, dict[str, Any]]] = {  # the size of the images, and
     "cait_xxs24_224": (32, TINY),
     "swin_tiny_patch4_window7_224": (32, WINDOWS),
     "swinv2_tiny_window8_256": (32, WINDOWS),
-    "mixer_s16_224": (32, {"img_size": 32}),
     "xcit_nano_12_p16_224": (32, {**TINY, "patch_size": 16}),
     "test_mambaout": (32, {}),
 }

@@ -7,6 +7,7 @@ import cases
 import oracles
 import pytest
 import torch
+from full_step import error_of_full
 from measured import KINDS, Part, close, covered, measured, optimizer, truth
 from torch import nn
 from torch.nn import functional as F
@@ -970,3 +971,29 @@ def test_layers_of_samples_that_meet_are_compared_once(monkeypatch):
     opt.zero_grad()
     with pytest.raises(RuntimeError, match="is not the one that the recorded calls of the layer explain"):
         F.cross_entropy(model(x), y).backward()
+
+
+class Odd(nn.Module):
+    """Weights that are used past their modules, and a token that is used otherwise than as a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head = nn.Linear(4, 6, bias=False), nn.Linear(6, 3)
+        self.shift, self.token = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(1, 1, 6))
+        self.scaled = self.Standardised(6, 6)
+
+    class Standardised(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight / self.weight.norm(), self.bias)
+
+    def forward(self, x):
+        h = F.linear(x, self.qkv.weight, torch.cat([self.shift, torch.zeros_like(self.shift)]))
+        both = torch.stack([h, self.token.expand(len(x), -1, -1).squeeze(1)], 1)
+        return self.head(self.scaled((both.softmax(1) * both).sum(1)).tanh())
+
+
+def test_odd_parameters_of_a_joined_block_are_taken_alone_and_the_others_stay():
+    torch.manual_seed(0)
+    model, (x, y) = Odd().double(), batch(5, out=3)
+    error = error_of_full(model, lambda: F.cross_entropy(model(x), y), lambda: model(x), loss_fn="cross_entropy")
+    assert error <= 1e-10

@@ -190,6 +190,7 @@ class CurvatureEngine:
         if missing and not check_captured(self, missing):
             self.only_zeros = True
             return False
+        self._postpone(reached)
         self._note_plain([block for block in missing if self.blueprint.unsupported == "gradient"])
         for remark in remarks_on([block for block, _ in reached]) - self.said:
             self.said.add(remark)
@@ -204,6 +205,20 @@ class CurvatureEngine:
         if self.factors and not self.warming_up:
             self._factorise(reached, changed)
         return True
+
+    def _postpone(self, reached: list[tuple[Curvature, int]]) -> None:
+        """Blocks that were never measured, since their parameters have no gradient (a token that nothing masks), keep no
+        hook on until they have one: they follow it for a step then, and are measured in the next."""
+        there = {id(block) for block, _ in reached}
+        for block, index in self.pairs:
+            if block.average or block.pending or block.name in self.plain:
+                continue
+            if id(block) not in there and block.name in self._measured:
+                if not self.schedule.adaptive(index, "update_every"):
+                    block.refresh.next_update = self.step + self.schedule.interval(index, "update_every", self.step)
+            elif id(block) in there and self.step < block.refresh.next_update:
+                self.followers.add([block])
+                block.refresh.next_update = self.step + 1
 
     def _take_products(self) -> None:
         """Parameters that turned out to be weights of linear maps are layers from the next step on."""
