@@ -484,3 +484,25 @@ def test_a_parameter_without_a_gradient_keeps_no_hook_on_and_is_measured_once_it
         assert (moved > 0) == model.masks and moved <= 0.1 + 1e-6  # lr times a length of 1 at the most
     assert due == [3, 0, 0, 0, 0, 3, 0, 0, 1, 0, 2, 0, 0, 1]
     assert opt.coverage() == 1.0
+
+
+class Past(nn.Module):
+    """A weight that is used past its module, and has no gradient at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.past, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.gate = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        return self.head(h + self.gate * F.linear(h, self.past.weight, self.past.bias + 0))
+
+
+def test_odd_weights_that_first_have_no_gradient_are_measured_when_nothing_else_is_due():
+    torch.manual_seed(0)
+    model = Past()
+    opt = SecondOrderOptimizer(model, update_every=10, refactor_every=10)
+    train(model, opt, 14)
+    assert opt.coverage() == 1.0
+    assert all(block.factor is not None for block in opt.blocks.values())

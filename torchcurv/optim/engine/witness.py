@@ -79,7 +79,7 @@ def check_captured(engine: Watched, missing: list[Curvature]) -> bool:
     if not names:
         return not nothing
     left = {} if engine.recorder is None else engine.recorder.context.check.left
-    nothing = nothing and not left
+    nothing = nothing and not left and not _only_odd(engine, [b for b in missing if b.name in names])
     if nothing and engine.recorder is not None and engine.recorder.unseen:
         engine.followers.add(missing)
         return True  # the next passes are watched
@@ -99,6 +99,12 @@ def check_captured(engine: Watched, missing: list[Curvature]) -> bool:
     new = [block for block in missing if block.name in names and block.name not in excluded]
     engine.followers.add(new, {block.name: left.get(block.name, block.params) for block in new})
     return True
+
+
+def _only_odd(engine: Watched, blocks: list[Curvature]) -> bool:
+    """Whether others were measured before, and these never, so that it is their use that is not seen, not the loss."""
+    new = not any(block.average or engine.blueprint.alone.issuperset(block.params) for block in blocks)
+    return new and any(block.average for block in engine.blocks)
 
 
 def _silent_trigger(engine: Watched) -> str:
