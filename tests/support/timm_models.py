@@ -100,12 +100,12 @@ MODELS: dict[str, tuple[int, dict[str, Any]]] = {  # the size of the images, and
 }
 
 
-def made(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+def made(name: str, batch: int = BATCH) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """(the model, images, labels)."""
     torch.manual_seed(0)
     size, smaller = MODELS[name]
     model = timm.create_model(name, num_classes=CLASSES, **smaller)
-    return model, torch.randn(BATCH, 3, size, size), torch.arange(BATCH) % CLASSES
+    return model, torch.randn(batch, 3, size, size), torch.arange(batch) % CLASSES
 
 
 def trained(name: str, steps: int = 8) -> tuple[nn.Module, Any, list[float]]:

@@ -207,8 +207,8 @@ class CurvatureEngine:
         return True
 
     def _postpone(self, reached: list[tuple[Curvature, int]]) -> None:
-        """Blocks that were never measured, since their parameters have no gradient (a token that nothing masks), keep no
-        hook on until they have one: they follow it for a step then, and are measured in the next."""
+        """Blocks that were never measured, since their parameters have no gradient (a token that nothing masks), keep
+        no hook on until they have one: they follow it for a step then, and are measured in the next."""
         there = {id(block) for block, _ in reached}
         for block, index in self.pairs:
             if block.average or block.pending or block.name in self.plain:
