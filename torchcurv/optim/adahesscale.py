@@ -66,6 +66,7 @@ class AdaHesScale(CurvatureOptimizer):
     approximations for applications in reinforcement learning" (2406.03276).
     """
 
+    over_ranks: ClassVar = True
     table: ClassVar = with_defaults(
         table_of(MainLossOption, MainOptions, BlockOptions, LossOptions, AdamOptions),
         curv_type="hessian",
@@ -104,10 +105,6 @@ class AdaHesScale(CurvatureOptimizer):
             companions=(Moments,),
             factors=False,
         )
-
-    @property
-    def _over_ranks(self) -> bool:
-        return True
 
     def update_parameters(self) -> None:
         """Adam with the diagonals that were measured."""

@@ -52,6 +52,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
     _scaled = False  # whether a GradScaler calls `step` now
     noted: dict[str, Tensor]  # what is known of the last step, 0-d
     settings: Mapping[str, Any] = MappingProxyType({})  # options of the whole optimizer that are its own
+    over_ranks: ClassVar[bool] = False  # whether all that a step decides follows from what is reduced over processes
 
     def __init__(
         self,
@@ -192,17 +193,12 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             )
 
     def _check_ranks(self) -> None:
-        if not self._over_ranks and self.engine.ranks.group is not None:
+        if not self.over_ranks and self.engine.ranks.group is not None:
             raise NotImplementedError(
                 f"{type(self).__name__} decides in one process what others do not know of, so that their models "
                 "would drift apart: use SecondOrderOptimizer on several processes, or pass process_group=None where "
                 "each trains a model of its own"
             )
-
-    @property
-    def _over_ranks(self) -> bool:
-        """Whether all that a step decides is decided by what is reduced over processes."""
-        return False
 
     def run_closure(self, closure: Callable[[], Any] | None) -> Any:
         """Run the closure, if there is one, so that gradients lie in `.grad`."""

@@ -122,6 +122,7 @@ class CGNewton(CurvatureOptimizer):
     architectures" (2020); Martens, "Deep learning via Hessian-free optimization" (2010).
     """
 
+    over_ranks: ClassVar = True
     table: ClassVar = with_defaults(
         table_of(MainLossOption, MainOptions, BlockOptions, LossOptions, CGOptions),
         approx="block",
@@ -174,10 +175,6 @@ class CGNewton(CurvatureOptimizer):
             waits_for_gradients=operator is None,
             rows_stay=True,
         )
-
-    @property
-    def _over_ranks(self) -> bool:
-        return True
 
     def run_closure(self, closure: Callable[[], Any] | None) -> Any:
         """closure: recomputes loss and gradients as in torch.optim; with approx="operator" it is needed, and returns

@@ -26,6 +26,7 @@ class Preconditioner(CurvatureOptimizer):
     rate belongs to the optimizer behind. `state_dict` and `load_state_dict` resume the running averages.
     """
 
+    over_ranks: ClassVar = True
     table: ClassVar = with_defaults(table_of(MainLossOption, MainOptions, PreconditionerOptions), max_positions=2**15)
 
     def __init__(
@@ -43,10 +44,6 @@ class Preconditioner(CurvatureOptimizer):
         named = {"loss_fn": loss_fn, "curv_type": curv_type, "approx": approx}
         given = given_options(named, damping, (refresh,), options)
         super().__init__(model, params, complete(self.table, given, type(self).__name__), rules=(no_price,))
-
-    @property
-    def _over_ranks(self) -> bool:
-        return True
 
     def run_closure(self, closure: Callable[[], Any] | None) -> None:
         """None: there is no closure to be run."""

@@ -126,6 +126,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     of convolutional networks" (2017).
     """
 
+    over_ranks: ClassVar = True
     table: ClassVar = with_defaults(
         table_of(MainLossOption, MainOptions, MainStepOptions, SecondOrderOptions),
         lr=None,
@@ -174,10 +175,6 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         """
         control = self.companion(StepControl)
         return control.evaluate(closure) if control.needs_closure else super().run_closure(closure)
-
-    @property
-    def _over_ranks(self) -> bool:
-        return True
 
     def update_parameters(self) -> None:
         """Steps along V by the step rule, and the damping of the next ones by the damping rule."""

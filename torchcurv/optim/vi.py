@@ -113,6 +113,7 @@ class VIOptimizer(CurvatureOptimizer, WeightPosterior):
     networks" (2402.17641).
     """
 
+    over_ranks: ClassVar = True
     table: ClassVar = with_defaults(
         table_of(MainLossOption, MainOptions, MainStepOptions, KLClipOption, VariationalOptions),
         momentum=0.0,
@@ -266,10 +267,6 @@ class VIOptimizer(CurvatureOptimizer, WeightPosterior):
         self.engine.schedule.apply(self.engine.step)  # the memory of Price's estimate is asked for before the others
         self._scale_measured(self._factor)
         return loss
-
-    @property
-    def _over_ranks(self) -> bool:
-        return True
 
     def _device(self) -> torch.device:
         return next(self.engine.params()).device
