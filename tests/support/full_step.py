@@ -37,7 +37,7 @@ def error_of_full(
         before = [p.detach().clone() for p in params]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
         if last:
-            rows = _rows(terms(), params)
+            rows = root_rows(terms(), params)
         optimizer.step()
     step = torch.cat([(p.detach() - x).flatten() for p, x in zip(params, before, strict=True)])
     g = torch.cat([x.flatten() for x in gradients])
@@ -46,7 +46,7 @@ def error_of_full(
     return float((step - truth).norm() / truth.norm())
 
 
-def _rows(logits: Tensor, params: list[Tensor]) -> Tensor:
+def root_rows(logits: Tensor, params: list[Tensor]) -> Tensor:
     """R with R^T R = J^T H J, [terms * classes, parameters]: H = (diag(p) - p p^T) / terms of each term."""
     rows = []
     for f in logits:

@@ -7,7 +7,7 @@ import cases
 import oracles
 import pytest
 import torch
-from full_step import error_of_full
+from full_step import error_of_full, root_rows
 from measured import KINDS, Part, close, covered, measured, optimizer, truth
 from torch import nn
 from torch.nn import functional as F
@@ -997,3 +997,38 @@ def test_odd_parameters_of_a_joined_block_are_taken_alone_and_the_others_stay():
     model, (x, y) = Odd().double(), batch(5, out=3)
     error = error_of_full(model, lambda: F.cross_entropy(model(x), y), lambda: model(x), loss_fn="cross_entropy")
     assert error <= 1e-10
+
+
+class Pooled(nn.Module):
+    """Attention within each row of the batch, and rows that are added up to the samples of an index."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(D, 2, batch_first=True), nn.Linear(D, V)
+        self.index = torch.tensor(index)
+
+    def forward(self, x):
+        h = self.attention(x, x, x, need_weights=False)[0].mean(1)
+        return self.head(h.new_zeros(3, D).index_add(0, self.index, h))
+
+
+@pytest.mark.parametrize("index", [[0, 0, 1, 1, 2, 2], [0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 1, 2]], ids=str)
+def test_products_with_a_part_of_a_weight_in_samples_of_unequal_numbers_of_rows(index):
+    """q, k and v are one product, whose output has three times the positions of each."""
+    model, x, y = cases.seeded(lambda: Pooled(index)), cases.randn(6, 5, D), torch.arange(3)
+    found = curvature(model, CE, [(x, y)], approx="diag")
+    rows = root_rows(model(x), found.params)
+    close(found.diag(), rows.square().sum(0))
+    error = error_of_full(model, lambda: CE(model(x), y), lambda: model(x), loss_fn=CE)
+    assert error <= 1e-10
+    traces = [curvature(model, CE, [(x, y)], approx=a).trace() for a in ("diag", "block", "kfac", "ekfac")]
+    assert torch.isfinite(torch.stack(traces)).all() and torch.allclose(traces[0], traces[1])
+
+
+@pytest.mark.parametrize("limit", [30, 29])
+def test_the_positions_of_q_k_and_v_are_counted_once(limit):
+    """Six rows of five positions: a limit of thirty leaves all of them in, one less takes every second sample."""
+    model, x, y = cases.seeded(lambda: Pooled([0, 1, 2, 0, 1, 2])), cases.randn(6, 5, D), torch.arange(3)
+    whole, part = (curvature(model, CE, [(x, y)], approx="kfac", max_positions=m) for m in (None, limit))
+    same = torch.equal(whole.trace(), part.trace())
+    assert same == (limit == 30)

@@ -35,6 +35,7 @@ class Call:
     batch_first: Callable[[Tensor], Tensor] | None = None
     losses: int = 0
     differentiated: bool = False
+    seen: int | None = None  # samples times positions, where the output is that of several layers in one product
     superseded: bool = False  # by the gradients of samples of the whole module
 
     def __post_init__(self) -> None:
@@ -47,6 +48,8 @@ class Call:
 
     def positions(self, layer: Layer) -> int:
         """Samples times positions of this use of its layer."""
+        if self.seen is not None:
+            return self.seen
         g, o, _ = layer.site_shape(self.site)
         return self.shape.numel() // (g * o)
 

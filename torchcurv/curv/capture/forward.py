@@ -264,7 +264,8 @@ class Forward:
                 if not rows.start <= own.start < own.stop <= rows.stop:
                     continue
                 read = partial(_columns, batch_first, slice(own.start - rows.start, own.stop - rows.start))
-            calls.append(Call(k, site, (x,), out.shape, len(x), read))
+            seen = None if rows is None else x.shape[:-1].numel()
+            calls.append(Call(k, site, (x,), out.shape, len(x), read, seen=seen))
             if id(param) in self._recent:
                 self._recent[id(param)].append(calls[-1])
         noted = self._note(out, calls) if calls else None
