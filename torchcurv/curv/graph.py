@@ -210,3 +210,4 @@ def function_modes() -> list[Any]:
 
 
 no_torch_function = torch._C.DisableTorchFunction  # a context in which no mode sees what a hook looks at
+GROUPED_MM = torch._grouped_mm  # what torch.nn.functional.grouped_mm calls

@@ -340,6 +340,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         engine.step = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
         self._group_options.groups = self.param_groups
         self._group_options.accept_loaded(self.defaults, engine.step)
+        engine.blueprint.learn(self.state)
         self._build()
         engine.load(self.state)
         for companion in self._companions.values():
@@ -367,7 +368,9 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
             recording["loss_twins"] = tuple(copy.deepcopy(module, memo) for module in known)
         new._group_options = self._group_options.copied(new.settings)
         new._companions = {}
-        new._make_engine(replace(old.blueprint, model=model), recording, old.damping, self._engine_options)
+        new._make_engine(
+            replace(old.blueprint, model=model, alone=set(), products={}), recording, old.damping, self._engine_options
+        )
         new._companions |= {companion: companion(new) for companion in self._companions}
         new._restore()
         if old.recorder is not None and new.engine.recorder is not None:  # so that both draw alike in this step

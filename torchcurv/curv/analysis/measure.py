@@ -22,6 +22,7 @@ from torchcurv.curv.graph import edge_of
 from torchcurv.curv.kinds.table import KINDS
 from torchcurv.curv.layers.find import find_layers
 from torchcurv.curv.layers.layer import Layer
+from torchcurv.curv.layers.products import Layout
 from torchcurv.curv.losses.loss import Loss
 from torchcurv.curv.losses.table import loss_of
 from torchcurv.curv.options import Options
@@ -172,7 +173,7 @@ def _looked_at(
     seed: int,
 ) -> tuple[list[Curvature], set[Tensor]]:
     """(the blocks, measured over all of the data, and what they cover)."""
-    alone, products = set[Tensor](), dict[Tensor, bool]()
+    alone, products = set[Tensor](), dict[Tensor, Layout]()
     covered = _covered(model, params, options, alone)
     loss = _loss(loss_fn, reduction, class_dim)
     passes = 2 if options.approx == "ekfac" else 1
@@ -185,16 +186,23 @@ def _looked_at(
             with preserved_buffers(model):
                 for _ in range(passes):
                     _measure(model, record, blocks, loss, data, output_fn)
-            seen = {p: how for p, how in record.forward.products.items() if p not in products and p not in alone}
+            seen = _new(record, products, alone)
             if not seen:
                 return blocks, covered
             products |= seen
         except _UsedElsewhere as error:  # what that is, is known now: the parameters are taken element by element
-            if error.params <= alone:
+            seen = _new(record, products, alone)
+            if not seen and error.params <= alone:
                 raise ValueError(str(error)) from None
-            alone |= error.params
+            products |= seen
+            alone |= error.params - seen.keys()
         finally:
             record.remove()
+
+
+def _new(record: Recorder, products: dict[Tensor, Layout], alone: set[Tensor]) -> dict[Tensor, Layout]:
+    """Parameters that turned out to be the weights of linear maps."""
+    return {p: how for p, how in record.forward.products.items() if p not in products and p not in alone}
 
 
 class _UsedElsewhere(Exception):
@@ -222,7 +230,7 @@ def _layers(
     covered: set[Tensor],
     options: Options,
     alone: set[Tensor],
-    products: dict[Tensor, bool] | None = None,
+    products: dict[Tensor, Layout] | None = None,
 ) -> list[Layer]:
     return find_layers(model, lambda p: p in covered, lambda p: options.approx == "diag", alone, products)
 
@@ -290,6 +298,10 @@ def _measure(
         CurvaturePass(record.context, event, blocks).run()
     if empty:
         raise ValueError("data is empty: there is nothing to measure")
+    for block in blocks:
+        idle = block.layout.is_part and not block.pending and block.name not in record.context.check.left
+        if idle and not block.approx.of_one_step:  # an expert that no sample came to
+            block.pending.add(block.approx.empty(block.layers, block.params[0].new_zeros(())))
     unreached = [block for block in blocks if not block.pending]
     if unreached:
         raise _UsedElsewhere(unreached)

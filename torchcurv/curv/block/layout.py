@@ -67,6 +67,11 @@ class BlockLayout:
         return self.flatten(joined).flatten(1)
 
     @property
+    def is_part(self) -> bool:
+        """Whether it has a part of a parameter, as an expert has, whose gradient is there whether it ran or not."""
+        return any(piece.rows is not None for piece in self.pieces)
+
+    @property
     def state_key(self) -> str:
         """Under which the state of the first parameter keeps the block: several may share the rows of one."""
         rows = self.pieces[0].rows

@@ -34,8 +34,9 @@ from torchcurv.curv.graph import (
     scale_of_batch_norm,
 )
 from torchcurv.curv.hessian.tape import Tape
-from torchcurv.curv.layers.layer import FUNCTION, Layer, ParameterUse
+from torchcurv.curv.layers.layer import FUNCTION, PRODUCT, Layer, ParameterUse
 from torchcurv.curv.layers.normalization import BATCH_NORMS, uses_batch_statistics
+from torchcurv.curv.layers.products import Layout, Product
 from torchcurv.curv.layers.table import has_forward_of_its_view
 from torchcurv.curv.numerics import at_least_float32
 
@@ -72,8 +73,9 @@ class Forward:
         self._inner: dict[
             int, list[tuple[int, ParameterUse]]
         ] = {}  # the sites inside modules, by the id of their parameter
-        self.products: dict[Tensor, bool] = {}  # bare matrices that are multiplied with; whether [inputs, outputs]
+        self.products: dict[Tensor, Layout] = {}  # bare parameters that turned out to be weights of linear maps
         self._functions: set[int] = set()  # ids of parameters that are known by torch functions
+        self._weights: set[int] = set()  # ids of parameters that are known as weights of linear maps
         self._called: set[int] = set()  # the layers whose function was called in the running call of their module
         self._hook_layers()
         start, end = Hook(self._on_start, untraced=True), Hook(self._on_end, untraced=True)
@@ -92,7 +94,7 @@ class Forward:
         for k, layer in enumerate(self.layers):
             for site in layer.sites:
                 if site.function:
-                    self._functions.add(_owner(site))
+                    (self._weights if site.part == PRODUCT else self._functions).add(_owner(site))
                 if site.inner:
                     inside.setdefault(site.module, []).append((k, site))
                     self._inner.setdefault(_owner(site), []).append((k, site))
@@ -189,6 +191,7 @@ class Forward:
 
     def _note(self, out: Tensor, calls: list[Call]) -> Tensor | None:
         """Keep calls at the node of their output; a tensor is to take the place of that output."""
+        calls = [call for call in calls if call.batch]  # an expert that gets no token
         with no_torch_function():
             edge = edge_of(out)
             self.notes.at(edge).calls.extend(calls)
@@ -208,9 +211,11 @@ class Forward:
         first = next((x for x in given if x.dim()), None)
         note = _unnoted if running else self._note_inner
         at_function = _unnoted_call if running else partial(self._note_function, module)
+        at_products = _unnoted_products if running else partial(self._note_products, module)
         batch = None if first is None else len(first)
+        unknown, seen = self.unknown_uses.setdefault, self.products.__setitem__
         watch = ParameterTrace(
-            note, batch, bare, self.unknown_uses.setdefault, at_function, self._functions, self.products.__setitem__
+            note, batch, bare, unknown, at_function, self._functions, at_products, self._weights, seen
         )
         self._watches.append(watch)
         self._recent |= {id(p): [] for p in bare}
@@ -277,12 +282,30 @@ class Forward:
             return out
         calls = []
         for k, site in self._inner.get(id(param), ()):
-            if k in self.due and site.function and site.module is module:
+            if k in self.due and site.part == FUNCTION and site.module is module:
                 given: tuple[Any, ...] = (x.detach(),)
                 if site.view.mode is not None:
                     given += (site.view.mode(site.module),)
                 calls.append(Call(k, site, given, out.shape, out.shape[0] if out.dim() else 1))
         self._called |= {call.layer for call in calls}
+        noted = self._note(out, calls) if calls else None
+        return out if noted is None else noted
+
+    def _note_products(self, module: nn.Module, products: list[Product], out: Tensor) -> Tensor:
+        """Products with parameters of this module, which one function call is."""
+        if not out.requires_grad:
+            return out
+        calls = []
+        for one in products:
+            for k, site in self._inner.get(id(one.param), ()):
+                rows = None if site.weight is None else site.weight.rows
+                if k not in self.due or site.part != PRODUCT or site.module is not module:
+                    continue
+                if site.view is one.layout.view and rows == one.rows:
+                    x = one.given()
+                    seen = None if one.read is None else x.shape[:2].numel()
+                    batch = x.shape[0] if x.dim() else 1
+                    calls.append(Call(k, site, (x,), out.shape, batch, one.read, seen=seen))
         noted = self._note(out, calls) if calls else None
         return out if noted is None else noted
 
@@ -364,4 +387,8 @@ def _columns(batch_first: Callable[[Tensor], Tensor], columns: slice, gradient: 
 
 
 def _unnoted_call(param: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    return out
+
+
+def _unnoted_products(products: list[Product], out: Tensor) -> Tensor:
     return out

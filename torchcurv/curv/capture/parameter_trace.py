@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torchcurv.curv.compiler import uncompiled
 from torchcurv.curv.graph import base_of, function_modes
 from torchcurv.curv.layers.inner_layers import Rows
+from torchcurv.curv.layers.products import CONTRACTIONS, Layout, Product, products_with
 from torchcurv.curv.layers.recurrent import UNROLLED
 
 Read = Callable[[Tensor], Tensor]
@@ -68,12 +69,8 @@ LAYER_FUNCTIONS = {
     *(F.linear, F.embedding, F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, F.prelu),
     *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
 }
-# Products with a matrix: which arguments are what is multiplied, and the matrix.
-MATRIX_PRODUCTS = {
-    F.linear: (0, 1), torch.matmul: (0, 1), torch.mm: (0, 1), torch.Tensor.matmul: (0, 1), torch.Tensor.mm: (0, 1),
-    torch.Tensor.__matmul__: (0, 1), torch.addmm: (1, 2),
-}  # fmt: skip
-_WITH_WEIGHTS = LAYER_FUNCTIONS | MATRIX_PRODUCTS.keys()
+_WITH_WEIGHTS = LAYER_FUNCTIONS | CONTRACTIONS.keys()
+_WITH_BIAS_FIRST = {torch.addmm, torch.baddbmm}
 _ADDS, _SUBTRACTS = _of("add", "add_", "__radd__"), _of("sub", "sub_", "subtract")
 _MULTIPLIES = _of("mul", "mul_", "multiply", "__rmul__")
 
@@ -127,8 +124,9 @@ class ParameterTrace(TorchFunctionMode):
     note: called for each product. batch: dimension 0 of what the module was given. bare: its bare parameters.
     unknown: called with a bare parameter and the function that used it in a way that is not known.
     at_function: called with (parameter, input, output) of a function of `LAYER_FUNCTIONS` that is given a parameter
-    whose id is in `functions`. product: called with a bare matrix that something is multiplied with as by a linear
-    layer, and whether it is stored [inputs, outputs].
+    whose id is in `functions`. at_products: called with the products that a function is, and its output, where they
+    are those of parameters whose ids are in `weights`. seen: called with a bare parameter of which that is still to be
+    known, and how it is laid out.
     """
 
     def __init__(
@@ -139,11 +137,15 @@ class ParameterTrace(TorchFunctionMode):
         unknown: Callable[[Tensor, str], object],
         at_function: Callable[[Tensor, Tensor, Tensor], Tensor],
         functions: AbstractSet[int],
-        product: Callable[[Tensor, bool], object],
+        at_products: Callable[[list[Product], Tensor], Tensor],
+        weights: AbstractSet[int],
+        seen: Callable[[Tensor, Layout], object],
     ) -> None:
         super().__init__()
         self.note, self.batch, self.unknown = note, batch, unknown
-        self.at_function, self.functions, self.product = at_function, functions, product
+        self.at_function, self.functions = at_function, functions
+        self.at_products, self.weights, self.seen = at_products, weights, seen
+        self._multiplied = weights | {id(p) for p in bare}
         self.bare = {id(p): Bare(p, p, torch.arange(p.numel()).reshape(p.shape)) for p in bare}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -158,10 +160,12 @@ class ParameterTrace(TorchFunctionMode):
         if func in UNROLLED and not (len(args) > 3 and isinstance(args[3], tuple | list)):  # of packed sequences
             return UNROLLED[func](self._linear, *args, **kwargs)
         if func in _WITH_WEIGHTS and len(args) > 1:
-            place = MATRIX_PRODUCTS.get(func, (0, 1))[0]
             own = next((p for x in (*args[1:], *kwargs.values()) if (p := self._of_function(x)) is not None), None)
             if own is not None:
-                return self._layer_function(own, args[place], func(*args, **kwargs))
+                return self._layer_function(own, args[func in _WITH_BIAS_FIRST], func(*args, **kwargs))
+            known = self._products(func, args, kwargs)
+            if known:
+                return self._with_products(known, func(*args, **kwargs))
         if self.bare:
             return self._bare_function(func, args, kwargs)
         return func(*args, **kwargs)
@@ -182,6 +186,26 @@ class ParameterTrace(TorchFunctionMode):
         return out
 
     # ------------------------------------------------------------------------------------ products
+
+    def _products(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Product]:
+        """Those with parameters that are known as weights; others are told of."""
+        if not self._multiplied or func not in CONTRACTIONS:
+            return []
+        found = products_with(self._multiplied_one, func, args, kwargs)
+        for one in found:
+            if id(one.param) not in self.weights:
+                self.seen(one.param, one.layout)
+        return [one for one in found if id(one.param) in self.weights]
+
+    def _multiplied_one(self, x: Tensor) -> Tensor | None:
+        own = x if id(x) in self._multiplied else base_of(x)
+        return own if own is not None and id(own) in self._multiplied else None
+
+    def _with_products(self, found: list[Product], out: Tensor) -> Tensor:
+        others = [trace.at_products for trace in _active_traces()]
+        for note in dict.fromkeys([self.at_products, *others]):  # one for each optimizer on the model
+            out = note(found, out)
+        return out
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self._noted(x, weight, F.linear(x, weight, bias), lambda tensor: tensor)
@@ -213,8 +237,6 @@ class ParameterTrace(TorchFunctionMode):
         given = [self.bare[id(x)] for x in _flat((args, tuple(kwargs.values()))) if id(x) in self.bare]
         if not given:
             return func(*args, **kwargs)
-        if func in MATRIX_PRODUCTS and len(args) > MATRIX_PRODUCTS[func][1]:
-            self._see_product(args[MATRIX_PRODUCTS[func][1]], func is not F.linear)
         if len(given) == 1 and len(args) and id(args[0]) in self.bare and func in _MOVES | _KEEPS:
             (one,) = given
             out = func(*args, **kwargs)
@@ -230,16 +252,6 @@ class ParameterTrace(TorchFunctionMode):
                 else:
                     self.unknown(one.param, getattr(func, "__name__", str(func)))
         return out
-
-    def _see_product(self, weight: Any, inputs_first: bool) -> None:
-        one = self.bare.get(id(weight))
-        if one is None or one.param.dim() != 2 or one.factor != 1.0:
-            return
-        places = torch.arange(one.param.numel()).reshape(one.param.shape)
-        if torch.equal(one.index, places):
-            self.product(one.param, inputs_first)
-        elif torch.equal(one.index, places.T):
-            self.product(one.param, not inputs_first)
 
     def _derived(self, one: Bare, out: Tensor, index: Tensor, factor: float) -> Tensor:
         if isinstance(out, Tensor) and torch.is_grad_enabled() and index.shape == out.shape:

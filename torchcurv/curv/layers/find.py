@@ -7,13 +7,15 @@ Most layers are a module with a view, whose calls a forward hook sees. Others li
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from torchcurv.curv.graph import parameters_of
-from torchcurv.curv.layers.inner_layers import PRODUCTS, InnerLayer, bare_parts, inner_parts
+from torchcurv.curv.layers.inner_layers import InnerLayer, bare_parts, inner_parts
 from torchcurv.curv.layers.layer import FUNCTION, PRODUCT, Layer, ParameterUse, ParamSlice
+from torchcurv.curv.layers.products import Layout
 from torchcurv.curv.layers.table import has_forward_of_its_view, view_of
 
 
@@ -22,14 +24,14 @@ def find_layers(
     covered: Callable[[Tensor], bool],
     by_sample: Callable[[Tensor], bool] = lambda p: False,
     alone: Collection[Tensor] = (),
-    products: Mapping[Tensor, bool] | None = None,
+    products: Mapping[Tensor, Layout] | None = None,
 ) -> list[Layer]:
     """One Layer per grouped linear map with a covered parameter; sites that share a weight share a Layer.
 
     covered: whether a parameter is trained with a curvature. by_sample: whether its gradients may be taken sample by
     sample, where nothing better is known. alone: parameters that are not used as their module's type says, and are
     taken element by element. products: parameters of a module's own that something of the batch is multiplied with as
-    by a linear layer, and whether they are stored [inputs, outputs].
+    by a linear layer, and how they are laid out.
     """
     shared: dict[tuple[int, int], list[ParameterUse]] = {}
     single = {id(p) for p in alone}
@@ -106,7 +108,7 @@ def _same(bias: ParamSlice | None, other: ParamSlice | None) -> bool:
     return bias is None or (other is not None and bias.param is other.param and bias.rows == other.rows)
 
 
-def _sites(model: nn.Module, alone: set[int], products: Mapping[int, bool]) -> Iterator[ParameterUse]:
+def _sites(model: nn.Module, alone: set[int], products: Mapping[int, Layout]) -> Iterator[ParameterUse]:
     """Every use of parameters in a model, in the order of its modules."""
     inside: set[int] = set()  # modules whose forward is never called
     for name, module in model.named_modules():
@@ -132,9 +134,20 @@ def _sites(model: nn.Module, alone: set[int], products: Mapping[int, bool]) -> I
             own_id = id(part.bias[0]) if part.weight is None and part.bias is not None else None
             site = _inner_site(name, module, part._replace(opaque=True) if own_id in alone else part)
             if own_id is not None and own_id in products:
-                view = PRODUCTS[products[own_id]]
-                site = ParameterUse(site.name, module, view, site.bias, None, PRODUCT)
-            yield site
+                yield from _products(site, products[own_id])
+            else:
+                yield site
+
+
+def _products(bare: ParameterUse, layout: Layout) -> Iterator[ParameterUse]:
+    """The linear maps that a module's own parameter is the weight of."""
+    assert bare.bias is not None
+    param, own = bare.bias.param, partial(ParameterUse, module=bare.module, view=layout.view, bias=None, part=PRODUCT)
+    if not layout.apart:
+        yield own(name=bare.name, weight=bare.bias)
+        return
+    for k in range(len(param)):
+        yield own(name=f"{bare.name}[{k}]", weight=ParamSlice(param, slice(k, k + 1)))
 
 
 def _own(name: str, module: nn.Module, key: str) -> ParamSlice | None:

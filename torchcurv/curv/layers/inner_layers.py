@@ -10,11 +10,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from torchcurv.curv.graph import parameters_of
 from torchcurv.curv.layers.table import LINEAR
-from torchcurv.curv.layers.view import View, by_last_dimension
+from torchcurv.curv.layers.view import View
 
 Rows = slice | None
-# How a product with a parameter is read, by whether it is stored [inputs, outputs].
-PRODUCTS = {False: LINEAR, True: View(by_last_dimension, by_last_dimension, transposed=True)}
 
 # ----------------------------------------------------------------------------------------------- parts
 

@@ -85,6 +85,8 @@ class ParameterUse:
             assert self.bias is not None
             return g, self.bias.shape.numel() // g, 0
         shape = self.weight.shape
+        if self.view.dims is not None:
+            return self.view.dims.sizes(shape)
         if self.view.transposed:
             return g, shape[1], shape[0] // g * shape[2:].numel()
         if self.view.by_groups:
@@ -150,6 +152,8 @@ class Layer:
             lead = tensor.shape[: tensor.dim() - piece.param.dim()]
             if piece is not self.weight:
                 columns.append(tensor.reshape(*lead, self.groups, self.outputs, 1))
+            elif self.view.dims is not None:
+                columns.append(self.view.dims.columns(tensor))
             elif self.view.transposed:
                 stored = tensor.reshape(*lead, self.groups, -1, self.outputs, piece.shape[2:].numel())
                 columns.append(stored.transpose(-3, -2).flatten(-2))
@@ -161,7 +165,9 @@ class Layer:
         """The inverse of `columns`."""
         tensors = []
         for piece, column in zip(self.pieces, columns, strict=True):
-            if piece is self.weight and self.view.transposed:
+            if piece is self.weight and self.view.dims is not None:
+                tensors.append(self.view.dims.uncolumns(column, piece.shape))
+            elif piece is self.weight and self.view.transposed:
                 column = column.unflatten(-1, (-1, piece.shape[2:].numel())).transpose(-3, -2)
                 tensors.append(column.reshape((*column.shape[:-4], *piece.shape)))
             else:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,6 +22,31 @@ def _refuses_nothing(module: nn.Module) -> None:
     return None
 
 
+class Dimensions(NamedTuple):
+    """Which dimensions of a weight count the groups, the outputs and the inputs of its linear map."""
+
+    groups: tuple[int, ...]
+    outputs: tuple[int, ...]
+    inputs: tuple[int, ...]
+
+    def sizes(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        g, o, i = (math.prod(shape[k] for k in part) for part in self)
+        return g, o, i
+
+    def columns(self, tensor: Tensor) -> Tensor:
+        """[..., g, o, i] from a tensor shaped like the weight, any leading dimensions before."""
+        order = [k for part in self for k in part]
+        lead, shape = tensor.dim() - len(order), tensor.shape[tensor.dim() - len(order) :]
+        brought = tensor.permute(*range(lead), *(lead + k for k in order))
+        return brought.reshape(*tensor.shape[:lead], *self.sizes(shape))
+
+    def uncolumns(self, columns: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of `columns`, for a weight of this shape."""
+        order, lead = [k for part in self for k in part], columns.dim() - 3
+        brought = columns.reshape(*columns.shape[:lead], *(shape[k] for k in order))
+        return brought.permute(*range(lead), *(lead + order.index(k) for k in range(len(order)))).contiguous()
+
+
 @dataclass(frozen=True)
 class View:
     """How one module type is read; x stands for the arguments named in `arguments`, the first of them [n, ...].
@@ -34,6 +60,7 @@ class View:
     weight, bias: the names of the parameters
     transposed: the weight is stored [g i', o, ...] and not [g o, i ...]
     by_groups: the weight is stored [g, o, i ...]
+    dims: which of the weight's dimensions are which, where it is stored in no such way
     tokens:     inputs returns Tokens
     batch_dependent: inputs depends on the batch as a whole
     mode:       module -> how it works at the time of the call, which `inputs` gets as a last argument
@@ -50,6 +77,7 @@ class View:
     bias: str = "bias"
     transposed: bool = False
     by_groups: bool = False
+    dims: Dimensions | None = None
     tokens: bool = False
     batch_dependent: bool = False
     mode: Callable[[Any], Any] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchcurv.curv.block.block import Curvature, partition
 from torchcurv.curv.layers.find import find_layers, unreadable
 from torchcurv.curv.layers.layer import Layer
+from torchcurv.curv.layers.products import Layout
 from torchcurv.curv.options import OPTION_NAMES, Options
 from torchcurv.optim.engine.damping import Group
 
@@ -26,7 +27,7 @@ class Blueprint:
     model: whose parameters the groups hold. unsupported: "error", or "gradient" for what has no curvature.
     arrange: from the blocks of the groups to those that are kept. rules: checks of each.
     alone: parameters that turned out not to be used as their module's type says. products: those of modules' own that
-    turned out to be the weights of linear maps, and whether they are stored [inputs, outputs].
+    turned out to be the weights of linear maps, and how they are laid out.
     unread: why, for the names of parameters of which nothing can be measured, under unsupported="gradient".
     """
 
@@ -35,12 +36,36 @@ class Blueprint:
     arrange: Callable[[list[Curvature]], list[Curvature]] = list
     rules: tuple[BlockRule, ...] = ()
     alone: set[Tensor] = field(default_factory=set)
-    products: dict[Tensor, bool] = field(default_factory=dict)
+    products: dict[Tensor, Layout] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> Names:
         return {p: name for name, p in self.model.named_parameters()}
+
+    def take(self, seen: Mapping[Tensor, Layout]) -> bool:
+        """Parameters that turned out to be weights are layers from the next build on. Whether any did."""
+        new = {p: layout for p, layout in seen.items() if p not in self.products and p not in self.alone}
+        self.products.update(new)
+        return bool(new)
+
+    def tell(self, state: dict[Any, dict[str, Any]]) -> None:
+        """Put into the state what was found out of parameters: the letters of a layout, none for single elements."""
+        for p, use in (
+            {p: layout.letters for p, layout in self.products.items()} | dict.fromkeys(self.alone, "")
+        ).items():
+            state[p]["use"] = use
+
+    def learn(self, state: Mapping[Any, Mapping[str, Any]]) -> None:
+        """The inverse of `tell`."""
+        for p, own in state.items():
+            if any(key.startswith("curvature") for key in own):
+                self.products.pop(p, None)
+                self.alone.discard(p)
+            if own.get("use"):
+                self.products[p] = Layout.of(own["use"])
+            elif "use" in own:
+                self.alone.add(p)
 
     def blocks(self, groups: Sequence[Group]) -> list[tuple[Curvature, int]]:
         """The blocks of these groups, each with the index of its group."""

@@ -15,7 +15,15 @@ from torchcurv.curv.distributed import Ranks
 from torchcurv.curv.kinds.table import kind_of
 from torchcurv.optim.engine.building import Blueprint, same
 from torchcurv.optim.engine.damping import DampingPolicy, Group, has_changed, is_of_the_loss
-from torchcurv.optim.engine.fallback import Followers, all_usable, finite_or_zero, short_gradients, usable_direction
+from torchcurv.optim.engine.fallback import (
+    Followers,
+    all_usable,
+    finite_or_zero,
+    has_moved,
+    put,
+    short,
+    usable_direction,
+)
 from torchcurv.optim.engine.reduction import reduce_pending
 from torchcurv.optim.engine.report import warn, warn_of_failures, warn_of_plain, without_curvature
 from torchcurv.optim.engine.witness import check_captured, check_objections, check_present, check_unfrozen, remarks_on
@@ -195,7 +203,8 @@ class CurvatureEngine:
         for remark in remarks_on([block for block, _ in reached]) - self.said:
             self.said.add(remark)
             warn(remark)
-        self._take_products()
+        assert self.recorder is not None
+        self.followers.rebuild |= self.blueprint.take(self.recorder.forward.products)
         for block, index in reached:
             if block.pending:
                 self._update_average(block, index)
@@ -208,31 +217,26 @@ class CurvatureEngine:
 
     def _postpone(self, reached: list[tuple[Curvature, int]]) -> None:
         """Blocks that were never measured, since their parameters have no gradient (a token that nothing masks), keep
-        no hook on until they have one: they follow it for a step then, and are measured in the next."""
+        no hook on until they have one: they follow it for a step then, and are measured in the next. An expert that
+        met nothing waits for its next turn."""
         there = {id(block) for block, _ in reached}
         for block, index in self.pairs:
-            if block.average or block.pending or block.name in self.plain:
+            part = block.layout.is_part
+            if block.pending or block.name in self.plain or (block.average and not part):
                 continue
-            if id(block) not in there and block.name in self._measured:
+            idle = id(block) not in there or (part and block.name not in self.followers.names)
+            if idle and block.name in self._measured:
                 if not self.schedule.adaptive(index, "update_every"):
                     block.refresh.next_update = self.step + self.schedule.interval(index, "update_every", self.step)
-            elif id(block) in there and self.step < block.refresh.next_update:
+            elif id(block) in there and not block.average and self.step < block.refresh.next_update:
                 self.followers.add([block])
-                block.refresh.next_update = self.step + 1
-
-    def _take_products(self) -> None:
-        """Parameters that turned out to be weights of linear maps are layers from the next step on."""
-        assert self.recorder is not None
-        blueprint, seen = self.blueprint, self.recorder.forward.products
-        new = {p: how for p, how in seen.items() if p not in blueprint.products and p not in blueprint.alone}
-        blueprint.products.update(new)
-        self.followers.rebuild |= bool(new)
+                block.refresh.next_update = block.refresh.next_update if part else self.step + 1
 
     def _note_plain(self, missing: list[Curvature]) -> None:
         """Say it when there are more parameters that train with the plain gradient."""
         assert self.recorder is not None
         new = [block for block in missing if block.name not in self.plain]
-        moving = [block.name for block in new if any(p.grad.any() for p in block.params if p.grad is not None)]
+        moving = [block.name for block in new if has_moved(block)]
         seen = {block.name for block in self.blocks if block.pending}
         now = {name: why for name, why in self.plain.items() if name not in seen}
         now |= dict.fromkeys(moving, "its layer was not called, or what it returned led nowhere")
@@ -333,24 +337,20 @@ class CurvatureEngine:
         for block, group in self.by_group():
             if not any(p in gradients for p in block.params):
                 continue
-            if not block.factors[STEP].ready:
-                if block.name in self.followers.names:
-                    solved |= short_gradients({p: gradients[p] for p in block.params if p in gradients})
+            follows = not block.factors[STEP].ready
+            if follows and block.name not in self.followers.names:
                 continue
             given = [
                 piece.of(gradients[p] if (p := piece.param) in gradients else torch.zeros_like(p))
                 for piece in block.pieces
             ]
-            ready.append((block, given, self._direction(block, group, given)))
+            if follows:
+                put(block, short(given), gradients, solved)
+            else:
+                ready.append((block, given, self._direction(block, group, given)))
         usable = all_usable([block for block, _, _ in ready], [found for _, _, found in ready])
         for block, given, found in ready:
-            taken = found if usable else usable_direction(block, given, found)
-            for piece, x in zip(block.pieces, taken, strict=True):
-                p = piece.param
-                if p in gradients and piece.rows is None:
-                    solved[p] = x
-                elif p in gradients:
-                    piece.of(solved.setdefault(p, gradients[p].to(x.dtype, copy=True))).copy_(x)
+            put(block, found if usable else usable_direction(block, given, found), gradients, solved)
         gradients.update({p: finite_or_zero(g) for p, g in gradients.items() if p not in solved})
         return solved
 
@@ -380,6 +380,8 @@ class CurvatureEngine:
                 block.average.forget()
                 block.factors = {STEP: FactorSlot()}
             state[block.params[0]][block.layout.state_key] = block.state()
+        if self.unsaved:
+            self.blueprint.tell(state)
         self.unsaved = []
 
     def load(self, state: dict[Any, dict[str, Any]]) -> None:

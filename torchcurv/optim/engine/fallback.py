@@ -21,6 +21,11 @@ def finite_or_zero(gradient: Tensor) -> Tensor:
     return torch.where(finite, gradient, 0)
 
 
+def has_moved(block: Curvature) -> bool:
+    """Whether some parameter of a block, or its part of one, has a gradient that is not zero."""
+    return any(piece.of(piece.param.grad).any() for piece in block.pieces if piece.param.grad is not None)
+
+
 class Followers:
     """Blocks that have no curvature yet and follow their gradients in this step, of length 1 at the most.
 
@@ -40,11 +45,11 @@ class Followers:
             self.rebuild = True
 
 
-def short_gradients(gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+def short(gradients: list[Tensor]) -> list[Tensor]:
     """The gradients of a block, of length 1 at the most."""
-    plain = {p: at_least_float32(finite_or_zero(g)) for p, g in gradients.items()}
-    scale = torch.stack([g.norm() for g in plain.values()]).norm().clamp_min(1)
-    return {p: g / scale for p, g in plain.items()}
+    plain = [at_least_float32(finite_or_zero(g)) for g in gradients]
+    scale = torch.stack([g.norm() for g in plain]).norm().clamp_min(1)
+    return [g / scale for g in plain]
 
 
 def all_usable(blocks: list[Curvature], found: list[list[Tensor]]) -> bool:
@@ -87,3 +92,13 @@ def usable_direction(block: Curvature, gradients: list[Tensor], found: list[Tens
     return [
         torch.where(usable, x, torch.where(there, g / scale, 0).to(x.dtype)) for x, g in zip(found, plain, strict=True)
     ]
+
+
+def put(block: Curvature, taken: list[Tensor], gradients: dict[Tensor, Tensor], solved: dict[Tensor, Tensor]) -> None:
+    """Put what a block takes in the place of its gradients, into `solved`."""
+    for piece, x in zip(block.pieces, taken, strict=True):
+        p = piece.param
+        if p in gradients and piece.rows is None:
+            solved[p] = x
+        elif p in gradients:
+            piece.of(solved.setdefault(p, gradients[p].to(x.dtype, copy=True))).copy_(x)

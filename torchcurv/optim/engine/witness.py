@@ -12,7 +12,7 @@ from torchcurv.curv.capture.recorder import DERIVATIVES, Recorder
 from torchcurv.curv.losses.autograd import WatchedLoss
 from torchcurv.optim.engine.building import Blueprint
 from torchcurv.optim.engine.damping import Group
-from torchcurv.optim.engine.fallback import Followers
+from torchcurv.optim.engine.fallback import Followers, has_moved
 
 
 class Watched(Protocol):
@@ -74,7 +74,7 @@ def check_captured(engine: Watched, missing: list[Curvature]) -> bool:
     refuses = engine.blueprint.unsupported == "error"
     if not refuses and any(block.refresh.next_update for block in engine.blocks):
         return True
-    names = [b.name for b in missing if any(p.grad.any() for p in b.params if p.grad is not None)]
+    names = [block.name for block in missing if has_moved(block)]
     nothing = not any(block.pending for block in engine.blocks)
     if not names:
         return not nothing
@@ -97,7 +97,10 @@ def check_captured(engine: Watched, missing: list[Curvature]) -> bool:
         )
     excluded = set() if engine.recorder is None else engine.recorder.context.check.excluded
     new = [block for block in missing if block.name in names and block.name not in excluded]
-    engine.followers.add(new, {block.name: left.get(block.name, block.params) for block in new})
+    seen = {} if engine.recorder is None else engine.recorder.forward.products
+    fresh = seen.keys() - engine.blueprint.products.keys()  # are layers from the next step on
+    alone = {block.name: set(left.get(block.name, block.params)) - fresh for block in new}
+    engine.followers.add(new, alone)
     return True
 
 
