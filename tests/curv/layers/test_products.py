@@ -345,3 +345,25 @@ def test_a_copy_and_a_checkpoint_know_which_matrices_are_layers():
     assert torch.equal(other.w, model.w) and torch.equal(copied["model"].w, model.w)
     resumed.load_state_dict(early)
     step(other, resumed)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return F.linear(2 * x, self.weight, self.bias).tanh().mean(1)
+
+
+@pytest.mark.parametrize("name", ["groups by matmul", "a layer's own function"])
+def test_two_optimizers_see_the_same_layers(name):
+    if name in MAPS:
+        model, x, y, layer = mapped(name)
+    else:
+        model, x, y, layer = cases.seeded(lambda: Doubled(D, V)), cases.randn(6, 5, D), labels(6), (1, V, D + 1)
+    options = {"approx": "diag", "samples": None, "update_every": 1, "refactor_every": 1}
+    two = [SecondOrderOptimizer(model, loss_fn=CE, **options) for _ in range(2)]
+    for _ in range(3):
+        for optimizer in two:
+            optimizer.zero_grad()
+        CE(model(x), y).backward()
+        for optimizer in two:
+            optimizer.step()
+    assert [list(optimizer.blocks.values())[0].layers[0].shape for optimizer in two] == [layer] * 2

@@ -162,10 +162,10 @@ class ParameterTrace(TorchFunctionMode):
         if func in _WITH_WEIGHTS and len(args) > 1:
             own = next((p for x in (*args[1:], *kwargs.values()) if (p := self._of_function(x)) is not None), None)
             if own is not None:
-                return self._layer_function(own, args[func in _WITH_BIAS_FIRST], func(*args, **kwargs))
+                return self.at_function(own, args[func in _WITH_BIAS_FIRST], func(*args, **kwargs))
             known = self._products(func, args, kwargs)
             if known:
-                return self._with_products(known, func(*args, **kwargs))
+                return self.at_products(known, func(*args, **kwargs))
         if self.bare:
             return self._bare_function(func, args, kwargs)
         return func(*args, **kwargs)
@@ -178,12 +178,6 @@ class ParameterTrace(TorchFunctionMode):
             return x
         base = base_of(x)
         return base if base is not None and id(base) in self.functions and x.dim() == 2 else None
-
-    def _layer_function(self, param: Tensor, x: Tensor, out: Tensor) -> Tensor:
-        others = [trace.at_function for trace in _active_traces()]
-        for note in dict.fromkeys([self.at_function, *others]):  # one for each optimizer on the model
-            out = note(param, x, out)
-        return out
 
     # ------------------------------------------------------------------------------------ products
 
@@ -200,12 +194,6 @@ class ParameterTrace(TorchFunctionMode):
     def _multiplied_one(self, x: Tensor) -> Tensor | None:
         own = x if id(x) in self._multiplied else base_of(x)
         return own if own is not None and id(own) in self._multiplied else None
-
-    def _with_products(self, found: list[Product], out: Tensor) -> Tensor:
-        others = [trace.at_products for trace in _active_traces()]
-        for note in dict.fromkeys([self.at_products, *others]):  # one for each optimizer on the model
-            out = note(found, out)
-        return out
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self._noted(x, weight, F.linear(x, weight, bias), lambda tensor: tensor)
