@@ -366,4 +366,4 @@ def test_two_optimizers_see_the_same_layers(name):
         CE(model(x), y).backward()
         for optimizer in two:
             optimizer.step()
-    assert [list(optimizer.blocks.values())[0].layers[0].shape for optimizer in two] == [layer] * 2
+    assert [next(iter(optimizer.blocks.values())).layers[0].shape for optimizer in two] == [layer] * 2
