@@ -73,7 +73,11 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         CurvatureEngine.
         """
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}; pass the nn.Module to train as the first argument")
+            raise TypeError(
+                f"model is a {type(model).__name__}; pass the nn.Module to train as the first argument. Wrappers that "
+                "build their optimizer of parameters alone (ZeroRedundancyOptimizer) cannot: use this one itself, on a "
+                "model in DistributedDataParallel"
+            )
         whole = {name: options[name] for name, one in self.table.items() if one.scope == OPTIMIZER}
         for name, value in whole.items():
             self.table[name].check(name, value)

@@ -57,9 +57,11 @@ def dot(x: dict[Tensor, Tensor], y: dict[Tensor, Tensor], weights: dict[Tensor, 
 
 
 def norm_of(tensors: list[Tensor]) -> Tensor:
-    """The norm of all together, in float32 or better."""
+    """The norm of all together, in float32 or better; of sharded ones (DTensor) that of their wholes, which all their
+    processes must ask for."""
     dense = [x.coalesce().values() if x.is_sparse else x for x in tensors]
-    return torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)).norm() for x in dense]).norm()
+    norms = [x.to(torch.promote_types(x.dtype, torch.float32)).norm() for x in dense]
+    return torch.stack([x.full_tensor() if hasattr(x, "full_tensor") else x for x in norms]).norm()
 
 
 def levenberg_marquardt(actual: float, predicted: float, omega: float, noise: float = 0.0) -> float:

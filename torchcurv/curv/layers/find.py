@@ -71,7 +71,8 @@ def unreadable(p: Tensor) -> str | None:
         return f"its parameters are complex ({p.dtype}), and curvatures are those of real parameters"
     if any(kind.__name__ == "DTensor" for kind in type(p).__mro__):  # by its name: importing it takes a second
         return (
-            "its parameters are DTensors (fully_shard, tensor parallelism), and curvatures are those of whole tensors"
+            "its parameters are DTensors (fully_shard, tensor parallelism), and curvatures are those of whole tensors, "
+            "which each process has: wrap the model in DistributedDataParallel instead"
         )
     return None
 
