@@ -29,7 +29,7 @@ EXACT = {"approx": "full", "samples": None, "damping_type": "exact", "ema_decay"
 
 def interval(optimizer, key):
     """How often the blocks of the first group are measured, or factorised, at the next step."""
-    return optimizer.engine.schedule.interval(0, key, optimizer.engine.step)
+    return optimizer.engine.schedule.next_turn(0, key, optimizer.engine.step) - optimizer.engine.step
 
 
 def make_model(dropout=0.0, norm=False):
@@ -1147,7 +1147,7 @@ def test_curvature_is_measured_in_each_of_the_first_steps_and_then_rarely(make):
             state["step"] = state["step"] * 0 + 3
     again.load_state_dict(saved)
     assert (
-        again.engine.schedule.interval(0, "update_every", again.engine.step) == 1
+        again.engine.schedule.next_turn(0, "update_every", again.engine.step) == again.engine.step + 1
         and again.param_groups[0]["update_every"] == 10
     )
 

@@ -46,6 +46,7 @@ class GradientCheck:
         self._rows: dict[Hashable, Rows] = {}  # by the path, where they are not equal runs
         self._one_row: set[Hashable] = set()  # (block, number of a call) where each sample had a row of its own
         self._sizes: dict[Hashable, int] = {}  # by the functions of a path: how many sizes it has held for, or -1
+        self._labels: dict[Hashable, Tensor] = {}  # by the functions: the samples that were found last
 
     def settle(self, blocks: list[Curvature], source: Source) -> Rows | None:
         """Which rows belong to which sample (None: equal runs), so that the gradient of every parameter is
@@ -86,13 +87,14 @@ class GradientCheck:
             if all(passed_over):
                 return None
         first: dict[str, Findings] | None = None
-        if runs is not None and said is None and path.values not in self._rows:
+        searched = all(self._sizes.get(key) == -1 for key in functions)  # before, and will be again
+        if runs is not None and said is None and path.values not in self._rows and not searched:
             first = Probe(self.compared, doubtful, source, None, runs).run(light)
             if first is not None and not any(found.coupled and not found.unexplained for found in first.values()):
                 return self._conclude(doubtful, path, first, None, source)
         for rows, mixed in self._found(blocks, path, source):
             own = [block for block in blocks if mixed.isdisjoint(path.marks[block.name])]
-            second = Probe(self.compared, own, source, rows, rows.labels).run(False) if own else None
+            second = Probe(self.compared, own, source, rows, rows.labels).run(searched) if own else None
             if second is not None and not any(found.coupled for found in second.values()):
                 self.common |= {block.name for block in blocks} - {block.name for block in own}
                 return self._conclude(own, path, second, rows, source)
@@ -142,7 +144,7 @@ class GradientCheck:
     ) -> Rows | None:
         """Refuse the blocks that failed, and remember the others."""
         if max(len(self._verified), len(self._rows), len(self._sizes)) > KEPT * (1 + len(blocks)):
-            self._verified, self._rows, self._sizes, self._explained = set(), {}, {}, set()
+            self._verified, self._rows, self._sizes, self._explained, self._labels = set(), {}, {}, set(), {}
         for block in blocks:
             unexplained, coupled, finite = findings[block.name]
             wrong = [la for la in block.layers if any(self.names.get(p, la.name) in unexplained for p in la.params)]
@@ -161,6 +163,7 @@ class GradientCheck:
                     self._verified.add(path.of_samples[block.name])
         if rows is not None:
             self._sizes |= {path.functions[block.name]: -1 for block in blocks}
+            self._labels |= {path.functions[block.name]: rows.labels for block in blocks}
             self._one_row |= {
                 (block.name, k)
                 for block in blocks
@@ -202,7 +205,10 @@ class GradientCheck:
             return {source.mark_of(call): at_least_float32(call.signal(grad)).flatten(1) for call, grad in pairs}
 
         _, m, said = source.labels()
-        known = [self._rows[path.values].labels] if path.values in self._rows else []
+        last = (self._labels.get(path.functions[block.name]) for block in blocks)
+        known = [labels for labels in last if labels is not None and len(labels) == m][:1]
+        if path.values in self._rows:
+            known.insert(0, self._rows[path.values].labels)
         tried: list[tuple[Rows, AbstractSet[Mark]]] = []
         for labels in [*known, *candidates(m, {call.batch for call in reached})] if said is None else [said]:
             tried.append(found(send, labels))

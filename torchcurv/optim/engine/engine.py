@@ -227,7 +227,7 @@ class CurvatureEngine:
             idle = id(block) not in there or (part and block.name not in self.followers.names)
             if idle and block.name in self._measured:
                 if not self.schedule.adaptive(index, "update_every"):
-                    block.refresh.next_update = self.step + self.schedule.interval(index, "update_every", self.step)
+                    block.refresh.next_update = self.schedule.next_turn(index, "update_every", self.step)
             elif id(block) in there and not block.average and self.step < block.refresh.next_update:
                 self.followers.add([block])
                 block.refresh.next_update = block.refresh.next_update if part else self.step + 1
@@ -257,7 +257,7 @@ class CurvatureEngine:
         decay = self.groups[index]["ema_decay"] if averages else 0.0
         block.update(decay, not self._is_due(block, index), self.step, track_change)
         if not adaptive:
-            block.refresh.next_update = self.step + self.schedule.interval(index, "update_every", self.step)
+            block.refresh.next_update = self.schedule.next_turn(index, "update_every", self.step)
             if block.refresh.adapted:
                 block.refresh.restart()
         self.unsaved.append(block)
@@ -286,7 +286,7 @@ class CurvatureEngine:
             nominal, of_draws = self.damping.nominal(group, self.step), self.damping.of_draws(group, self.step)
             block.refactor(self.damping.shift(block, group, self.step), nominal, of_draws)
             if not self.schedule.adaptive(index, "refactor_every"):
-                block.refresh.next_refactor = self.step + self.schedule.interval(index, "refactor_every", self.step)
+                block.refresh.next_refactor = self.schedule.next_turn(index, "refactor_every", self.step)
             self.unsaved.append(block)
 
     def _is_due(self, block: Curvature, index: int) -> bool:

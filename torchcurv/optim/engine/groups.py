@@ -171,14 +171,15 @@ class GroupOptions:
             self.check(self.at_step(group, 0))
             self._accepted[index] = {key: group[key] for key in self.table}
 
-    def interval(self, index: int, key: str, step: int) -> int:
-        """Steps until it is due again."""
+    def next_turn(self, index: int, key: str, step: int) -> int:
+        """The step on which it is due again: a multiple of the interval, so that blocks that began later share passes."""
         group, schedule = self.groups[index], self.schedules.get((index, key))
         if schedule is not None:
             group[key] = self._held[index, key] = interval_at(key, schedule, step)
         interval = check_interval(key, group[key])
         assert isinstance(interval, int)
-        return 1 if step < AUTO_INTERVAL and (index, key) in self.early else interval
+        interval = 1 if step < AUTO_INTERVAL and (index, key) in self.early else interval
+        return (step // interval + 1) * interval
 
     def adaptive(self, index: int, key: str) -> bool:
         return self.groups[index][key] == ADAPTIVE
