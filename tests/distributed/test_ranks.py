@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer
+from torchcurv.curv.numerics import assume_accelerator
 from torchcurv.optim import AdaHesScale, CGNewton, DirectionalNewton
 from torchcurv.optim.directional import constant, top_k
 
@@ -310,9 +311,10 @@ def odd_ends(rank):
             opt.step()
         return weights(model).tolist()
 
-    def objecting():
+    def objecting(make=SecondOrderOptimizer):
+        """What is said of a loss that is negated in one process; on an accelerator that is read in `step` alone."""
         model, loss_fn = network(), nn.CrossEntropyLoss()
-        opt, wrapped = SecondOrderOptimizer(model, loss_fn=loss_fn), DistributedDataParallel(model)
+        opt, wrapped = make(model, loss_fn=loss_fn), DistributedDataParallel(model)
         x, y = part(0, rank)
         (loss_fn(wrapped(x), y) * (-1 if bad else 1)).backward()
         try:
@@ -323,6 +325,9 @@ def odd_ends(rank):
     bad = rank == 1
     said["a layer of one process"] = by_branches()
     said["negative"] = objecting()
+    with assume_accelerator():
+        said["negative, read late"] = objecting()
+        said["agreed, read late"] = loop(lambda step, x, y: (x, y))
     said["nan"] = loop(lambda step, x, y: (x / 0 if bad and step == 1 else x, y))
     said["nothing counts"] = loop(
         lambda step, x, y: (x, torch.full_like(y, -100) if bad and step == 1 else y),
@@ -334,12 +339,13 @@ def odd_ends(rank):
 
 def test_sentences_and_odd_ends():
     first, second = together(odd_ends)
-    for name in ("own group", "preconditioner", "adahesscale", "nan", "nothing counts", "no_sync"):
+    for name in ("own group", "preconditioner", "adahesscale", "nan", "nothing counts", "no_sync", "agreed, read late"):
         assert first[name] == second[name], name
         assert not isinstance(first[name], str), (name, first[name])
     assert all(torch.tensor(first[name][0]).isfinite().all() for name in ("nan", "nothing counts", "no_sync"))
     assert first["a layer of one process"] == second["a layer of one process"]
-    assert "another process refuses" in first["negative"] and "negative=" in second["negative"]
+    for name in ("negative", "negative, read late"):
+        assert "another process refuses" in first[name] and "negative=" in second[name]
     assert first["nan"][1] == 2  # of two blocks
     assert first["each for itself"] != second["each for itself"]
     for name, sentence in {

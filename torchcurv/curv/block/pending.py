@@ -77,6 +77,12 @@ class Pending:
         elif wrong:
             self.objection = message
 
+    def settle_doubts(self, any_right: bool) -> None:
+        """Object where a doubt is right; any_right: whether one of this or of other blocks is, so that none is read
+        otherwise."""
+        right = [why for why, wrong in self.doubts.items() if any_right and wrong]
+        self.objection, self.doubts = next(iter(right), self.objection), {}
+
     def doubt_if(self, missing: Tensor, message: str) -> None:
         """What was measured lacks something if `missing`; on an accelerator that is not asked."""
         if on_cpu(missing) and missing:

@@ -22,6 +22,20 @@ def slots_of(block: Curvature) -> dict[str, Tensor]:
     return _slots[block]
 
 
+def _doubts(blocks: list[Curvature], device: torch.device) -> Tensor:
+    """How many doubts turned out to be right [1], without a host read."""
+    flags = [wrong.to(device) for block in blocks for wrong in block.pending.doubts.values()]
+    return torch.stack(flags).sum(0, keepdim=True) if flags else torch.zeros(1, dtype=torch.int64, device=device)
+
+
+def _check_objections(blocks: list[Curvature], objections: int, doubts: int) -> None:
+    """Raise where another process objects to what it measured, and this one does not; how many do is known."""
+    for block in blocks:
+        block.pending.settle_doubts(any_right=doubts > 0)
+    if objections + doubts and all(block.pending.objection is None for block in blocks):
+        raise RuntimeError("another process refuses what it measured, and its message says why: no process steps")
+
+
 def reduce_pending(blocks: list[Curvature], ranks: Ranks) -> None:
     """Make what is pending of the blocks that are due that of all processes.
 
@@ -33,20 +47,19 @@ def reduce_pending(blocks: list[Curvature], ranks: Ranks) -> None:
     device = blocks[0].params[0].device
     slots = [(block, key) for block in blocks for key in slots_of(block)]
     unsent = [b for b in blocks if not b.pending.tensors.keys() <= slots_of(b).keys()]
-    objecting = [block for block in blocks if block.pending.objection is not None]
-    header = [int(key in block.pending.tensors) for block, key in slots] + [len(objecting), len(unsent)]
-    told = torch.tensor(header, device=device)
+    objecting = sum(block.pending.objection is not None for block in blocks)
+    header = [int(key in block.pending.tensors) for block, key in slots] + [objecting, len(unsent)]
+    told = torch.cat([torch.tensor(header, device=device), _doubts(blocks, device)])
     ranks.sum_([told])
-    *there, objections, unsendable = told.tolist()
-    if objections and not objecting:
-        raise RuntimeError("another process refuses what it measured, and its message says why: no process steps")
+    *there, objections, unsendable, doubts = told.tolist()
+    _check_objections(blocks, objections, doubts)
     if unsendable:
         names = ", ".join(repr(block.name) for block in unsent[:3]) or "of another process"
         raise NotImplementedError(
             f"the curvature of block {names} is kept as rows, which are not sent between processes yet: choose "
             'approx="kfac", "ekfac", "diag", "unit" or "block", raise rows_limit, or pass process_group=None'
         )
-    if objections:
+    if objections + doubts:
         return
     sent: list[Tensor] = []
     for block in {id(block): block for (block, _), n in zip(slots, there, strict=True) if n}.values():
