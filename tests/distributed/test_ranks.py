@@ -1,12 +1,8 @@
 """Several processes train one model: they stay equal, and equal one process that accumulates their parts."""
 
-import os
-import tempfile
-import traceback
-from pathlib import Path
-
 import pytest
 import torch
+from processes import NETWORKS, STEPS, WORLD, N, network, part, together, weights
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -15,58 +11,6 @@ from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer
 from torchcurv.curv.numerics import assume_accelerator
 from torchcurv.optim import AdaHesScale, CGNewton, DirectionalNewton
 from torchcurv.optim.directional import constant, top_k
-
-WORLD, N, STEPS = 2, 8, 4
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-
-
-def convolutions():
-    torch.manual_seed(0)
-    layers = nn.Conv2d(1, 2, 2), nn.GroupNorm(1, 2), nn.Tanh(), nn.Flatten(), nn.Linear(2, 3)
-    return nn.Sequential(nn.Unflatten(1, (1, 2, 2)), *layers).double()
-
-
-NETWORKS = {"mlp": network, "cnn": convolutions}
-
-
-def part(step, rank):
-    """The data of one process; that of the second has fewer samples."""
-    generator = torch.Generator().manual_seed(10 * step + rank)
-    n = N - 3 * rank
-    x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
-    return x, torch.randint(3, (n,), generator=generator)
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def joined(rank, path, job, arguments, results):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
-    try:
-        results[rank] = job(rank, *arguments)
-    except Exception:  # for the test to see
-        results[rank] = traceback.format_exc()
-    torch.distributed.destroy_process_group()
-
-
-def together(job, *arguments):
-    """What a function of (rank, ...) returns in each of two processes."""
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager, tempfile.TemporaryDirectory() as folder:
-        results = manager.dict()
-        given = (os.fspath(Path(folder) / "rendezvous"), job, arguments, results)
-        torch.multiprocessing.start_processes(joined, given, nprocs=WORLD, start_method="spawn")
-        found = [results[rank] for rank in range(WORLD)]
-    for one in found:
-        assert not isinstance(one, str), one
-    return found
-
 
 OPTIONS = {
     **{f"{a}": {"approx": a} for a in ("kfac", "ekfac", "diag", "unit", "block", "full", None)},
@@ -270,7 +214,6 @@ def odd_ends(rank):
     attempt("not wrapped", by_name, lambda model: model)
     attempt("each for itself", lambda m: by_name(m, process_group=None), lambda model: model)
     attempt("own group", lambda m: by_name(m, process_group=torch.distributed.group.WORLD))
-    attempt("low rank", lambda m: by_name(m, approx="lowrank", update_every=1, refactor_every=1))
     attempt("directions", lambda m: DirectionalNewton(m, criterion=top_k(2), damping=constant(0.1)))
     attempt("preconditioner", lambda m: Preconditioner(m, loss_fn="cross_entropy"))
 
@@ -350,7 +293,6 @@ def test_sentences_and_odd_ends():
     assert first["each for itself"] != second["each for itself"]
     for name, sentence in {
         "not wrapped": "wrap the model in DistributedDataParallel, or pass process_group=",
-        "low rank": "kept as rows, which are not sent between processes yet",
         "directions": "DirectionalNewton decides in one process",
     }.items():
         assert sentence in first[name] and sentence in second[name], (name, first[name], second[name])

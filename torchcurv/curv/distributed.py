@@ -82,6 +82,19 @@ class Ranks:
             for tensor, part in zip(own, flat.split([tensor.numel() for tensor in own]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def gathered(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """What each process has, in their order; sizes: how many elements that is."""
+        width = max(sizes)
+        padded = torch.cat([own, own.new_zeros(width - len(own))])
+        every = own.new_empty(len(sizes), width)
+        distributed.all_gather(list(every), padded, group=self.group)
+        return [row[:size] for row, size in zip(every, sizes, strict=True)]
+
+    def at_own_place(self, own: list[int]) -> list[int]:
+        """Numbers among zeros, so that the sum over processes has those of each, in their order."""
+        before = distributed.get_rank(self.group) * len(own)
+        return [0] * before + own + [0] * (self.count * len(own) - before - len(own))
+
     def mean(self, numbers: Tensor) -> Tensor:
         """That of all processes."""
         if self.count == 1:

@@ -55,6 +55,7 @@ class Averaging(Refusing):
     """How statistics are added up between steps, and averaged over them."""
 
     keeps_inputs: ClassVar[bool] = False  # whether the averages refer to inputs, which must not outlive the step
+    gathered: ClassVar[tuple[str, ...]] = ()  # keys of what processes collect of one another; all else is summed
 
     @property
     def statistics(self) -> Mapping[str, Statistic]:
@@ -113,6 +114,14 @@ class Averaging(Refusing):
 
     def normalised_measurement(self, tensors: Tensors) -> Tensors:
         """What was measured for one step, with as much weight in an average as that of any other."""
+        return tensors
+
+    def rows_held(self, tensors: Tensors) -> int | None:
+        """How many rows there are, where many are better sent as a matrix; None: there is none."""
+        return None
+
+    def condensed(self, tensors: Tensors, rows: int) -> Tensors:
+        """What is sent where all processes have so many rows."""
         return tensors
 
     def edited(self, pending: Tensors) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class InputCurvature(Approximation):
     sharing: str = "expand"
     by_rows: bool = False
 
+    gathered: ClassVar[tuple[str, ...]] = (ROWS,)
+
     @property
     def statistics(self) -> Mapping[str, Statistic]:
         return {"": Statistic(("A", ROWS, "count"), scales_with_loss=False, needs_signals=False)}
@@ -61,10 +64,6 @@ class InputCurvature(Approximation):
             )
         return cls(sides, sharing, by_rows and sides.blocks[1] == 1 and sharing == "expand")
 
-    def side_names(self, o: int, d: int) -> tuple[str, str]:
-        """The sizes of (I, A) as a summary prints them."""
-        return "I", f"rows of {d}" if self.by_rows else side_names(self.sides, o, d)[1]
-
     @property
     def of_one_step(self) -> bool:
         return self.by_rows
@@ -75,8 +74,8 @@ class InputCurvature(Approximation):
 
     def describe(self, size: int, shape: tuple[int, int, int]) -> str:
         g, o, d = shape
-        left, right = self.side_names(o, d)
-        return f"{f'{g} x ' if g > 1 else ''}({left} ⊗ {right})"
+        right = f"rows of {d}" if self.by_rows else side_names(self.sides, o, d)[1]
+        return f"{f'{g} x ' if g > 1 else ''}(I ⊗ {right})"
 
     def measure(self, stats: Stats, basis: Basis | None = None, due: Collection[str] = WHOLE) -> Tensors:
         tensors: Tensors = {}
@@ -97,6 +96,19 @@ class InputCurvature(Approximation):
             else:
                 held[key] = torch.cat([held[key], value], -2) if key == ROWS else held[key] + value
         return held
+
+    def rows_held(self, tensors: Tensors) -> int | None:
+        if not self.by_rows:
+            return None
+        held = tensors[ROWS].shape[-2] if ROWS in tensors else 0
+        return held + self.sides.sizes[1] * ("A" in tensors)  # beside A, rows are no shorter
+
+    def condensed(self, tensors: Tensors, rows: int) -> Tensors:
+        if ROWS not in tensors or rows < self.sides.sizes[1]:
+            return tensors
+        own = tensors[ROWS]
+        rest = {key: value for key, value in tensors.items() if key != ROWS}
+        return self.collected(rest, {"A": own.mT @ own})
 
     def norm_of(self, key: str, value: Tensor) -> Tensor:
         return norm_of_side(value) if key == "A" else value.norm()

@@ -184,7 +184,7 @@ class CurvatureEngine:
         for block, _ in reached:
             block.follow_parameters()
         due = [block for block in self.blocks if block.name in self._measured]
-        reduce_pending([b for b in due if not (self.rows_stay and b.approx.of_one_step)], self.ranks)
+        reduce_pending(due, self.ranks, self.rows_stay)
         check_objections([block for block, _ in reached])
         missing = [block for block, _ in reached if self.step >= block.refresh.next_update and not block.pending]
         if missing and not check_captured(self, missing):
