@@ -22,6 +22,40 @@ def convolutions():
     return nn.Sequential(nn.Unflatten(1, (1, 2, 2)), *layers).double()
 
 
+def wide():
+    """Of its layers the first sees more rows than inputs in a process, the second in both, the third in none."""
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 10), nn.Tanh(), nn.Linear(10, 30), nn.Tanh(), nn.Linear(30, 3)
+    return nn.Sequential(*layers).double()
+
+
+def normalised():
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, affine=True)
+    return nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.Linear(6, 3)).double()
+
+
+class Words(nn.Module):
+    """Tokens, alone and in bags of unequal size, positions that all samples share, and a head of the same weight."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.bags = nn.Embedding(7, 5), nn.EmbeddingBag(7, 5)
+        self.positions, self.inner = nn.Parameter(torch.randn(4, 5)), nn.Linear(5, 5)
+        self.places = nn.Embedding(4, 5)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.words.weight
+        self.double()
+
+    def forward(self, x):
+        index = (3 * x.abs()).long() % 7
+        sizes = 1 + index[:, 0] % 3
+        bags = self.bags(index.flatten()[: sizes.sum()], sizes.cumsum(0) - sizes)
+        seen = (self.words(index) + self.positions + self.places(torch.arange(4))).tanh().mean(1)
+        return self.head(self.inner(seen + bags).tanh())
+
+
 NETWORKS = {"mlp": network, "cnn": convolutions}
 
 

@@ -263,8 +263,8 @@ class Inputs:
 
     def gradient_in_parts(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """(`gradient`, norm(a)²) without keeping a, which may be many times larger than what the module was given."""
-        if self.view.tokens:
-            return self.gradient(s), self._all.weight.square().sum()
+        if self.view.tokens and self.tokens is not None:  # regrouped, they are dense
+            return self.gradient(s), self.tokens.weight.square().sum()
         if not self.calls:
             return self.gradient(s), self.a.square().sum()
         module, x = self.calls[0]
