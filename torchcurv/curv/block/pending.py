@@ -77,10 +77,9 @@ class Pending:
         elif wrong:
             self.objection = message
 
-    def settle_doubts(self, any_right: bool) -> None:
-        """Object where a doubt is right; any_right: whether one of this or of other blocks is, so that none is read
-        otherwise."""
-        right = [why for why, wrong in self.doubts.items() if any_right and wrong]
+    def settle_doubts(self) -> None:
+        """Object where a doubt is right: a host read."""
+        right = [why for why, wrong in self.doubts.items() if wrong]
         self.objection, self.doubts = next(iter(right), self.objection), {}
 
     def edited(self, name: str) -> str | None:

@@ -184,7 +184,7 @@ class CurvatureEngine:
         for block, _ in reached:
             block.follow_parameters()
         due = [block for block in self.blocks if block.name in self._measured]
-        reduce_pending(due, self.ranks, self.rows_stay)
+        reduce_pending(self, due)
         check_objections([block for block, _ in reached])
         missing = [block for block, _ in reached if self.step >= block.refresh.next_update and not block.pending]
         if missing and not check_captured(self, missing):
@@ -386,6 +386,7 @@ class CurvatureEngine:
         """The inverse of `save`."""
         for block in self.blocks:
             block.load_state(state.get(block.params[0], {}).get(block.layout.state_key, {}))
+        self.ranks.agreed = False
         self.begin_step()
 
 

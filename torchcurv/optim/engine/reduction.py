@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,6 +14,8 @@ from torchcurv.curv.approximations.base import Tensors
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.distributed import Ranks
 from torchcurv.curv.statistics.packing import packed, unpacked
+from torchcurv.optim.engine.agreement import alike, description, difference, digest
+from torchcurv.optim.engine.damping import Group
 
 _slots: WeakKeyDictionary[Curvature, dict[str, Tensor]] = WeakKeyDictionary()
 
@@ -24,39 +29,74 @@ def slots_of(block: Curvature) -> dict[str, Tensor]:
     return _slots[block]
 
 
-def reduce_pending(blocks: list[Curvature], ranks: Ranks, rows_stay: bool = False) -> None:
+class Measuring(Protocol):
+    """What is asked of an engine."""
+
+    step: int
+    groups: Sequence[Group]
+    ranks: Ranks
+    rows_stay: bool
+
+    @property
+    def blocks(self) -> list[Curvature]: ...
+
+
+def reduce_pending(engine: Measuring, due: list[Curvature]) -> None:
     """Make what is pending of the blocks that are due that of all processes.
 
-    blocks: the same on every process. Statistics that scale with the loss become the mean, others the sum, as those of
-    micro-batches whose losses are divided by their number. A process that measured nothing of a block has zeros, and no
-    rows. rows_stay: whether what is of one step stays where it was measured.
+    Statistics that scale with the loss become the mean, others the sum, as those of micro-batches whose losses are
+    divided by their number. A process that measured nothing of a block has zeros, and no rows.
     """
-    if not blocks or ranks.count == 1:
+    ranks = engine.ranks
+    if not (due or (engine.blocks and not ranks.agreed)) or ranks.count == 1:
         return
-    if _refused(blocks, ranks):
+    moving = [block for block in due if not (engine.rows_stay and block.approx.of_one_step)]
+    present = [key in block.pending.tensors for block in moving for key in slots_of(block)]
+    said = description(engine.step, engine.groups, engine.blocks, due)
+    same_slots, refused = _exchange(due, ranks, engine.blocks[0].params[0].device, said, present)
+    if refused or not moving:
         return
-    moving = [block for block in blocks if not (rows_stay and block.approx.of_one_step)]
     _condense(moving, ranks)
     for block in moving:
         block.pending.scale(1 / ranks.count)
-    if moving:
-        _collect(moving, ranks)
+    _collect(moving, ranks, same_slots)
 
 
-def _refused(blocks: list[Curvature], ranks: Ranks) -> bool:
-    """Whether this process objects to what it measured, and will say so; where another does, an error."""
-    device = blocks[0].params[0].device
+def _exchange(
+    blocks: list[Curvature], ranks: Ranks, device: torch.device, said: dict[str, str], present: list[bool]
+) -> tuple[bool, bool]:
+    """(whether all processes measured the same, whether this one objects to what it measured, and will say so).
+
+    One small message, whatever was measured: it arrives also where processes have nothing else in common.
+    """
     for block in blocks:
         block.pending.objection = block.pending.objection or block.pending.edited(block.name)
     objecting = sum(block.pending.objection is not None for block in blocks)
-    told = torch.cat([torch.tensor([objecting], device=device), _doubts(blocks, device)])
+    digests = [*digest(said), *digest(present)]
+    own = torch.tensor([*digests, *(x * x for x in digests), objecting], device=device)
+    told = torch.cat([own, _doubts(blocks, device)])
     ranks.sum_([told])
-    objections, doubts = told.tolist()
+    *sums, objections, doubts = told.tolist()
+    sums, squares = sums[:4], sums[4:]
+    if not alike(sums[:2], squares[:2], ranks.count):
+        raise RuntimeError(difference([json.loads(text) for text in ranks.texts(json.dumps(said), device)]))
+    ranks.agreed = True
+    if objections + doubts:
+        _check_objections(blocks, ranks, device)
     for block in blocks:
-        block.pending.settle_doubts(any_right=doubts > 0)
-    if objections + doubts and all(block.pending.objection is None for block in blocks):
-        raise RuntimeError("another process refuses what it measured, and its message says why: no process steps")
-    return objections + doubts > 0
+        block.pending.doubts = {}
+    return alike(sums[2:], squares[2:], ranks.count), objections + doubts > 0
+
+
+def _check_objections(blocks: list[Curvature], ranks: Ranks, device: torch.device) -> None:
+    """Raise where another process objects to what it measured, and this one, which has a sentence of its own, does
+    not."""
+    for block in blocks:
+        block.pending.settle_doubts()
+    own = next((why for block in blocks if (why := block.pending.objection) is not None), "")
+    every = ranks.texts(own, device)
+    if not own:
+        raise RuntimeError(f"another process refuses what it measured, so that none steps: {next(filter(None, every))}")
 
 
 def _doubts(blocks: list[Curvature], device: torch.device) -> Tensor:
@@ -76,12 +116,18 @@ def _condense(blocks: list[Curvature], ranks: Ranks) -> None:
         block.pending.tensors = block.approx.condensed(block.pending.tensors, rows)
 
 
-def _collect(blocks: list[Curvature], ranks: Ranks) -> None:
-    """Sums of what adds up, and after them the rows of all processes in their order."""
+def _collect(blocks: list[Curvature], ranks: Ranks, same_slots: bool) -> None:
+    """Sums of what adds up, and after them the rows of all processes in their order.
+
+    same_slots: whether all processes measured the same.
+    """
     slots = [(block, key) for block in blocks for key in slots_of(block)]
     gathering = [block for block in blocks if block.approx.gathered]
-    rows = PackedRows(gathering) if gathering else None
     header = [int(key in block.pending.tensors) for block, key in slots]
+    if same_slots and not gathering:
+        _sum([slot for slot, n in zip(slots, header, strict=True) if n], ranks)
+        return
+    rows = PackedRows(gathering) if gathering else None
     sizes = [] if rows is None else ranks.at_own_place(rows.sizes)
     told = torch.tensor(header + sizes, device=blocks[0].params[0].device)
     ranks.sum_([told])
@@ -94,9 +140,11 @@ def _collect(blocks: list[Curvature], ranks: Ranks) -> None:
 def _sum(slots: list[tuple[Curvature, str]], ranks: Ranks) -> None:
     """Sums of what some process has measured."""
     sent: list[Tensor] = []
-    for block in {id(block): block for block, _ in slots}.values():
+    measured: dict[Curvature, list[str]] = {}
+    for block, key in slots:
+        measured.setdefault(block, []).append(key)
+    for block, keys in measured.items():
         own, device = block.pending, block.params[0].device
-        keys = [key for other, key in slots if other is block]
         zero = {key: torch.zeros_like(slots_of(block)[key], device=device) for key in keys if key not in own.tensors}
         summed = {key: zero[key] if key in zero else own.tensors[key].contiguous() for key in keys}
         own.tensors = {**own.tensors, **summed}
