@@ -252,12 +252,14 @@ def odd_ends(rank):
             opt.step()
         return weights(model).tolist()
 
-    def objecting(make=SecondOrderOptimizer):
-        """What is said of a loss that is negated in one process; on an accelerator that is read in `step` alone."""
+    def objecting(make=SecondOrderOptimizer, edited=False):
+        """What is said where one process negates its loss, which on an accelerator is read in `step` alone, or edits
+        its batch."""
         model, loss_fn = network(), nn.CrossEntropyLoss()
         opt, wrapped = make(model, loss_fn=loss_fn), DistributedDataParallel(model)
         x, y = part(0, rank)
-        (loss_fn(wrapped(x), y) * (-1 if bad else 1)).backward()
+        (loss_fn(wrapped(x), y) * (-1 if bad and not edited else 1)).backward()
+        x.mul_(2) if bad and edited else None
         try:
             opt.step()
         except RuntimeError as error:
@@ -266,8 +268,11 @@ def odd_ends(rank):
     bad = rank == 1
     said["a layer of one process"] = by_branches()
     said["negative"] = objecting()
+    said["negative, rows that stay"] = objecting(CGNewton)
+    said["edited"] = objecting(lambda m, loss_fn: by_name(m, approx="full", rows_limit=1), edited=True)
     with assume_accelerator():
         said["negative, read late"] = objecting()
+        said["negative, rows that stay, read late"] = objecting(CGNewton)
         said["agreed, read late"] = loop(lambda step, x, y: (x, y))
     said["nan"] = loop(lambda step, x, y: (x / 0 if bad and step == 1 else x, y))
     said["nothing counts"] = loop(
@@ -285,8 +290,9 @@ def test_sentences_and_odd_ends():
         assert not isinstance(first[name], str), (name, first[name])
     assert all(torch.tensor(first[name][0]).isfinite().all() for name in ("nan", "nothing counts", "no_sync"))
     assert first["a layer of one process"] == second["a layer of one process"]
-    for name in ("negative", "negative, read late"):
-        assert "another process refuses" in first[name] and "negative=" in second[name]
+    for name in (name for name in first if name.startswith("negative") or name == "edited"):
+        assert first[name] == f"another process refuses what it measured, so that none steps: {second[name]}", name
+        assert ("edited in place" if name == "edited" else "negative=") in second[name]
     assert first["nan"][1] == 2  # of two blocks
     assert first["each for itself"] != second["each for itself"]
     for said in (first, second):

@@ -60,9 +60,9 @@ NETWORKS = {"mlp": network, "cnn": convolutions}
 
 
 def part(step, rank):
-    """The data of one process; that of the second has fewer samples."""
+    """The data of one process; they have unequal numbers of samples."""
     generator = torch.Generator().manual_seed(10 * step + rank)
-    n = N - 3 * rank
+    n = (N, N - 3, 2, N - 2)[rank]
     x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
     return x, torch.randint(3, (n,), generator=generator)
 
@@ -71,9 +71,9 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def joined(rank, path, job, arguments, results):
+def joined(rank, path, world, job, arguments, results):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     try:
         results[rank] = job(rank, *arguments)
     except Exception:  # for the test to see
@@ -81,14 +81,14 @@ def joined(rank, path, job, arguments, results):
     torch.distributed.destroy_process_group()
 
 
-def together(job, *arguments):
-    """What a function of (rank, ...) returns in each of two processes."""
+def together(job, *arguments, world=WORLD):
+    """What a function of (rank, ...) returns in each process."""
     context = torch.multiprocessing.get_context("spawn")
     with context.Manager() as manager, tempfile.TemporaryDirectory() as folder:
         results = manager.dict()
-        given = (os.fspath(Path(folder) / "rendezvous"), job, arguments, results)
-        torch.multiprocessing.start_processes(joined, given, nprocs=WORLD, start_method="spawn")
-        found = [results[rank] for rank in range(WORLD)]
+        given = (os.fspath(Path(folder) / "rendezvous"), world, job, arguments, results)
+        torch.multiprocessing.start_processes(joined, given, nprocs=world, start_method="spawn")
+        found = [results[rank] for rank in range(world)]
     for one in found:
         assert not isinstance(one, str), one
     return found
