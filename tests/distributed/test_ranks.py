@@ -1,5 +1,7 @@
 """Several processes train one model: they stay equal, and equal one process that accumulates their parts."""
 
+from unittest import mock
+
 import pytest
 import torch
 from processes import NETWORKS, STEPS, WORLD, N, network, part, together, weights
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer
+from torchcurv.curv.approximations.low_rank import LowRank
 from torchcurv.curv.numerics import assume_accelerator
 from torchcurv.optim import AdaHesScale, CGNewton
 
@@ -270,6 +273,8 @@ def odd_ends(rank):
     said["negative"] = objecting()
     said["negative, rows that stay"] = objecting(CGNewton)
     said["edited"] = objecting(lambda m, loss_fn: by_name(m, approx="full", rows_limit=1), edited=True)
+    with mock.patch.object(LowRank, "gathered", ()):
+        attempt("unknown", lambda m: by_name(m, approx="lowrank"))
     with assume_accelerator():
         said["negative, read late"] = objecting()
         said["negative, rows that stay, read late"] = objecting(CGNewton)
@@ -296,4 +301,5 @@ def test_sentences_and_odd_ends():
     assert first["nan"][1] == 2  # of two blocks
     assert first["each for itself"] != second["each for itself"]
     for said in (first, second):
+        assert "LowRank does not say what several processes make of it: return zeros" in said["unknown"]
         assert "wrap the model in DistributedDataParallel, or pass process_group=" in said["not wrapped"]

@@ -70,7 +70,8 @@ def _exchange(
     One small message, whatever was measured: it arrives also where processes have nothing else in common.
     """
     for block in blocks:
-        block.pending.objection = block.pending.objection or block.pending.edited(block.name)
+        pending = block.pending
+        pending.objection = pending.objection or pending.edited(block.name) or _unknown(block)
     objecting = sum(block.pending.objection is not None for block in blocks)
     digests = [*digest(said), *digest(present)]
     own = torch.tensor([*digests, *(x * x for x in digests), objecting], device=device)
@@ -86,6 +87,18 @@ def _exchange(
     for block in blocks:
         block.pending.doubts = {}
     return alike(sums[2:], squares[2:], ranks.count), objections + doubts > 0
+
+
+def _unknown(block: Curvature) -> str | None:
+    """What is wrong where an approximation does not say how to put together what it measured."""
+    keys = block.pending.tensors.keys() - slots_of(block).keys() - set(block.approx.gathered)
+    if not keys:
+        return None
+    return (
+        f"block {block.name!r} measured {', '.join(map(repr, sorted(keys)))}, and its approximation "
+        f"{type(block.approx).__name__} does not say what several processes make of it: return zeros for it in `empty` "
+        "where it is summed, name it in `gathered` where it is collected, or pass process_group=None"
+    )
 
 
 def _check_objections(blocks: list[Curvature], ranks: Ranks, device: torch.device) -> None:
