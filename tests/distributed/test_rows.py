@@ -1,8 +1,22 @@
-"""Rows that a process keeps of its part are collected by all: they equal those of one process with all the parts."""
+"""What does not simply add up: rows that a process keeps of its part are collected by all, and K-FAC of whole gradients
+is in two units. The steps equal those of one process that accumulates the parts."""
 
 import pytest
 import torch
-from processes import STEPS, WORLD, Words, convolutions, network, normalised, part, together, weights, wide
+from processes import (
+    STEPS,
+    WORLD,
+    Sequences,
+    Words,
+    convolutions,
+    grouped,
+    network,
+    normalised,
+    part,
+    together,
+    weights,
+    wide,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -11,6 +25,7 @@ from torchcurv.optim import DirectionalNewton
 from torchcurv.optim.directional import above, constant, from_noise, top_k
 
 INPUT = {"curv_type": "input", "ema_decay": 0.0, "lr": 0.01, "damping_type": "factored"}
+ADAPTIVE = {"update_every": "adaptive", "refactor_every": "adaptive", "refresh_warmup": 1}
 SUM = nn.CrossEntropyLoss(reduction="sum")
 CASES = {
     "low rank": (network, {"approx": "lowrank", "rank": 5}),
@@ -33,6 +48,13 @@ CASES = {
     "full, without data": (network, {"approx": "full", "rows_limit": 1, "loss_fn": SUM}),
     "low rank, without data": (network, {"approx": "lowrank", "loss_fn": SUM}),
     "input, without data": (wide, {**INPUT, "loss_fn": SUM}),
+    "whole": (network, {"sharing": "whole"}),
+    "whole, convolutions": (convolutions, {"sharing": "whole"}),
+    "whole, at one position and at many": (Sequences, {"sharing": "whole"}),
+    "whole, adaptive": (Sequences, {"sharing": "whole", **ADAPTIVE}),
+    "whole, in groups, without data": (grouped, {"sharing": "whole", "loss_fn": SUM}),
+    "whole, at many, without data": (Sequences, {"sharing": "whole", "loss_fn": SUM}),
+    "whole, corrected": (Sequences, {"sharing": "whole", "approx": "ekfac"}),
     "full, nan": (network, {"approx": "full", "rows_limit": 1}),
     "low rank, nan": (network, {"approx": "lowrank"}),
     "input, nan": (wide, INPUT),

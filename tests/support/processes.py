@@ -56,6 +56,24 @@ class Words(nn.Module):
         return self.head(self.inner(seen + bags).tanh())
 
 
+class Sequences(nn.Module):
+    """Of two positions in the first process, and of one in the others."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+    def forward(self, x):
+        return self.layers(torch.stack([x, x.flip(1)] if len(x) == N else [x], 1)).mean(1)
+
+
+def grouped():
+    torch.manual_seed(0)
+    layers = nn.Unflatten(1, (4, 1)), nn.Conv1d(4, 6, 1, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(6, 3)
+    return nn.Sequential(*layers).double()
+
+
 NETWORKS = {"mlp": network, "cnn": convolutions}
 
 

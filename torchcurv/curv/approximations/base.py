@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchcurv.curv.approximations.averaging import Averaged as Averaged
 from torchcurv.curv.approximations.averaging import Averaging, Refusing
+from torchcurv.curv.approximations.averaging import Forms as Forms
 from torchcurv.curv.approximations.averaging import Statistic as Statistic
 from torchcurv.curv.approximations.averaging import Tensors as Tensors
 from torchcurv.curv.approximations.factoring import Basis as Basis

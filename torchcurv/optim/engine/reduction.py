@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Protocol
@@ -25,7 +26,8 @@ def slots_of(block: Curvature) -> dict[str, Tensor]:
     if block not in _slots:
         p = block.params[0]
         like = torch.zeros((), dtype=torch.promote_types(p.dtype, torch.float32), device="meta")
-        _slots[block] = block.approx.empty(block.layers, like)
+        marks = dict.fromkeys(block.approx.forms.marks, like)
+        _slots[block] = {**block.approx.empty(block.layers, like), **marks}
     return _slots[block]
 
 
@@ -51,19 +53,17 @@ def reduce_pending(engine: Measuring, due: list[Curvature]) -> None:
     if not (due or (engine.blocks and not ranks.agreed)) or ranks.count == 1:
         return
     moving = [block for block in due if not (engine.rows_stay and block.approx.of_one_step)]
-    present = [key in block.pending.tensors for block in moving for key in slots_of(block)]
+    present = [_present(block) for block in moving]
     said = description(engine.step, engine.groups, engine.blocks, due)
-    same_slots, refused = _exchange(due, ranks, engine.blocks[0].params[0].device, said, present)
+    same, refused = _exchange(due, ranks, engine.blocks[0].params[0].device, said, present)
     if refused or not moving:
         return
     _condense(moving, ranks)
-    for block in moving:
-        block.pending.scale(1 / ranks.count)
-    _collect(moving, ranks, same_slots)
+    _collect(moving, ranks, same)
 
 
 def _exchange(
-    blocks: list[Curvature], ranks: Ranks, device: torch.device, said: dict[str, str], present: list[bool]
+    blocks: list[Curvature], ranks: Ranks, device: torch.device, said: dict[str, str], present: list[list[int]]
 ) -> tuple[bool, bool]:
     """(whether all processes measured the same, whether this one objects to what it measured, and will say so).
 
@@ -129,37 +129,46 @@ def _condense(blocks: list[Curvature], ranks: Ranks) -> None:
         block.pending.tensors = block.approx.condensed(block.pending.tensors, rows)
 
 
-def _collect(blocks: list[Curvature], ranks: Ranks, same_slots: bool) -> None:
+def _collect(blocks: list[Curvature], ranks: Ranks, same: bool) -> None:
     """Sums of what adds up, and after them the rows of all processes in their order.
 
-    same_slots: whether all processes measured the same.
+    same: whether all processes measured the same slots in the same forms.
     """
-    slots = [(block, key) for block in blocks for key in slots_of(block)]
-    gathering = [block for block in blocks if block.approx.gathered]
-    header = [int(key in block.pending.tensors) for block, key in slots]
-    if same_slots and not gathering:
-        _sum([slot for slot, n in zip(slots, header, strict=True) if n], ranks)
+    present, gathering = [_present(block) for block in blocks], [block for block in blocks if block.approx.gathered]
+    if same and not gathering:
+        _sum(blocks, present, ranks)
         return
-    rows = PackedRows(gathering) if gathering else None
+    rows = PackedRows(gathering, 1 / ranks.count) if gathering else None
     sizes = [] if rows is None else ranks.at_own_place(rows.sizes)
-    told = torch.tensor(header + sizes, device=blocks[0].params[0].device)
+    told = torch.tensor([*itertools.chain(*present), *sizes], device=blocks[0].params[0].device)
     ranks.sum_([told])
-    there = told.tolist()
-    _sum([slot for slot, n in zip(slots, there, strict=False) if n], ranks)
+    found = iter(told.tolist())
+    _sum(blocks, [[next(found) for _ in own] for own in present], ranks)
     if rows is not None:
-        rows.gather(ranks, there[len(slots) :])
+        rows.gather(ranks, list(found))
 
 
-def _sum(slots: list[tuple[Curvature, str]], ranks: Ranks) -> None:
-    """Sums of what some process has measured."""
+def _present(block: Curvature) -> list[int]:
+    """Which slots were measured, and in which forms."""
+    own = block.pending.tensors
+    return [*(int(key in own) for key in slots_of(block)), *map(int, block.approx.forms.of(own))]
+
+
+def _sum(blocks: list[Curvature], there: list[list[int]], ranks: Ranks) -> None:
+    """Sums of what some process has measured; there: for each block, how many have what `_present` says."""
     sent: list[Tensor] = []
-    measured: dict[Curvature, list[str]] = {}
-    for block, key in slots:
-        measured.setdefault(block, []).append(key)
-    for block, keys in measured.items():
-        own, device = block.pending, block.params[0].device
-        zero = {key: torch.zeros_like(slots_of(block)[key], device=device) for key in keys if key not in own.tensors}
-        summed = {key: zero[key] if key in zero else own.tensors[key].contiguous() for key in keys}
+    for block, counts in zip(blocks, there, strict=True):
+        own, device, slots = block.pending, block.params[0].device, slots_of(block)
+        forms = [n > 0 for n in counts[len(slots) :]]
+        own.tensors, zeros = (block.approx.forms.unified(x, forms) for x in (own.tensors, slots))
+        own.scale(1 / ranks.count)
+        summed = {
+            key: own.tensors[key].contiguous() if key in own.tensors else torch.zeros_like(zeros[key], device=device)
+            for key, n in zip(slots, counts, strict=False)
+            if n and key in zeros
+        }
+        if not summed:
+            continue
         own.tensors = {**own.tensors, **summed}
         own.total = next(iter(summed.values())).new_zeros(()) if own.total is None else own.total
         sent += [*summed.values(), own.total]
@@ -169,16 +178,16 @@ def _sum(slots: list[tuple[Curvature, str]], ranks: Ranks) -> None:
 class PackedRows:
     """The rows of blocks, as bytes.
 
-    known: what all processes have and is not sent.
+    factor: of the loss. known: what all processes have and is not sent.
     """
 
-    def __init__(self, blocks: list[Curvature]) -> None:
+    def __init__(self, blocks: list[Curvature], factor: float) -> None:
         self.blocks = blocks
         layers = [layer for block in blocks for layer in block.layers]
         sites = [site for layer in layers for site in layer.sites]
         self.known = [*layers, *sites, *(site.module for site in sites)]
         self.devices = list(dict.fromkeys([*(block.params[0].device for block in blocks), torch.device("cpu")]))
-        rows = [_gathered_part(block) for block in blocks]
+        rows = [block.approx.scaled(_gathered_part(block), factor) for block in blocks]
         self.own, self.head = packed(rows, self.known, self.devices) if any(rows) else (self._nothing, 0)
         self.sizes = [len(self.own), self.head]
         for block, own in zip(blocks, rows, strict=True):
