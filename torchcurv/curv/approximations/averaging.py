@@ -75,7 +75,6 @@ class Averaging(Refusing):
     """How statistics are added up between steps, and averaged over them."""
 
     keeps_inputs: ClassVar[bool] = False  # whether the averages refer to inputs, which must not outlive the step
-    gathered: ClassVar[tuple[str, ...]] = ()  # keys of what processes collect of one another; all else is summed
 
     forms: ClassVar[Forms] = ONE_FORM
 
@@ -83,6 +82,11 @@ class Averaging(Refusing):
     def statistics(self) -> Mapping[str, Statistic]:
         """What is measured on its own where intervals are adaptive, by name; {"": Statistic(...)} where it is one."""
         raise self._refused("does not say what it keeps: define `statistics`")
+
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        """Keys of what processes collect of one another; all else is summed."""
+        return ()
 
     def statistic_of(self, key: str) -> str:
         """The name of the statistic that a key belongs to."""

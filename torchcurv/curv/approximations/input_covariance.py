@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,21 +47,13 @@ class InputCurvature(Approximation):
     sharing: str = "expand"
     by_rows: bool = False
 
-    gathered: ClassVar[tuple[str, ...]] = (ROWS,)
-
     @property
     def statistics(self) -> Mapping[str, Statistic]:
         return {"": Statistic(("A", ROWS, "count"), scales_with_loss=False, needs_signals=False)}
 
-    @classmethod
-    def of(cls, layer: Layer, sides: Sides, sharing: str, by_rows: bool) -> InputCurvature:
-        if "_t" in sides.uses:
-            raise ValueError(
-                f"layer {layer.name!r}: the weight of an embedding is also used transposed, by its output head, where "
-                'its inputs lie on the other side, so that curv_type="input" is not known for it: choose another '
-                "curv_type, or approx=None"
-            )
-        return cls(sides, sharing, by_rows and sides.blocks[1] == 1 and sharing == "expand")
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        return (ROWS,) if self.by_rows else ()
 
     @property
     def of_one_step(self) -> bool:
@@ -159,3 +150,14 @@ class InputCurvature(Approximation):
 
 def _count(tensors: Tensors) -> Tensor:
     return tensors["count"].clamp_min(torch.finfo(tensors["count"].dtype).tiny)
+
+
+def input_curvature(layer: Layer, sides: Sides, sharing: str, by_rows: bool) -> InputCurvature:
+    """That of a layer; by_rows: whether rows may be kept where they are few."""
+    if "_t" in sides.uses:
+        raise ValueError(
+            f"layer {layer.name!r}: the weight of an embedding is also used transposed, by its output head, where "
+            'its inputs lie on the other side, so that curv_type="input" is not known for it: choose another '
+            "curv_type, or approx=None"
+        )
+    return InputCurvature(sides, sharing, by_rows and sides.blocks[1] == 1 and sharing == "expand")

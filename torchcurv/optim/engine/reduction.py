@@ -55,17 +55,17 @@ def reduce_pending(engine: Measuring, due: list[Curvature]) -> None:
     moving = [block for block in due if not (engine.rows_stay and block.approx.of_one_step)]
     present = [_present(block) for block in moving]
     said = description(engine.step, engine.groups, engine.blocks, due)
-    same, refused = _exchange(due, ranks, engine.blocks[0].params[0].device, said, present)
-    if refused or not moving:
-        return
-    _condense(moving, ranks)
-    _collect(moving, ranks, same)
+    same = _exchange(due, ranks, engine.blocks[0].params[0].device, said, present)
+    if moving:
+        _condense(moving, ranks)
+        _collect(moving, ranks, same)
 
 
 def _exchange(
     blocks: list[Curvature], ranks: Ranks, device: torch.device, said: dict[str, str], present: list[list[int]]
-) -> tuple[bool, bool]:
-    """(whether all processes measured the same, whether this one objects to what it measured, and will say so).
+) -> bool:
+    """Whether all processes measured the same; an error in all of them where one objects to what it measured, or they
+    do not train alike.
 
     One small message, whatever was measured: it arrives also where processes have nothing else in common.
     """
@@ -83,10 +83,10 @@ def _exchange(
         raise RuntimeError(difference([json.loads(text) for text in ranks.texts(json.dumps(said), device)]))
     ranks.agreed = True
     if objections + doubts:
-        _check_objections(blocks, ranks, device)
+        _object(blocks, ranks, device)
     for block in blocks:
         block.pending.doubts = {}
-    return alike(sums[2:], squares[2:], ranks.count), objections + doubts > 0
+    return alike(sums[2:], squares[2:], ranks.count)
 
 
 def _unknown(block: Curvature) -> str | None:
@@ -101,15 +101,13 @@ def _unknown(block: Curvature) -> str | None:
     )
 
 
-def _check_objections(blocks: list[Curvature], ranks: Ranks, device: torch.device) -> None:
-    """Raise where another process objects to what it measured, and this one, which has a sentence of its own, does
-    not."""
+def _object(blocks: list[Curvature], ranks: Ranks, device: torch.device) -> None:
+    """Raise what this process objects to, or what others do."""
     for block in blocks:
         block.pending.settle_doubts()
     own = next((why for block in blocks if (why := block.pending.objection) is not None), "")
-    every = ranks.texts(own, device)
-    if not own:
-        raise RuntimeError(f"another process refuses what it measured, so that none steps: {next(filter(None, every))}")
+    others = filter(None, ranks.texts(own, device))
+    raise RuntimeError(own or f"another process refuses what it measured, so that none steps: {next(others)}")
 
 
 def _doubts(blocks: list[Curvature], device: torch.device) -> Tensor:
@@ -202,6 +200,8 @@ class PackedRows:
 
         All read what was sent, also that of their own, whose memory may lie otherwise: so their sums round alike.
         """
+        if not any(sizes):
+            return
         every = ranks.gathered(self.own, sizes[::2])
         for data, head in zip(every, sizes[1::2], strict=True):
             if head:
