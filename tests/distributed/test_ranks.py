@@ -1,71 +1,18 @@
 """Several processes train one model: they stay equal, and equal one process that accumulates their parts."""
 
-import os
-import tempfile
-import traceback
-from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from processes import NETWORKS, STEPS, WORLD, N, network, part, together, weights
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from torchcurv import Preconditioner, SecondOrderOptimizer, VIOptimizer
-from torchcurv.optim import AdaHesScale, CGNewton, DirectionalNewton
-from torchcurv.optim.directional import constant, top_k
-
-WORLD, N, STEPS = 2, 8, 4
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-
-
-def convolutions():
-    torch.manual_seed(0)
-    layers = nn.Conv2d(1, 2, 2), nn.GroupNorm(1, 2), nn.Tanh(), nn.Flatten(), nn.Linear(2, 3)
-    return nn.Sequential(nn.Unflatten(1, (1, 2, 2)), *layers).double()
-
-
-NETWORKS = {"mlp": network, "cnn": convolutions}
-
-
-def part(step, rank):
-    """The data of one process; that of the second has fewer samples."""
-    generator = torch.Generator().manual_seed(10 * step + rank)
-    n = N - 3 * rank
-    x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
-    return x, torch.randint(3, (n,), generator=generator)
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def joined(rank, path, job, arguments, results):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
-    try:
-        results[rank] = job(rank, *arguments)
-    except Exception:  # for the test to see
-        results[rank] = traceback.format_exc()
-    torch.distributed.destroy_process_group()
-
-
-def together(job, *arguments):
-    """What a function of (rank, ...) returns in each of two processes."""
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager, tempfile.TemporaryDirectory() as folder:
-        results = manager.dict()
-        given = (os.fspath(Path(folder) / "rendezvous"), job, arguments, results)
-        torch.multiprocessing.start_processes(joined, given, nprocs=WORLD, start_method="spawn")
-        found = [results[rank] for rank in range(WORLD)]
-    for one in found:
-        assert not isinstance(one, str), one
-    return found
-
+from torchcurv.curv.approximations.low_rank import LowRank
+from torchcurv.curv.numerics import assume_accelerator
+from torchcurv.optim import AdaHesScale, CGNewton
 
 OPTIONS = {
     **{f"{a}": {"approx": a} for a in ("kfac", "ekfac", "diag", "unit", "block", "full", None)},
@@ -269,8 +216,6 @@ def odd_ends(rank):
     attempt("not wrapped", by_name, lambda model: model)
     attempt("each for itself", lambda m: by_name(m, process_group=None), lambda model: model)
     attempt("own group", lambda m: by_name(m, process_group=torch.distributed.group.WORLD))
-    attempt("low rank", lambda m: by_name(m, approx="lowrank", update_every=1, refactor_every=1))
-    attempt("directions", lambda m: DirectionalNewton(m, criterion=top_k(2), damping=constant(0.1)))
     attempt("preconditioner", lambda m: Preconditioner(m, loss_fn="cross_entropy"))
 
     attempt("adahesscale", lambda m: AdaHesScale(m, loss_fn="cross_entropy", lr=0.1))
@@ -310,11 +255,14 @@ def odd_ends(rank):
             opt.step()
         return weights(model).tolist()
 
-    def objecting():
+    def objecting(make=SecondOrderOptimizer, edited=False):
+        """What is said where one process negates its loss, which on an accelerator is read in `step` alone, or edits
+        its batch."""
         model, loss_fn = network(), nn.CrossEntropyLoss()
-        opt, wrapped = SecondOrderOptimizer(model, loss_fn=loss_fn), DistributedDataParallel(model)
+        opt, wrapped = make(model, loss_fn=loss_fn), DistributedDataParallel(model)
         x, y = part(0, rank)
-        (loss_fn(wrapped(x), y) * (-1 if bad else 1)).backward()
+        (loss_fn(wrapped(x), y) * (-1 if bad and not edited else 1)).backward()
+        x.mul_(2) if bad and edited else None
         try:
             opt.step()
         except RuntimeError as error:
@@ -323,6 +271,14 @@ def odd_ends(rank):
     bad = rank == 1
     said["a layer of one process"] = by_branches()
     said["negative"] = objecting()
+    said["negative, rows that stay"] = objecting(CGNewton)
+    said["edited"] = objecting(lambda m, loss_fn: by_name(m, approx="full", rows_limit=1), edited=True)
+    with mock.patch.object(LowRank, "gathered", ()):
+        attempt("unknown", lambda m: by_name(m, approx="lowrank"))
+    with assume_accelerator():
+        said["negative, read late"] = objecting()
+        said["negative, rows that stay, read late"] = objecting(CGNewton)
+        said["agreed, read late"] = loop(lambda step, x, y: (x, y))
     said["nan"] = loop(lambda step, x, y: (x / 0 if bad and step == 1 else x, y))
     said["nothing counts"] = loop(
         lambda step, x, y: (x, torch.full_like(y, -100) if bad and step == 1 else y),
@@ -334,17 +290,16 @@ def odd_ends(rank):
 
 def test_sentences_and_odd_ends():
     first, second = together(odd_ends)
-    for name in ("own group", "preconditioner", "adahesscale", "nan", "nothing counts", "no_sync"):
+    for name in ("own group", "preconditioner", "adahesscale", "nan", "nothing counts", "no_sync", "agreed, read late"):
         assert first[name] == second[name], name
         assert not isinstance(first[name], str), (name, first[name])
     assert all(torch.tensor(first[name][0]).isfinite().all() for name in ("nan", "nothing counts", "no_sync"))
     assert first["a layer of one process"] == second["a layer of one process"]
-    assert "another process refuses" in first["negative"] and "negative=" in second["negative"]
+    for name in (name for name in first if name.startswith("negative") or name == "edited"):
+        assert first[name] == f"another process refuses what it measured, so that none steps: {second[name]}", name
+        assert ("edited in place" if name == "edited" else "negative=") in second[name]
     assert first["nan"][1] == 2  # of two blocks
     assert first["each for itself"] != second["each for itself"]
-    for name, sentence in {
-        "not wrapped": "wrap the model in DistributedDataParallel, or pass process_group=",
-        "low rank": "kept as rows, which are not sent between processes yet",
-        "directions": "DirectionalNewton decides in one process",
-    }.items():
-        assert sentence in first[name] and sentence in second[name], (name, first[name], second[name])
+    for said in (first, second):
+        assert "LowRank does not say what several processes make of it: return zeros" in said["unknown"]
+        assert "wrap the model in DistributedDataParallel, or pass process_group=" in said["not wrapped"]

@@ -27,6 +27,7 @@ class Ranks:
 
     def __init__(self, process_group: Any = "auto") -> None:
         self.said = process_group
+        self.agreed = False  # whether they have compared what they train, since it was built or loaded
         self._seen: Any = None
         self._wrapper: Callable[[], DistributedDataParallel | None] = lambda: None
 
@@ -81,6 +82,26 @@ class Ranks:
             distributed.all_reduce(flat, group=group)
             for tensor, part in zip(own, flat.split([tensor.numel() for tensor in own]), strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def gathered(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """What each process has, in their order; sizes: how many elements that is."""
+        width = max(sizes)
+        padded = torch.cat([own, own.new_zeros(width - len(own))])
+        every = own.new_empty(len(sizes), width)
+        distributed.all_gather(list(every), padded, group=self.group)
+        return [row[:size] for row, size in zip(every, sizes, strict=True)]
+
+    def at_own_place(self, own: list[int]) -> list[int]:
+        """Numbers among zeros, so that the sum over processes has those of each, in their order."""
+        before = distributed.get_rank(self.group) * len(own)
+        return [0] * before + own + [0] * (self.count * len(own) - before - len(own))
+
+    def texts(self, own: str, device: torch.device) -> list[str]:
+        """Those of all processes, in their order."""
+        data = torch.tensor(list(own.encode()), dtype=torch.uint8, device=device)
+        sizes = torch.tensor(self.at_own_place([len(data)]), device=device)
+        self.sum_([sizes])
+        return [bytes(x.tolist()).decode() for x in self.gathered(data, sizes.tolist())]
 
     def mean(self, numbers: Tensor) -> Tensor:
         """That of all processes."""

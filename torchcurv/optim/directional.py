@@ -72,7 +72,7 @@ class DirectionalNewton(CurvatureOptimizer):
     γ_k and λ_k are means over the samples of the first and second derivative of their losses along e_k, and nothing
     happens off these directions. The eigenvectors come from the Gram matrix of the batch's rows, [N C, N C] for N
     samples with C outputs or [N samples, N samples] for drawn signals, and are never formed one by one. There is no
-    running average.
+    running average. On several processes the batch is that of all, and every one of them collects all its rows.
 
     Args:
         model, params, loss_fn, and the options of the whole optimizer: as in SecondOrderOptimizer.
@@ -91,6 +91,7 @@ class DirectionalNewton(CurvatureOptimizer):
     (2021), with `from_noise` our own.
     """
 
+    over_ranks: ClassVar = True
     table: ClassVar = with_defaults(
         table_of(MainLossOption, MainOptions, BlockOptions, LossOptions, LearningRate),
         approx="full",

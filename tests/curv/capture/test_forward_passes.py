@@ -1310,3 +1310,22 @@ def test_the_summary_shows_blocks_and_diagonals():
     groups = [{"params": embedding[1].parameters(), "approx": "unit"}, {"params": embedding[0].parameters()}]
     text = SecondOrderOptimizer(embedding, groups).summary()
     assert "(4² ⊗ 11)" in text and "4 x 2²" in text
+
+
+def test_bags_beside_a_table_that_all_samples_read_are_measured():
+    """Every row is a position of each sample then, also those of bags, which are known of the whole batch alone."""
+
+    class Bags(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bags, self.table, self.head = nn.EmbeddingBag(7, 5), nn.Embedding(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x, offsets):
+            return self.head((self.bags(x, offsets) + self.table(torch.arange(4)).mean(0)).tanh())
+
+    torch.manual_seed(0)
+    model = Bags().double()
+    optimizer = SecondOrderOptimizer(model, loss_fn="cross_entropy", approx="block", samples=None, update_every=1)
+    nn.functional.cross_entropy(model(torch.arange(12) % 7, torch.tensor([0, 2, 3, 7])), torch.arange(4) % 3).backward()
+    optimizer.step()
+    assert optimizer.coverage() == 1.0 and optimizer.blocks["bags"].mean_eigenvalue() > 0

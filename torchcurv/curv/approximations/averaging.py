@@ -5,7 +5,7 @@ The answers here are right for what adds up over signals, micro-batches and rank
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -44,6 +44,23 @@ class Averaged:
     changes: dict[str, Tensor] = field(default_factory=dict)
 
 
+class Forms:
+    """Forms that a measurement may have, which do not add up to one another: here there is one.
+
+    marks: keys that say so beside the averages, 0-d.
+    """
+
+    marks: ClassVar[tuple[str, ...]] = ()
+
+    def of(self, tensors: Tensors) -> tuple[bool, ...]:
+        """Which of them a measurement has."""
+        return ()
+
+    def unified(self, tensors: Tensors, there: Sequence[bool]) -> Tensors:
+        """A measurement, or zeros, in the form that can be added up where processes have those that are there."""
+        return tensors
+
+
 class Refusing:
     """What has answers that may be refused by name."""
 
@@ -51,15 +68,25 @@ class Refusing:
         return NotImplementedError(f"the approximation {type(self).__name__} {why}")
 
 
+ONE_FORM = Forms()
+
+
 class Averaging(Refusing):
     """How statistics are added up between steps, and averaged over them."""
 
     keeps_inputs: ClassVar[bool] = False  # whether the averages refer to inputs, which must not outlive the step
 
+    forms: ClassVar[Forms] = ONE_FORM
+
     @property
     def statistics(self) -> Mapping[str, Statistic]:
         """What is measured on its own where intervals are adaptive, by name; {"": Statistic(...)} where it is one."""
         raise self._refused("does not say what it keeps: define `statistics`")
+
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        """Keys of what processes collect of one another; all else is summed."""
+        return ()
 
     def statistic_of(self, key: str) -> str:
         """The name of the statistic that a key belongs to."""
@@ -113,6 +140,14 @@ class Averaging(Refusing):
 
     def normalised_measurement(self, tensors: Tensors) -> Tensors:
         """What was measured for one step, with as much weight in an average as that of any other."""
+        return tensors
+
+    def rows_held(self, tensors: Tensors) -> int | None:
+        """How many rows there are, where many are better sent as a matrix; None: there is none."""
+        return None
+
+    def condensed(self, tensors: Tensors, rows: int) -> Tensors:
+        """What is sent where all processes have so many rows."""
         return tensors
 
     def edited(self, pending: Tensors) -> bool:

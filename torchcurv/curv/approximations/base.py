@@ -2,8 +2,8 @@
 
 Its statistics are tensors by key, {key: tensor}, and a `Statistic` is a group of keys that are measured together. What
 an entry must say is what adds up (`measure`), what nothing is (`empty`), the factor, C x and tr C. The rest follows for
-statistics that add up over signals, micro-batches and ranks; approximations that keep rows say it themselves
-(by_rows.py, low_rank.py).
+statistics that add up over signals, micro-batches and ranks; approximations that keep rows say it themselves, with the
+keys that processes collect of one another (`gathered`; by_rows.py, low_rank.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchcurv.curv.approximations.averaging import Averaged as Averaged
 from torchcurv.curv.approximations.averaging import Averaging, Refusing
+from torchcurv.curv.approximations.averaging import Forms as Forms
 from torchcurv.curv.approximations.averaging import Statistic as Statistic
 from torchcurv.curv.approximations.averaging import Tensors as Tensors
 from torchcurv.curv.approximations.factoring import Basis as Basis

@@ -29,6 +29,7 @@ class ByRows(Approximation):
         return {"": Statistic((KEPT,), scales_with_loss=True, needs_signals=True)}
 
     keeps_inputs: ClassVar[bool] = True
+    gathered: ClassVar[tuple[str, ...]] = (KEPT,)
 
     @property
     def of_one_step(self) -> bool:

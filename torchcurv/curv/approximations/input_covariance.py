@@ -51,19 +51,9 @@ class InputCurvature(Approximation):
     def statistics(self) -> Mapping[str, Statistic]:
         return {"": Statistic(("A", ROWS, "count"), scales_with_loss=False, needs_signals=False)}
 
-    @classmethod
-    def of(cls, layer: Layer, sides: Sides, sharing: str, by_rows: bool) -> InputCurvature:
-        if "_t" in sides.uses:
-            raise ValueError(
-                f"layer {layer.name!r}: the weight of an embedding is also used transposed, by its output head, where "
-                'its inputs lie on the other side, so that curv_type="input" is not known for it: choose another '
-                "curv_type, or approx=None"
-            )
-        return cls(sides, sharing, by_rows and sides.blocks[1] == 1 and sharing == "expand")
-
-    def side_names(self, o: int, d: int) -> tuple[str, str]:
-        """The sizes of (I, A) as a summary prints them."""
-        return "I", f"rows of {d}" if self.by_rows else side_names(self.sides, o, d)[1]
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        return (ROWS,) if self.by_rows else ()
 
     @property
     def of_one_step(self) -> bool:
@@ -75,8 +65,8 @@ class InputCurvature(Approximation):
 
     def describe(self, size: int, shape: tuple[int, int, int]) -> str:
         g, o, d = shape
-        left, right = self.side_names(o, d)
-        return f"{f'{g} x ' if g > 1 else ''}({left} ⊗ {right})"
+        right = f"rows of {d}" if self.by_rows else side_names(self.sides, o, d)[1]
+        return f"{f'{g} x ' if g > 1 else ''}(I ⊗ {right})"
 
     def measure(self, stats: Stats, basis: Basis | None = None, due: Collection[str] = WHOLE) -> Tensors:
         tensors: Tensors = {}
@@ -97,6 +87,19 @@ class InputCurvature(Approximation):
             else:
                 held[key] = torch.cat([held[key], value], -2) if key == ROWS else held[key] + value
         return held
+
+    def rows_held(self, tensors: Tensors) -> int | None:
+        if not self.by_rows:
+            return None
+        held = tensors[ROWS].shape[-2] if ROWS in tensors else 0
+        return held + self.sides.sizes[1] * ("A" in tensors)  # beside A, rows are no shorter
+
+    def condensed(self, tensors: Tensors, rows: int) -> Tensors:
+        if ROWS not in tensors or rows < self.sides.sizes[1]:
+            return tensors
+        own = tensors[ROWS]
+        rest = {key: value for key, value in tensors.items() if key != ROWS}
+        return self.collected(rest, {"A": own.mT @ own})
 
     def norm_of(self, key: str, value: Tensor) -> Tensor:
         return norm_of_side(value) if key == "A" else value.norm()
@@ -147,3 +150,14 @@ class InputCurvature(Approximation):
 
 def _count(tensors: Tensors) -> Tensor:
     return tensors["count"].clamp_min(torch.finfo(tensors["count"].dtype).tiny)
+
+
+def input_curvature(layer: Layer, sides: Sides, sharing: str, by_rows: bool) -> InputCurvature:
+    """That of a layer; by_rows: whether rows may be kept where they are few."""
+    if "_t" in sides.uses:
+        raise ValueError(
+            f"layer {layer.name!r}: the weight of an embedding is also used transposed, by its output head, where "
+            'its inputs lie on the other side, so that curv_type="input" is not known for it: choose another '
+            "curv_type, or approx=None"
+        )
+    return InputCurvature(sides, sharing, by_rows and sides.blocks[1] == 1 and sharing == "expand")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.base import Approximation, Averaged, Basis, Statistic, Tensors, damping_tensor
+from torchcurv.curv.approximations.base import Approximation, Averaged, Basis, Forms, Statistic, Tensors, damping_tensor
 from torchcurv.curv.approximations.factor import Factor
 from torchcurv.curv.approximations.factors import Eigen, KroneckerInverse
 from torchcurv.curv.approximations.spectrum import map_negative_eigenvalues
@@ -59,6 +59,24 @@ class Sides:
         return cls((o, d), (left, right), tuple("_t" if transposed else "" for transposed in uses))
 
 
+class OneOrMany(Forms):
+    """Measured at one position, or at many, for each use."""
+
+    marks: ClassVar = tuple(ONE + suffix for suffix in SUFFIXES)
+
+    def of(self, tensors: Tensors) -> tuple[bool, ...]:
+        return tuple(_of_one_position(tensors, suffix) is one for suffix in SUFFIXES for one in (True, False))
+
+    def unified(self, tensors: Tensors, there: Sequence[bool]) -> Tensors:
+        for suffix, one, many in zip(SUFFIXES, there[::2], there[1::2], strict=True):
+            if one and many:
+                tensors = _as_whole(tensors, suffix) if _of_one_position(tensors, suffix) else tensors
+                tensors = {key: value for key, value in tensors.items() if key != ONE + suffix}
+            elif one and f"count{suffix}" in tensors:
+                tensors = {**tensors, f"count{suffix}": tensors[f"count{suffix}"].sum()}
+        return tensors
+
+
 @dataclass(frozen=True)
 class Kronecker(Approximation):
     """C ≈ B ⊗ A per group: A = mean a a^T, B = sum s s^T (Martens & Grosse 2015; Eschenhagen et al. 2023).
@@ -81,6 +99,8 @@ class Kronecker(Approximation):
     sides: Sides | None = None
     spectrum: str | None = None
     of_mean_input: bool = False
+
+    forms: ClassVar[Forms] = OneOrMany()
 
     @property
     def statistics(self) -> Mapping[str, Statistic]:

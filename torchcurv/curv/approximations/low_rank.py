@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ class LowRank(Approximation):
     rank: int
     spectrum: str | None = None
     rows_limit: int = 2048
+
+    gathered: ClassVar[tuple[str, ...]] = (KEPT,)
 
     @property
     def statistics(self) -> Mapping[str, Statistic]:

@@ -11,7 +11,7 @@ from torchcurv.curv.approximations.base import Approximation
 from torchcurv.curv.approximations.by_rows import ByRows
 from torchcurv.curv.approximations.dense import Dense
 from torchcurv.curv.approximations.diagonal import Diagonal
-from torchcurv.curv.approximations.input_covariance import InputCurvature
+from torchcurv.curv.approximations.input_covariance import input_curvature
 from torchcurv.curv.approximations.kronecker import Kronecker, Sides
 from torchcurv.curv.approximations.low_rank import LowRank
 from torchcurv.curv.layers.layer import Layer
@@ -102,7 +102,7 @@ def _kfac(options: Options, layer: Layer) -> Approximation:
         return _kronecker(options, layer)
     each_step = options.ema_decay == 0 and options.update_every == 1 and options.refactor_every == 1
     by_rows = each_step and options.damping_type == "factored"
-    return InputCurvature.of(layer, _sides(options, layer), _shared(options, layer), by_rows)
+    return input_curvature(layer, _sides(options, layer), _shared(options, layer), by_rows)
 
 
 def _dense(options: Options, layers: list[Layer]) -> Approximation:

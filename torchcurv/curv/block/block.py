@@ -101,12 +101,10 @@ class Curvature:
         A measurement with a value that is not finite is left out and counted.
         """
         self.health.take_doubts(self.pending.doubts)
+        edited = self.pending.edited(self.name)
+        if edited is not None:
+            raise RuntimeError(edited)
         new, total = self.pending.take()
-        if self.approx.edited(new):
-            raise RuntimeError(
-                f"the inputs of block {self.name!r} were edited in place between backward() and step(): its "
-                "curvature is found from them in step(). Give every batch a tensor of its own"
-            )
         if ema_decay and self.approx.forbids_memory:
             raise ValueError(
                 f"block {self.name!r} was built with ema_decay=0, so that it keeps no running average, and has "

@@ -77,6 +77,20 @@ class Pending:
         elif wrong:
             self.objection = message
 
+    def settle_doubts(self) -> None:
+        """Object where a doubt is right: a host read."""
+        right = [why for why, wrong in self.doubts.items() if wrong]
+        self.objection, self.doubts = next(iter(right), self.objection), {}
+
+    def edited(self, name: str) -> str | None:
+        """What is wrong where inputs of rows, which are read in `step`, have changed; name: of the block."""
+        if not self.tensors or not self.approx.edited(self.tensors):
+            return None
+        return (
+            f"the inputs of block {name!r} were edited in place between backward() and step(): its curvature is found "
+            "from them in step(). Give every batch a tensor of its own"
+        )
+
     def doubt_if(self, missing: Tensor, message: str) -> None:
         """What was measured lacks something if `missing`; on an accelerator that is not asked."""
         if on_cpu(missing) and missing:

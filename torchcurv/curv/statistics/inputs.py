@@ -44,6 +44,7 @@ class Inputs:
         present: Tensor | None = None,
     ) -> None:
         self.present = present
+        self.whole: Inputs | None = None  # one sample, where these are as many of it
         self.layer, self.site, self.calls, self.n, self.weights = layer, site, calls, n, weights
         self.view = site.view
         self._versions = self._current_versions
@@ -262,8 +263,8 @@ class Inputs:
 
     def gradient_in_parts(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """(`gradient`, norm(a)²) without keeping a, which may be many times larger than what the module was given."""
-        if self.view.tokens:
-            return self.gradient(s), self._all.weight.square().sum()
+        if self.view.tokens and self.tokens is not None:  # regrouped, they are dense
+            return self.gradient(s), self.tokens.weight.square().sum()
         if not self.calls:
             return self.gradient(s), self.a.square().sum()
         module, x = self.calls[0]
@@ -284,6 +285,34 @@ class Inputs:
 def repeated(inputs: Inputs, n: int) -> Inputs:
     """The inputs of one sample as those of n, without copies."""
     more = Inputs(inputs.layer, inputs.site, inputs.calls, n, None)
+    more.whole = inputs
     tokens = inputs.tokens
     more.__dict__["_all"] = inputs.a.expand(n, -1, -1, -1) if tokens is None else tokens.repeated(n)
     return more
+
+
+def given_of(inputs: Inputs) -> tuple[Any, ...]:
+    """What `inputs_from` makes equal ones of: what modules were given, which may be many times smaller than what is
+    read of it; what was read, where that depends on buffers of the module, or is all there is."""
+    read = None if inputs.calls and inputs.view.mode is None else inputs._all
+    calls = inputs.calls if read is None else []
+    return inputs.layer, inputs.site, calls, inputs.n, inputs.weights, inputs.present, read, inputs.whole
+
+
+def inputs_from(
+    layer: Layer,
+    site: ParameterUse,
+    calls: list[tuple[nn.Module, Arguments]],
+    n: int,
+    weights: Tensor | None,
+    present: Tensor | None,
+    read: Any,
+    whole: Inputs | None,
+) -> Inputs:
+    """Inputs as `given_of` says; read: what was read of the calls already."""
+    if whole is not None:
+        return repeated(whole, n)
+    inputs = Inputs(layer, site, calls, n, weights, present)
+    if read is not None:
+        inputs.__dict__["_all"] = read
+    return inputs

@@ -192,7 +192,7 @@ class CurvatureEngine:
         for block, _ in reached:
             block.follow_parameters()
         due = [block for block in self.blocks if block.name in self._measured]
-        reduce_pending([b for b in due if not (self.rows_stay and b.approx.of_one_step)], self.ranks)
+        reduce_pending(self, due)
         check_objections([block for block, _ in reached])
         missing = [block for block, _ in reached if self.step >= block.refresh.next_update and not block.pending]
         if missing and not check_captured(self, missing):
@@ -388,6 +388,7 @@ class CurvatureEngine:
         """The inverse of `save`."""
         for block in self.blocks:
             block.load_state(state.get(block.params[0], {}).get(block.layout.state_key, {}))
+        self.ranks.agreed = False
         self.begin_step()
 
 
