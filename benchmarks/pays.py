@@ -1,0 +1,137 @@
+"""Does one plain call pay? SecondOrderOptimizer(model, loss_fn=...) against tuned AdamW, Muon and SOAP.
+
+    python -m benchmarks.pays                              # everything that is not in docs/results/pays/ yet
+    python -m benchmarks.pays --problems mlp gpt --seeds 0
+    python -m benchmarks.pays --only-ours --ours "small clip: kl_clip=0.003" "long memory: ema_decay=0.99"
+    python -m benchmarks.pays --quick --results /tmp/pays --page /tmp/pays.md
+    pip install pytorch-optimizer                          # for SOAP
+
+Thirteen problems (benchmarks/pays_problems.py) at the batches that people use, with a decaying rate and a warm-up.
+All get the same processor time: that of a number of AdamW steps. What a step of each costs is measured in turns, and
+from that follows how many steps fit; the schedule of each ends there. On the tuning seed, AdamW tries five rates
+without weight decay and three with 0.1, Muon and SOAP three rates each with AdamW's decay, all judged by the final
+test loss; the best runs on the other seeds. Ours has the settings of the plain call, and of each --ours, on every
+problem; where the loss is made of derivatives, it is ResidualNewton(model, reduction="mean") without a schedule.
+Evaluations are not timed. One thread: torch.set_num_threads(1).
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.pays_problems import PROBLEMS, Problem, shorter
+from benchmarks.pays_report import draw, write_page
+from benchmarks.pays_runs import LOOKS, OTHERS, Contender, Store, final
+from benchmarks.train import OPTIMIZERS, options_from
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+ADAMW_RATES, DECAY = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 0.1
+FIRST_TRIALS, THIRD_TRIAL = (1e-2, 3e-3), {1e-2: 3e-2, 3e-3: 1e-3}  # of Muon and SOAP: the third by the better of two
+TUNING_SEED = 10
+PLAIN = Contender("ours")
+
+
+def tuned_adamw(store: Store, quick: bool) -> Contender:
+    def tried(lr: float, decay: float) -> tuple[float, Contender]:
+        contender = Contender("AdamW", {"lr": lr, "weight_decay": decay})
+        return final(store.run(contender, TUNING_SEED, 1)), contender
+
+    rates = ADAMW_RATES[2:3] if quick else ADAMW_RATES
+    trials = [tried(lr, 0.0) for lr in rates]
+    at = min(range(len(rates)), key=lambda k: trials[k][0])
+    trials += [] if quick else [tried(lr, DECAY) for lr in rates[max(0, at - 1) : at + 2]]
+    return min(trials, key=lambda trial: trial[0])[1]
+
+
+def tuned(store: Store, name: str, decay: float, quick: bool) -> Contender:
+    """The best of three rates, the third of which lies beyond the better of the first two."""
+
+    def tried(lr: float) -> tuple[float, Contender]:
+        contender = Contender(name, {"lr": lr, "weight_decay": decay})
+        return final(store.run(contender, TUNING_SEED, 1)), contender
+
+    trials = [tried(lr) for lr in (FIRST_TRIALS[:1] if quick else FIRST_TRIALS)]
+    if not quick:
+        better = min(trials, key=lambda trial: trial[0])[1].options["lr"]
+        trials.append(tried(THIRD_TRIAL[better]))
+    return min(trials, key=lambda trial: trial[0])[1]
+
+
+def settings(texts: list[str]) -> list[Contender]:
+    """The plain call, and "name: key=value ..." for each text."""
+    found = [PLAIN]
+    for text in texts:
+        name, colon, options = text.partition(":")
+        if not colon or not name.strip() or name.strip() in (*OTHERS, PLAIN.name):
+            raise ValueError(f"{text!r} is no setting; write it as 'name: key=value ...', with a name of its own")
+        found.append(Contender(name.strip(), options_from(options.split())))
+    return found
+
+
+def compete(problem: Problem, ours: list[Contender], args: argparse.Namespace) -> Store:
+    """All that is missing of a problem, the others first."""
+    store = Store(args.results, problem)
+    own = ours if problem.data is not None else ours[:1]  # the others are options of SecondOrderOptimizer
+    if args.again:
+        names = {contender.name for contender in own}
+        store.forget(lambda name: name in names or (name in OTHERS and not args.only_ours))
+    others = [] if args.only_ours else [name for name in OTHERS if OPTIMIZERS[name].installed]
+    starts = [Contender(name, {"lr": 1e-3}) for name in others]
+    store.measure([*starts, *own], 0.0 if args.quick else 6.0)
+    contenders = list(own)
+    if others:
+        adamw = tuned_adamw(store, args.quick)
+        decay = adamw.options["weight_decay"]
+        contenders += [adamw, *(tuned(store, name, decay, args.quick) for name in others[1:])]
+    for seed in args.seeds:
+        for contender in contenders:
+            store.run(contender, seed, 3 if args.quick else LOOKS)
+    return store
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help=f"not {TUNING_SEED}, that of tuning")
+    parser.add_argument("--ours", nargs="+", default=[], metavar='"NAME: KEY=VALUE ..."', help="more settings of ours")
+    parser.add_argument("--only-ours", action="store_true", help="leave the others as they are in the results")
+    parser.add_argument("--again", action="store_true", help="run again what the results hold")
+    parser.add_argument("--quick", action="store_true", help="one trial each and few steps: that it runs, no result")
+    parser.add_argument("--report", action="store_true", help="the page and the figures of what the results hold")
+    parser.add_argument("--results", type=Path, default=RESULTS / "pays", help="folder of the JSON files")
+    parser.add_argument("--page", type=Path, default=RESULTS / "pays.md", help="Markdown page to write the tables into")
+    parser.add_argument("--images", type=Path, help="folder of the figures (default: docs/images)")
+    args = parser.parse_args(argv)
+    if TUNING_SEED in args.seeds:
+        parser.error(f"seed {TUNING_SEED} is that of tuning")
+    if args.quick and args.results == RESULTS / "pays":
+        parser.error("--quick is no result: give another folder with --results and another page with --page")
+    args.images = args.images or args.page.parent.parent / "images"
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    torch.set_num_threads(1)
+    ours = settings(args.ours)
+    for name in OTHERS:
+        if not OPTIMIZERS[name].installed:
+            print(f"{name} is not installed. To compare: pip install {OPTIMIZERS[name].package[1]}")
+    stores: list[Any] = []
+    for name in args.problems:
+        problem = PROBLEMS[name]
+        if args.quick:
+            problem = shorter(problem, max(40, math.ceil(problem.steps / 20)))
+        stores.append(Store(args.results, problem) if args.report else compete(problem, ours, args))
+    if not args.quick and not args.report:  # the page shows all that there is
+        stores = [Store(args.results, problem) for problem in PROBLEMS.values()]
+    stores = [store for store in stores if store.content["runs"]]
+    print(write_page(args.page, stores))
+    draw(stores, args.images)
+
+
+if __name__ == "__main__":
+    main()

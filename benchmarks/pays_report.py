@@ -1,0 +1,200 @@
+"""What benchmarks/pays.py found: the tables of its page, and small multiples of loss against processor time."""
+
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pays_runs import COLUMNS, OTHERS, Store, diverged, final
+from benchmarks.plot import plt
+
+START, END = "<!-- measured -->", "<!-- end of what was measured -->"
+COLOURS = {"AdamW": "tab:orange", "Muon": "tab:green", "SOAP": "tab:purple", "ours": "tab:blue"}
+MORE = ("tab:cyan", "tab:red", "tab:brown", "tab:pink", "black")
+Runs = list[dict[str, Any]]
+
+
+class Result:
+    """A problem: of every contender the runs that count, one per seed."""
+
+    def __init__(self, store: Store) -> None:
+        self.problem, self.store, self.runs = store.problem, store, {}
+        every = [run for run in store.content["runs"] if run["steps"] == store.steps(run["name"])]
+        for name in dict.fromkeys([*OTHERS, *(run["name"] for run in every)]):
+            own = [run for run in every if run["name"] == name]
+            trials = [run for run in own if len(run["rows"]) == 1]
+            counted = [run for run in own if len(run["rows"]) > 1]
+            if not counted:
+                continue
+            options = min(trials, key=final)["options"] if trials else counted[-1]["options"]
+            if chosen := [run for run in counted if run["options"] == options]:
+                self.runs[name] = sorted(chosen, key=lambda run: run["seed"])
+        self.others = [name for name in OTHERS if name in self.runs]
+        self.ours = [name for name in self.runs if name not in OTHERS]
+
+    def median(self, name: str, column: str) -> float | None:
+        """Of the last looks; infinite where a run diverged, None where the problem has no such column."""
+        at, runs = COLUMNS.index(column), self.runs[name]
+        values = [math.inf if diverged(run) else run["rows"][-1][at] for run in runs]
+        return None if None in values else statistics.median(values)
+
+    def loss(self, name: str) -> float:
+        found = self.median(name, "test_loss")
+        return math.inf if found is None else found
+
+    @property
+    def best_other(self) -> str | None:
+        return min(self.others, key=self.loss, default=None)
+
+    def time_to(self, name: str, rival: str) -> float:
+        """Median over seeds: the share of the time in which `name` is first at the rival's final test loss."""
+        goals = {run["seed"]: final(run) for run in self.runs[rival]}
+        at, shares = COLUMNS.index("test_loss"), []
+        for run in self.runs[name]:
+            if run["seed"] in goals:
+                there = (r[0] for r in run["rows"] if r[at] is not None and r[at] <= goals[run["seed"]])
+                shares.append(next(there, math.inf) / run["steps"])
+        return statistics.median(shares) if shares else math.inf
+
+
+def write_page(path: Path, stores: list[Store]) -> str:
+    """The tables, which replace what stands between START and END on the page; a new page holds nothing else."""
+    results = [result for result in map(Result, stores) if result.runs]
+    text = "\n".join([main_table(results), "", training_table(results), "", tuned_table(results)])
+    page = path.read_text() if path.exists() else f"{START}\n{END}\n"
+    before, after = page.partition(START)[0], page.partition(END)[2]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}")
+    return text
+
+
+def main_table(results: list[Result]) -> str:
+    """Test losses at equal processor time, what our steps cost, the time to the best other's loss."""
+    others, ours = names_of(results)
+    time_head = [f"{name}: step, time" for name in ours]
+    lines = header(["problem (batch)", "seconds", *others, *ours, *time_head])
+    for result in results:
+        cells = losses_of(result, [*others, *ours], "test_loss", "test_accuracy")
+        for name in ours:
+            cells.append(time_cell(result, name) if name in result.runs else "")
+        seconds = statistics.median(run["rows"][-1][1] for run in next(iter(result.runs.values())))
+        lines.append(row([f"{result.problem.title} ({result.problem.batch})", f"{seconds:.1f}", *cells]))
+    return "\n".join([*lines, "", *(summary(results, name) for name in ours)])
+
+
+def time_cell(result: Result, name: str) -> str:
+    cost, rival = result.store.cost(name), result.best_other
+    if rival is None:
+        return f"{cost:.2f}"
+    share = result.time_to(name, rival)
+    return f"{cost:.2f}, {share:.2f}" if math.isfinite(share) else f"{cost:.2f}, missed"
+
+
+def training_table(results: list[Result]) -> str:
+    """Training losses, and of all runs that count how many diverged."""
+    others, ours = names_of(results)
+    lines = header(["training loss / accuracy", *others, *ours])
+    for result in results:
+        cells = losses_of(result, [*others, *ours], "train_loss", "train_accuracy")
+        lines.append(row([f"{result.problem.title} ({result.problem.batch})", *cells]))
+    cells = []
+    for name in (*others, *ours):
+        runs = [run for result in results for run in result.runs.get(name, [])]
+        cells.append(f"{sum(map(diverged, runs))} of {len(runs)}")
+    return "\n".join([*lines, row(["runs that diverged", *cells])])
+
+
+def tuned_table(results: list[Result]) -> str:
+    """What the others were tuned to, and the steps of all."""
+    others, ours = names_of(results)
+    lines = header(["steps; rate, decay", *others, *ours])
+    for result in results:
+        cells = []
+        for name in (*others, *ours):
+            runs = result.runs.get(name)
+            options = runs[0]["options"] if runs else {}
+            chosen = f"; {options['lr']:g}, {options['weight_decay']:g}" if name in OTHERS and runs else ""
+            cells.append(f"{runs[0]['steps']}{chosen}" if runs else "")
+        lines.append(row([f"{result.problem.title} ({result.problem.batch})", *cells]))
+    return "\n".join(lines)
+
+
+def losses_of(result: Result, names: Iterable[str], loss: str, accuracy: str) -> list[str]:
+    """A cell for each name; the lowest loss is bold."""
+    values = {name: result.median(name, loss) for name in names if name in result.runs}
+    lowest, cells = min(values.values(), default=math.inf), []
+    for name in names:
+        if name not in values:
+            cells.append("")
+            continue
+        if not math.isfinite(values[name]):
+            cells.append("diverged")
+            continue
+        text = f"**{values[name]:.3g}**" if values[name] == lowest else f"{values[name]:.3g}"
+        right = result.median(name, accuracy)
+        cells.append(text if right is None else f"{text} / {right:.3f}")
+    return cells
+
+
+def summary(results: list[Result], name: str) -> str:
+    """On how many problems this setting has the lower test loss, and is sooner at the best other's."""
+    results = [result for result in results if name in result.runs and result.others]
+    over_adamw = sum(result.loss(name) < result.loss("AdamW") for result in results if "AdamW" in result.others)
+    over_all = sum(result.loss(name) < result.loss(result.best_other) for result in results if result.best_other)
+    sooner = sum(result.time_to(name, result.best_other) < 1 for result in results if result.best_other)
+    count = len(results)
+    return (
+        f"**{name}**: a lower test loss than AdamW on {over_adamw} of {count}, than the best of the others on "
+        f"{over_all} of {count};\nsooner at the final test loss of the best of the others on {sooner} of {count}.\n"
+    )
+
+
+def names_of(results: list[Result]) -> tuple[list[str], list[str]]:
+    others = [name for name in OTHERS if any(name in result.runs for result in results)]
+    return others, list(dict.fromkeys(name for result in results for name in result.ours))
+
+
+def header(titles: list[str]) -> list[str]:
+    return [row(titles), row(["---"] * len(titles))]
+
+
+def row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def draw(stores: list[Store], folder: Path) -> None:
+    """pays-test.png and pays-train.png: a panel per problem, medians over the seeds."""
+    results = [result for result in map(Result, stores) if result.runs]
+    colours = COLOURS | dict(zip((n for n in names_of(results)[1] if n not in COLOURS), MORE, strict=False))
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("test", "train"):
+        columns = min(4, len(results))
+        rows = math.ceil(len(results) / columns)
+        figure, grid = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.6 * rows), squeeze=False)
+        for axes in grid.flat[len(results) :]:
+            axes.set_axis_off()
+        for axes, result in zip(grid.flat, results, strict=False):
+            panel(axes, result, COLUMNS.index(f"{part}_loss"), colours)
+        handles = {h.get_label(): h for axes in grid.flat for h in axes.get_lines()}
+        figure.legend(handles.values(), handles.keys(), loc="lower right", ncols=2, fontsize=9)
+        figure.suptitle(f"{part} loss against processor seconds", fontsize=11)
+        figure.tight_layout()
+        figure.savefig(folder / f"pays-{part}.png", dpi=75)
+        plt.close(figure)
+
+
+def panel(axes: Any, result: Result, column: int, colours: dict[str, str]) -> None:
+    for name, runs in result.runs.items():
+        looks = [look for look in zip(*(run["rows"] for run in runs), strict=False) if _finite(look, column)]
+        x, y = ([statistics.median(r[at] for r in look) for look in looks] for at in (1, column))
+        axes.plot(x, y, color=colours.get(name), linewidth=1.4, label=name)
+    axes.set_yscale("log")
+    axes.set_title(f"{result.problem.title} ({result.problem.batch})", fontsize=9)
+    axes.tick_params(labelsize=7)
+    axes.tick_params(which="minor", labelsize=6)
+    axes.grid(True, which="both", alpha=0.2)
+
+
+def _finite(look: tuple[list[Any], ...], column: int) -> bool:
+    return all(r[column] is not None for r in look)
