@@ -17,47 +17,55 @@ Evaluations are not timed. One thread: torch.set_num_threads(1).
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.defaults import LADDER
 from benchmarks.pays_problems import PROBLEMS, Problem, shorter
 from benchmarks.pays_report import draw, write_page
 from benchmarks.pays_runs import LOOKS, OTHERS, Contender, Store, final
 from benchmarks.train import OPTIMIZERS, options_from
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
-ADAMW_RATES, DECAY = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 0.1
-FIRST_TRIALS, THIRD_TRIAL = (1e-2, 3e-3), {1e-2: 3e-2, 3e-3: 1e-3}  # of Muon and SOAP: the third by the better of two
+STARTS, DECAY = [3e-3, 1e-3, 1e-2], 0.1  # AdamW's first rates; the weight decay that is tried beside none
+TRIALS = (5, 3)  # the most rates that AdamW, and that each of the others tries
 TUNING_SEED = 10
 PLAIN = Contender("ours")
 
 
-def tuned_adamw(store: Store, quick: bool) -> Contender:
-    def tried(lr: float, decay: float) -> tuple[float, Contender]:
-        contender = Contender("AdamW", {"lr": lr, "weight_decay": decay})
-        return final(store.run(contender, TUNING_SEED, 1)), contender
+def climb(trial: Callable[[float], float], starts: list[float], count: int) -> float:
+    """The rate of LADDER with the lowest loss of up to `count`: `starts`, then neighbours of the best by then."""
+    tried: dict[int, float] = {}
+    missing = [min(range(len(LADDER)), key=lambda k: abs(math.log(LADDER[k] / rate))) for rate in starts[:count]]
+    while missing and len(tried) < count:
+        tried[missing[0]] = trial(LADDER[missing[0]])
+        best = min(tried, key=lambda k: (tried[k], k))
+        missing = missing[1:] or [k for k in (best + 1, best - 1) if k not in tried]
+    return LADDER[best]
 
-    rates = ADAMW_RATES[2:3] if quick else ADAMW_RATES
-    trials = [tried(lr, 0.0) for lr in rates]
-    at = min(range(len(rates)), key=lambda k: trials[k][0])
-    trials += [] if quick else [tried(lr, DECAY) for lr in rates[max(0, at - 1) : at + 2]]
-    return min(trials, key=lambda trial: trial[0])[1]
+
+def tuned(store: Store, quick: bool, names: list[str]) -> list[Contender]:
+    """AdamW, then the others of these with AdamW's weight decay and rates about and above AdamW's."""
+
+    def loss(name: str, lr: float, decay: float) -> float:
+        return final(store.run(Contender(name, {"lr": lr, "weight_decay": decay}), TUNING_SEED, 1))
+
+    most = (1, 1) if quick else TRIALS
+    lr = climb(lambda rate: loss("AdamW", rate, 0.0), STARTS, most[0])
+    grid = [(lr, 0.0)] if quick else [(rate, decay) for rate in about(lr) for decay in (0.0, DECAY)]
+    lr, decay = min(grid, key=lambda pair: loss("AdamW", *pair))
+    best = {"AdamW": lr}
+    for name in names[1:]:
+        best[name] = climb(lambda rate, name=name: loss(name, rate, decay), [lr, 3 * lr], most[1])  # type: ignore[misc]
+    return [Contender(name, {"lr": rate, "weight_decay": decay}) for name, rate in best.items()]
 
 
-def tuned(store: Store, name: str, decay: float, quick: bool) -> Contender:
-    """The best of three rates, the third of which lies beyond the better of the first two."""
-
-    def tried(lr: float) -> tuple[float, Contender]:
-        contender = Contender(name, {"lr": lr, "weight_decay": decay})
-        return final(store.run(contender, TUNING_SEED, 1)), contender
-
-    trials = [tried(lr) for lr in (FIRST_TRIALS[:1] if quick else FIRST_TRIALS)]
-    if not quick:
-        better = min(trials, key=lambda trial: trial[0])[1].options["lr"]
-        trials.append(tried(THIRD_TRIAL[better]))
-    return min(trials, key=lambda trial: trial[0])[1]
+def about(lr: float) -> tuple[float, ...]:
+    at = LADDER.index(lr)
+    return LADDER[at - 1 : at + 2]
 
 
 def settings(texts: list[str]) -> list[Contender]:
@@ -81,11 +89,7 @@ def compete(problem: Problem, ours: list[Contender], args: argparse.Namespace) -
     others = [] if args.only_ours else [name for name in OTHERS if OPTIMIZERS[name].installed]
     starts = [Contender(name, {"lr": 1e-3}) for name in others]
     store.measure([*starts, *own], 0.0 if args.quick else 6.0)
-    contenders = list(own)
-    if others:
-        adamw = tuned_adamw(store, args.quick)
-        decay = adamw.options["weight_decay"]
-        contenders += [adamw, *(tuned(store, name, decay, args.quick) for name in others[1:])]
+    contenders = own + (tuned(store, args.quick, others) if others else [])
     for seed in args.seeds:
         for contender in contenders:
             store.run(contender, seed, 3 if args.quick else LOOKS)

@@ -84,6 +84,14 @@ def test_the_same_time_is_counted_in_steps(tmp_path):
     assert store.cost("ours") == pytest.approx(1020 / 470)
 
 
+@pytest.mark.parametrize("best", [1e-4, 1e-3, 3e-3, 3e-2, 1e-1])
+def test_rates_are_tried_towards_the_better_ones(best):
+    tried = []
+    found = pays.climb(lambda lr: tried.append(lr) or abs(math.log(lr / best)), pays.STARTS, 5)
+    assert found == best and len(tried) == len(set(tried)) <= 5 and tried[:3] == pays.STARTS
+    assert pays.climb(lambda lr: abs(math.log(lr / best)), [3e-3, 1e-2], 3) in (1e-3, 3e-3, 1e-2, 3e-2)
+
+
 def test_rates_rise_and_then_fall_to_nothing():
     for schedule in ("linear", "cosine"):
         factors = [pays_runs.rate_factor(schedule, k, 100) for k in range(100)]
