@@ -24,7 +24,11 @@ COLUMNS = ("step", "seconds", "train_loss", "train_accuracy", "test_loss", "test
 
 @dataclass(frozen=True)
 class Contender:
-    """name: of one of the others, or of a setting of ours; its options."""
+    """name: of one of the others, or of a setting of ours; its options.
+
+    Ours may have clip_follows=true beside the options of SecondOrderOptimizer: `kl_clip` is then multiplied by the
+    square of the schedule's factor, so that the length of clipped steps follows the rate.
+    """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -42,7 +46,8 @@ class Contender:
             return ResidualNewton(model, reduction="mean", **self.options)
         from torchcurv import SecondOrderOptimizer
 
-        return SecondOrderOptimizer(model, loss_fn=problem.loss, **self.options)
+        options = {key: value for key, value in self.options.items() if key != "clip_follows"}
+        return SecondOrderOptimizer(model, loss_fn=problem.loss, **options)
 
 
 def rate_factor(schedule: str, step: int, steps: int) -> float:
@@ -65,6 +70,7 @@ class Training:
         self.equation = Equation(self.model) if problem.data is None else None
         self.by_residuals = self.equation is not None and contender.ours
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.clip = self.optimizer.settings["kl_clip"] if contender.options.get("clip_follows") else None
         self.batches = problem.batches(seed)
 
     def step(self) -> None:
@@ -76,6 +82,8 @@ class Training:
             factor = rate_factor(self.problem.schedule, self.done, self.steps)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
+            if self.clip is not None:
+                self.optimizer.settings["kl_clip"] = self.clip * factor**2
             self.optimizer.zero_grad()
             self._loss(x, y).backward()
             self.optimizer.step()

@@ -99,6 +99,14 @@ def test_rates_rise_and_then_fall_to_nothing():
         assert factors[5:] == sorted(factors[5:], reverse=True)
 
 
+def test_the_clip_follows_the_rate_where_that_is_asked_for():
+    problem = pays_problems.PROBLEMS["mlp"]
+    training = pays_runs.Training(problem, Contender("other", {"clip_follows": True, "kl_clip": 0.04}), 0, 40)
+    training.step()  # the warm-up has two steps
+    assert training.optimizer.settings["kl_clip"] == pytest.approx(0.04 / 4)
+    training.close()
+
+
 def test_a_run_that_diverges_is_stored_as_such(tmp_path):
     problem = pays_problems.shorter(pays_problems.PROBLEMS["targets"], 60)
     run = pays_runs.train(problem, Contender("AdamW", {"lr": 1e30}), 0, 60, 3)
