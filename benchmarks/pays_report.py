@@ -39,13 +39,14 @@ class Result:
         values = [math.inf if diverged(run) else run["rows"][-1][at] for run in runs]
         return None if None in values else statistics.median(values)
 
-    def loss(self, name: str) -> float:
-        found = self.median(name, "test_loss")
+    def value(self, name: str, column: str) -> float:
+        """The median; infinite where there is none, as for another that is not installed."""
+        found = self.median(name, column) if name in self.runs else None
         return math.inf if found is None else found
 
     @property
     def best_other(self) -> str | None:
-        return min(self.others, key=self.loss, default=None)
+        return min(self.others, key=lambda name: self.value(name, "test_loss"), default=None)
 
     def time_to(self, name: str, rival: str) -> float:
         """Median over seeds: the share of the time in which `name` is first at the rival's final test loss."""
@@ -61,7 +62,8 @@ class Result:
 def write_page(path: Path, stores: list[Store]) -> str:
     """The tables, which replace what stands between START and END on the page; a new page holds nothing else."""
     results = [result for result in map(Result, stores) if result.runs]
-    text = "\n".join([main_table(results), "", training_table(results), "", tuned_table(results)])
+    tables = (summary_table, main_table, training_table, tuned_table)
+    text = "\n\n".join(table(results) for table in tables)
     page = path.read_text() if path.exists() else f"{START}\n{END}\n"
     before, after = page.partition(START)[0], page.partition(END)[2]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,14 +75,14 @@ def main_table(results: list[Result]) -> str:
     """Test losses at equal processor time, what our steps cost, the time to the best other's loss."""
     others, ours = names_of(results)
     time_head = [f"{name}: step, time" for name in ours]
-    lines = header(["problem (batch)", "seconds", *others, *ours, *time_head])
+    lines = header(["problem (batch)", "seconds, AdamW / ours", *others, *ours, *time_head])
     for result in results:
         cells = losses_of(result, [*others, *ours], "test_loss", "test_accuracy")
         for name in ours:
             cells.append(time_cell(result, name) if name in result.runs else "")
-        seconds = statistics.median(run["rows"][-1][1] for run in next(iter(result.runs.values())))
-        lines.append(row([f"{result.problem.title} ({result.problem.batch})", f"{seconds:.1f}", *cells]))
-    return "\n".join([*lines, "", *(summary(results, name) for name in ours)])
+        seconds = [f"{result.median(n, 'seconds'):.1f}" for n in (*result.others[:1], *result.ours[:1])]
+        lines.append(row([f"{result.problem.title} ({result.problem.batch})", " / ".join(seconds), *cells]))
+    return "\n".join(lines)
 
 
 def time_cell(result: Result, name: str) -> str:
@@ -137,17 +139,32 @@ def losses_of(result: Result, names: Iterable[str], loss: str, accuracy: str) ->
     return cells
 
 
-def summary(results: list[Result], name: str) -> str:
-    """On how many problems this setting has the lower test loss, and is sooner at the best other's."""
-    results = [result for result in results if name in result.runs and result.others]
-    over_adamw = sum(result.loss(name) < result.loss("AdamW") for result in results if "AdamW" in result.others)
-    over_all = sum(result.loss(name) < result.loss(result.best_other) for result in results if result.best_other)
-    sooner = sum(result.time_to(name, result.best_other) < 1 for result in results if result.best_other)
-    count = len(results)
-    return (
-        f"**{name}**: a lower test loss than AdamW on {over_adamw} of {count}, than the best of the others on "
-        f"{over_all} of {count};\nsooner at the final test loss of the best of the others on {sooner} of {count}.\n"
-    )
+def summary_table(results: list[Result]) -> str:
+    """For each setting of ours, on how many problems it is ahead of AdamW, and of all of the others."""
+    titles = ["test loss below AdamW's", "below all others'", "best accuracy", "sooner at the best other's test loss"]
+    titles += ["training loss below AdamW's", "below all others'"]
+    lines = header(["ahead on so many problems", *titles])
+    for name in names_of(results)[1]:
+        lines.append(row([name, *ahead([r for r in results if name in r.runs and r.others], name)]))
+    return "\n".join(lines)
+
+
+def ahead(results: list[Result], name: str) -> list[str]:
+    def share(found: list[bool]) -> str:
+        return f"{sum(found)} of {len(found)}"
+
+    def below(column: str, rivals: list[str] | None = None) -> str:
+        return share([all(r.value(name, column) < r.value(x, column) for x in rivals or r.others) for r in results])
+
+    right = [[r.value(x, "test_accuracy") for x in (name, *r.others)] for r in results if r.problem.labels]
+    return [
+        below("test_loss", ["AdamW"]),
+        below("test_loss"),
+        share([own >= max(others) for own, *others in right]),
+        share([r.time_to(name, r.best_other) < 1 for r in results if r.best_other]),
+        below("train_loss", ["AdamW"]),
+        below("train_loss"),
+    ]
 
 
 def names_of(results: list[Result]) -> tuple[list[str], list[str]]:
