@@ -184,7 +184,10 @@ def points(seed: int) -> Iterator[Batch]:
 
 @dataclass(frozen=True)
 class Problem:
-    """steps: of AdamW, in whose time the others get as many as they can make; data: None for the equation."""
+    """steps: of AdamW, in whose time the others get as many as they can make; data: None for the equation.
+
+    tuning_seeds: more than one where a rate that is good on one seed may fail on another.
+    """
 
     name: str
     title: str
@@ -193,6 +196,7 @@ class Problem:
     loss: nn.Module
     batch: int
     steps: int
+    tuning_seeds: tuple[int, ...] = (10,)
     schedule: str = "linear"  # or "cosine": from the first rate to 0, after a warm-up of a twentieth of the steps
 
     @property
@@ -230,7 +234,9 @@ _CE, _MSE, _BCE = nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss
 TABLE = [
     Problem("cnn-64", "CNN, batch norm", mnist_digits, _seeded(models.cnn), _CE(), 64, 700),
     Problem("cnn-256", "CNN, batch norm", mnist_digits, _seeded(models.cnn), _CE(), 256, 200),
-    Problem("resnet", "ResNet, batch norm, cosine", mnist_digits, _seeded(models.resnet), _CE(), 128, 200, "cosine"),
+    Problem(
+        "resnet", "ResNet, batch norm, cosine", mnist_digits, _seeded(models.resnet), _CE(), 128, 200, schedule="cosine"
+    ),
     Problem("mlp", "MLP, small digits", small_digits, _MLP, _CE(), 64, 1000),
     Problem("targets", "regression, 20 targets", lower_halves, _TARGETS, _MSE(), 32, 1500),
     Problem("raw", "regression, raw inputs", raw_table, _RAW, _MSE(), 32, 1500),
@@ -239,7 +245,7 @@ TABLE = [
     Problem("vit", "ViT, small digits", small_digits, _seeded(models.ViT), _CE(), 64, 500),
     Problem("gpt", "GPT on bytes, single pass", source_text, models.byte_gpt, _CE(), 16, 800),
     Problem("finetune", "fine-tuned CNN", high_digits, finetuned, _CE(), 64, 300),
-    Problem("pinn", "differential equation", None, _NET, _MSE(), 64, 2500),
+    Problem("pinn", "differential equation", None, _NET, _MSE(), 64, 2500, (10, 11, 12)),
     Problem("deep", "12 plain tanh layers", mnist_digits, models.deep, _CE(), 128, 1000),
 ]
 PROBLEMS = {problem.name: problem for problem in TABLE}
