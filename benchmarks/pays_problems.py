@@ -196,8 +196,8 @@ class Problem:
     loss: nn.Module
     batch: int
     steps: int
-    tuning_seeds: tuple[int, ...] = (10,)
     schedule: str = "linear"  # or "cosine": from the first rate to 0, after a warm-up of a twentieth of the steps
+    tuning_seeds: tuple[int, ...] = (10,)
 
     @property
     def labels(self) -> bool:
@@ -234,9 +234,7 @@ _CE, _MSE, _BCE = nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss
 TABLE = [
     Problem("cnn-64", "CNN, batch norm", mnist_digits, _seeded(models.cnn), _CE(), 64, 700),
     Problem("cnn-256", "CNN, batch norm", mnist_digits, _seeded(models.cnn), _CE(), 256, 200),
-    Problem(
-        "resnet", "ResNet, batch norm, cosine", mnist_digits, _seeded(models.resnet), _CE(), 128, 200, schedule="cosine"
-    ),
+    Problem("resnet", "ResNet, batch norm, cosine", mnist_digits, _seeded(models.resnet), _CE(), 128, 200, "cosine"),
     Problem("mlp", "MLP, small digits", small_digits, _MLP, _CE(), 64, 1000),
     Problem("targets", "regression, 20 targets", lower_halves, _TARGETS, _MSE(), 32, 1500),
     Problem("raw", "regression, raw inputs", raw_table, _RAW, _MSE(), 32, 1500),
@@ -245,7 +243,7 @@ TABLE = [
     Problem("vit", "ViT, small digits", small_digits, _seeded(models.ViT), _CE(), 64, 500),
     Problem("gpt", "GPT on bytes, single pass", source_text, models.byte_gpt, _CE(), 16, 800),
     Problem("finetune", "fine-tuned CNN", high_digits, finetuned, _CE(), 64, 300),
-    Problem("pinn", "differential equation", None, _NET, _MSE(), 64, 2500, (10, 11, 12)),
+    Problem("pinn", "differential equation", None, _NET, _MSE(), 64, 2500, tuning_seeds=(10, 11, 12)),
     Problem("deep", "12 plain tanh layers", mnist_digits, models.deep, _CE(), 128, 1000),
 ]
 PROBLEMS = {problem.name: problem for problem in TABLE}
