@@ -5,6 +5,7 @@ scikit-learn; the text is the source of Python's standard library. Nothing is do
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -83,9 +84,9 @@ def images_only() -> Data:
 
 
 @cache
-def source_text(windows: int = 40_000) -> Data:
-    """Windows of the standard library's source in a random order of files; the last 250 are the test's."""
-    library = Path(__import__("os").__file__).parent
+def source_text(windows: int = 20_000) -> Data:
+    """Windows of the standard library's source, files and then windows in a random order; 250 are the test's."""
+    library = Path(os.__file__).parent
     paths = sorted(p for p in library.rglob("*.py") if not LEFT_OUT & set(p.relative_to(library).parts))
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
     text, length = bytearray(), windows * CONTEXT + 1
@@ -95,7 +96,8 @@ def source_text(windows: int = 40_000) -> Data:
             break
     tokens = torch.frombuffer(text[:length], dtype=torch.uint8).long()
     x, y = (part.reshape(windows, CONTEXT) for part in (tokens[:-1], tokens[1:]))
-    return Data((x[:-250], y[:-250]), (x[-250:], y[-250:]), once=True)
+    data = split(x, y, 250)
+    return Data(data.train, data.test, once=True)
 
 
 @cache
@@ -187,6 +189,7 @@ class Problem:
     """steps: of AdamW, in whose time the others get as many as they can make; data: None for the equation.
 
     tuning_seeds: more than one where a rate that is good on one seed may fail on another.
+    measured: the training loss is that of the first so many training rows.
     """
 
     name: str
@@ -198,6 +201,7 @@ class Problem:
     steps: int
     schedule: str = "linear"  # or "cosine": from the first rate to 0, after a warm-up of a twentieth of the steps
     tuning_seeds: tuple[int, ...] = (10,)
+    measured: int = 1000
 
     @property
     def labels(self) -> bool:
@@ -241,7 +245,7 @@ TABLE = [
     Problem("lstm", "LSTM classifier", mnist_digits, _seeded(models.Rows), _CE(), 64, 1200),
     Problem("autoencoder", "autoencoder, mean BCE", images_only, models.autoencoder, _BCE(), 500, 300),
     Problem("vit", "ViT, small digits", small_digits, _seeded(models.ViT), _CE(), 64, 500),
-    Problem("gpt", "GPT on bytes, single pass", source_text, models.byte_gpt, _CE(), 16, 800),
+    Problem("gpt", "GPT on bytes, single pass", source_text, models.byte_gpt, _CE(), 16, 500, measured=250),
     Problem("finetune", "fine-tuned CNN", high_digits, finetuned, _CE(), 64, 300),
     Problem("pinn", "differential equation", None, _NET, _MSE(), 64, 2500, tuning_seeds=(10, 11, 12)),
     Problem("deep", "12 plain tanh layers", mnist_digits, models.deep, _CE(), 128, 1000),

@@ -205,9 +205,9 @@ def draw(stores: list[Store], folder: Path) -> None:
         for axes, result in zip(grid.flat, results, strict=False):
             panel(axes, result, COLUMNS.index(f"{part}_loss"), colours)
         handles = {h.get_label(): h for axes in grid.flat for h in axes.get_lines()}
-        figure.legend(handles.values(), handles.keys(), loc="lower right", ncols=2, fontsize=9)
+        figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=6, fontsize=9)
         figure.suptitle(f"{part} loss against processor seconds", fontsize=11)
-        figure.tight_layout()
+        figure.tight_layout(rect=(0, 0.3 / figure.get_figheight(), 1, 1))
         figure.savefig(folder / f"pays-{part}.png", dpi=75)
         plt.close(figure)
 

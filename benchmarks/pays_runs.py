@@ -17,7 +17,7 @@ from benchmarks.pays_problems import Equation, Problem, points
 from benchmarks.train import OPTIMIZERS
 
 OTHERS = ("AdamW", "Muon", "SOAP")
-LOOKS, MEASURED, CHUNK = 20, 1000, 500  # evaluations of a run; training rows that are evaluated; rows at once
+LOOKS, CHUNK = 20, 500  # evaluations of a run; rows that are evaluated at once
 ROUND = 20  # steps; a multiple of the interval between two refreshes of a curvature
 COLUMNS = ("step", "seconds", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
 
@@ -98,7 +98,7 @@ class Training:
             return [float(self.equation.loss(*next(points(999))).detach()), None, self.equation.error(), None]
         data = self.problem.data()
         self.model.eval()
-        found = [*self._on(*(part[:MEASURED] for part in data.train)), *self._on(*data.test)]
+        found = [*self._on(*(part[: self.problem.measured] for part in data.train)), *self._on(*data.test)]
         self.model.train()
         return found
 

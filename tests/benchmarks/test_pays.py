@@ -58,7 +58,7 @@ def test_every_problem_has_a_model_for_its_data(name):
 
 
 def test_the_text_is_read_once_and_then_ends():
-    data = pays_problems.source_text(300)
+    data = pays_problems.source_text(300)  # 50 of them to train on
     problem = replace(pays_problems.PROBLEMS["gpt"], data=lambda: data)
     batches = problem.batches(0)
     seen = [x for x, _ in (next(batches) for _ in range(3))]
