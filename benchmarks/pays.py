@@ -12,7 +12,7 @@ from that follows how many steps fit; the schedule of each ends there. On a tuni
 tries up to five rates without weight decay, then the best and its neighbours with 0.1 too; Muon and SOAP try up to
 three rates, AdamW's and above, with AdamW's decay. All are judged by the final test loss; the best runs on the other
 seeds. Ours has the settings of the plain call, and of each --ours, on every problem; where the loss is made of
-derivatives, it is ResidualNewton(model, reduction="mean") without a schedule. Evaluations are not timed. One thread.
+derivatives, it is ResidualNewton(model, reduction="mean"). Evaluations are not timed. One thread.
 """
 
 import argparse

@@ -74,16 +74,16 @@ class Training:
         self.batches = problem.batches(seed)
 
     def step(self) -> None:
-        """One step. ResidualNewton tries its steps before it takes them, and has no schedule."""
+        """One step, at the rate of the schedule."""
         x, y = next(self.batches)
+        factor = rate_factor(self.problem.schedule, self.done, self.steps)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        if self.clip is not None:
+            self.optimizer.settings["kl_clip"] = self.clip * factor**2
         if self.by_residuals:
             self.optimizer.step(lambda: self.equation.residuals(x, y), self.equation.weights)
         else:
-            factor = rate_factor(self.problem.schedule, self.done, self.steps)
-            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate * factor
-            if self.clip is not None:
-                self.optimizer.settings["kl_clip"] = self.clip * factor**2
             self.optimizer.zero_grad()
             self._loss(x, y).backward()
             self.optimizer.step()
