@@ -73,7 +73,7 @@ def best_options(trials: Runs) -> dict[str, Any]:
 def write_page(path: Path, stores: list[Store]) -> str:
     """The tables, which replace what stands between START and END on the page; a new page holds nothing else."""
     results = [result for result in map(Result, stores) if result.runs]
-    tables = (summary_table, main_table, training_table, tuned_table)
+    tables = (summary_table, test_table, time_table, training_table, tuned_table)
     text = "\n\n".join(table(results) for table in tables)
     page = path.read_text() if path.exists() else f"{START}\n{END}\n"
     before, after = page.partition(START)[0], page.partition(END)[2]
@@ -82,17 +82,24 @@ def write_page(path: Path, stores: list[Store]) -> str:
     return text
 
 
-def main_table(results: list[Result]) -> str:
-    """Test losses at equal processor time, what our steps cost, the time to the best other's loss."""
+def test_table(results: list[Result]) -> str:
+    """Final test losses and accuracies at equal processor time, and what that was for AdamW and the first of ours."""
     others, ours = names_of(results)
-    time_head = [f"{name}: step, time" for name in ours]
-    lines = header(["problem (batch)", "seconds, AdamW / ours", *others, *ours, *time_head])
+    lines = header(["test loss / accuracy", "seconds, AdamW / ours", *others, *ours])
     for result in results:
         cells = losses_of(result, [*others, *ours], "test_loss", "test_accuracy")
-        for name in ours:
-            cells.append(time_cell(result, name) if name in result.runs else "")
         seconds = [f"{result.median(n, 'seconds'):.1f}" for n in (*result.others[:1], *result.ours[:1])]
-        lines.append(row([f"{result.problem.title} ({result.problem.batch})", " / ".join(seconds), *cells]))
+        lines.append(row([titled(result), " / ".join(seconds), *cells]))
+    return "\n".join(lines)
+
+
+def time_table(results: list[Result]) -> str:
+    """What our steps cost, and when we are at the best other's loss."""
+    ours = names_of(results)[1]
+    lines = header(["cost of a step; share of the time to the best other's test loss", "best other", *ours])
+    for result in results:
+        cells = [time_cell(result, name) if name in result.runs else "" for name in ours]
+        lines.append(row([titled(result), result.best_other or "", *cells]))
     return "\n".join(lines)
 
 
@@ -101,7 +108,7 @@ def time_cell(result: Result, name: str) -> str:
     if rival is None:
         return f"{cost:.2f}"
     share = result.time_to(name, rival)
-    return f"{cost:.2f}, {share:.2f}" if math.isfinite(share) else f"{cost:.2f}, missed"
+    return f"{cost:.2f}; {share:.2f}" if math.isfinite(share) else f"{cost:.2f}; missed"
 
 
 def training_table(results: list[Result]) -> str:
@@ -110,7 +117,7 @@ def training_table(results: list[Result]) -> str:
     lines = header(["training loss / accuracy", *others, *ours])
     for result in results:
         cells = losses_of(result, [*others, *ours], "train_loss", "train_accuracy")
-        lines.append(row([f"{result.problem.title} ({result.problem.batch})", *cells]))
+        lines.append(row([titled(result), *cells]))
     cells = []
     for name in (*others, *ours):
         runs = [run for result in results for run in result.runs.get(name, [])]
@@ -129,7 +136,7 @@ def tuned_table(results: list[Result]) -> str:
             options = runs[0]["options"] if runs else {}
             chosen = f"; {options['lr']:g}, {options['weight_decay']:g}" if name in OTHERS and runs else ""
             cells.append(f"{runs[0]['steps']}{chosen}" if runs else "")
-        lines.append(row([f"{result.problem.title} ({result.problem.batch})", *cells]))
+        lines.append(row([titled(result), *cells]))
     return "\n".join(lines)
 
 
@@ -181,6 +188,10 @@ def ahead(results: list[Result], name: str) -> list[str]:
 def names_of(results: list[Result]) -> tuple[list[str], list[str]]:
     others = [name for name in OTHERS if any(name in result.runs for result in results)]
     return others, list(dict.fromkeys(name for result in results for name in result.ours))
+
+
+def titled(result: Result) -> str:
+    return f"{result.problem.title} ({result.problem.batch})"
 
 
 def header(titles: list[str]) -> list[str]:
