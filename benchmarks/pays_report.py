@@ -31,6 +31,8 @@ class Result:
             options = best_options(trials) if trials else counted[-1]["options"]
             if chosen := [run for run in counted if run["options"] == options]:
                 self.runs[name] = sorted(chosen, key=lambda run: run["seed"])
+        most = max((len(runs) for runs in self.runs.values()), default=0)
+        self.runs = {name: runs for name, runs in self.runs.items() if len(runs) == most}  # not what is still going on
         self.others = [name for name in OTHERS if name in self.runs]
         self.ours = [name for name in self.runs if name not in OTHERS]
 
