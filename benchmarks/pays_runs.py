@@ -1,5 +1,6 @@
 """Runs of benchmarks/pays.py: the contenders, what a step of each costs, training for a number of steps, the store."""
 
+import copy
 import json
 import math
 import statistics
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.pays_problems import Equation, Problem, points
@@ -37,9 +38,9 @@ class Contender:
     def ours(self) -> bool:
         return self.name not in OTHERS
 
-    def make(self, problem: Problem, model: torch.nn.Module) -> Any:
+    def make(self, problem: Problem, model: nn.Module, loss_fn: nn.Module) -> Any:
         if not self.ours:
-            return OPTIMIZERS[self.name].make(model, problem.loss, self.options)
+            return OPTIMIZERS[self.name].make(model, loss_fn, self.options)
         if problem.data is None:
             from torchcurv.optim import ResidualNewton
 
@@ -47,7 +48,7 @@ class Contender:
         from torchcurv import SecondOrderOptimizer
 
         options = {key: value for key, value in self.options.items() if key != "clip_follows"}
-        return SecondOrderOptimizer(model, loss_fn=problem.loss, **options)
+        return SecondOrderOptimizer(model, loss_fn=loss_fn, **options)
 
 
 def rate_factor(schedule: str, step: int, steps: int) -> float:
@@ -66,7 +67,8 @@ class Training:
         torch.manual_seed(seed)
         self.problem, self.steps, self.done = problem, steps, 0
         self.model = problem.model(seed)
-        self.optimizer = contender.make(problem, self.model)
+        self.loss_fn = copy.deepcopy(problem.loss)  # ours hangs hooks on it, which would slow down the others
+        self.optimizer = contender.make(problem, self.model, self.loss_fn)
         self.equation = Equation(self.model) if problem.data is None else None
         self.by_residuals = self.equation is not None and contender.ours
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -90,7 +92,7 @@ class Training:
         self.done += 1
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.equation.loss(x, y) if self.equation else self.problem.loss(self.model(x), y)
+        return self.equation.loss(x, y) if self.equation else self.loss_fn(self.model(x), y)
 
     def look(self) -> list[float | None]:
         """Training loss and accuracy, test loss and accuracy; accuracies None without labels."""
@@ -114,7 +116,7 @@ class Training:
 
     def close(self) -> None:
         if hasattr(self.optimizer, "remove"):
-            self.optimizer.remove()  # the loss module outlives this run
+            self.optimizer.remove()
 
 
 def train(problem: Problem, contender: Contender, seed: int, steps: int, looks: int = LOOKS) -> dict[str, Any]:
@@ -147,19 +149,21 @@ def rounded(values: Iterable[float | None]) -> list[float | None]:
 def costs(problem: Problem, contenders: list[Contender], least: float) -> dict[str, list[float]]:
     """By name (seconds of the first ROUND steps, of a step after them), all in turns, medians over the rounds.
 
-    There are 3 to 40 rounds, until those of all have taken `least` seconds.
+    There are 3 to 40 rounds, until those of all have taken `least` seconds; in one, AdamW takes a tenth of a second or
+    more, since what is not in the caches when turns change slows the first steps.
     """
     for contender in contenders:  # what is slow the first time in a process
         warm = Training(problem, contender, 0, problem.steps)
         seconds_of(warm, 3)
         warm.close()
-    trainings = {c.name: Training(problem, c, 0, max(problem.steps, 41 * ROUND)) for c in contenders}
+    trainings = {c.name: Training(problem, c, 0, 100 * problem.steps) for c in contenders}
     first = {name: seconds_of(t, ROUND) for name, t in trainings.items()}
+    count = ROUND * math.ceil(0.1 / min(first.values())) if least else ROUND
     later: dict[str, list[float]] = {name: [] for name in trainings}
     for k in range(40):
         for name, t in trainings.items():
-            later[name].append(seconds_of(t, ROUND) / ROUND)
-        if k >= 2 and ROUND * sum(map(sum, later.values())) >= least:
+            later[name].append(seconds_of(t, count) / count)
+        if k >= 2 and count * sum(map(sum, later.values())) >= least:
             break
     for t in trainings.values():
         t.close()
