@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -q -c constraints.txt
 
-.PHONY: demo test test-all check docs examples format step-time train clean
+.PHONY: demo test test-all check docs examples format step-time train pays clean
 
 demo: $(VENV)/.benchmarks
 	$(BIN)/python -m benchmarks.demo
@@ -37,6 +37,11 @@ step-time: $(VENV)/.benchmarks
 
 train: $(VENV)/.benchmarks
 	$(BIN)/python -m benchmarks.train
+
+# What is not in docs/results/pays/ yet; SOAP is another package.
+pays: $(VENV)/.benchmarks
+	$(PIP_INSTALL) --no-deps pytorch-optimizer
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pays
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)

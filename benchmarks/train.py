@@ -77,7 +77,7 @@ class Run:
 
 
 def adamw(model: nn.Module, loss_fn: nn.Module, options: dict[str, Any]) -> Optimizer:
-    return torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True, **options)
+    return torch.optim.AdamW(model.parameters(), **{"weight_decay": 0.0, "fused": True, **options})
 
 
 def sgd(model: nn.Module, loss_fn: nn.Module, options: dict[str, Any]) -> Optimizer:
@@ -87,21 +87,29 @@ def sgd(model: nn.Module, loss_fn: nn.Module, options: dict[str, Any]) -> Optimi
 class Muon:
     """torch's Muon on the weights of hidden layers, convolutions flattened to matrices, and AdamW on the rest.
 
-    The rest: biases, norms, embeddings, and the first layer (unless it is an embedding) and the last. Muon's updates
-    are scaled to the size of AdamW's ("match_rms_adamw"), so that both have one learning rate.
+    The rest: biases, norms, embeddings, and the first layer (unless it is an embedding) and the last. The matrices from
+    state to state of recurrent layers are hidden. Muon's updates are scaled to the size of AdamW's
+    ("match_rms_adamw"), so that both have one learning rate.
     """
 
     def __init__(self, model: nn.Module, loss_fn: nn.Module, options: dict[str, Any]) -> None:
         layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Embedding)]
         hidden = [m.weight for m in layers[1:-1] if not isinstance(m, nn.Embedding)]
+        recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+        hidden += [p for m in recurrent for name, p in m.named_parameters() if name.startswith("weight_hh")]
+        options = {"weight_decay": 0.0, **options}
         # Matrices that share the memory of the weights.
         self.matrices = [(p, nn.Parameter(p.detach().flatten(1))) for p in hidden]
         taken = set(hidden)
         rest = [p for p in model.parameters() if p not in taken]
-        self.parts: list[Optimizer] = [torch.optim.AdamW(rest, weight_decay=0.0, fused=True, **options)]
+        self.parts: list[Optimizer] = [torch.optim.AdamW(rest, fused=True, **options)]
         if hidden:
             matrices = [matrix for _, matrix in self.matrices]
-            self.parts.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", **options))
+            self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options))
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
 
     def zero_grad(self) -> None:
         self.parts[0].zero_grad()
@@ -118,7 +126,7 @@ class Muon:
 def soap(model: nn.Module, loss_fn: nn.Module, options: dict[str, Any]) -> Optimizer:
     from pytorch_optimizer import SOAP
 
-    return SOAP(model.parameters(), weight_decay=0.0, **options)
+    return SOAP(model.parameters(), **{"weight_decay": 0.0, **options})
 
 
 def kfac(model: nn.Module, loss_fn: nn.Module, options: dict[str, Any]) -> Optimizer:
