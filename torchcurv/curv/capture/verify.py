@@ -205,8 +205,8 @@ class GradientCheck:
             return {source.mark_of(call): at_least_float32(call.signal(grad)).flatten(1) for call, grad in pairs}
 
         _, m, said = source.labels()
-        last = (self._labels.get(path.functions[block.name]) for block in blocks)
-        known = [labels for labels in last if labels is not None and len(labels) == m][:1]
+        before = (self._labels.get(path.functions[block.name]) for block in blocks)
+        known = [labels for labels in before if labels is not None and len(labels) == m][:1]
         if path.values in self._rows:
             known.insert(0, self._rows[path.values].labels)
         tried: list[tuple[Rows, AbstractSet[Mark]]] = []

@@ -38,7 +38,7 @@ _SHARED = (
 class Schedule(Protocol):
     """What the engine asks of the options of groups."""
 
-    def interval(self, index: int, key: str, step: int) -> int: ...
+    def next_turn(self, index: int, key: str, step: int) -> int: ...
 
     def adaptive(self, index: int, key: str) -> bool: ...
 
@@ -217,8 +217,7 @@ class CurvatureEngine:
 
     def _postpone(self, reached: list[tuple[Curvature, int]]) -> None:
         """Blocks that were never measured, since their parameters have no gradient (a token that nothing masks), keep
-        no hook on until they have one: they follow it for a step then, and are measured in the next. An expert that
-        met nothing waits for its next turn."""
+        no hook on until they have one: they follow it for a step, and are measured in the next. Experts wait."""
         there = {id(block) for block, _ in reached}
         for block, index in self.pairs:
             part = block.layout.is_part

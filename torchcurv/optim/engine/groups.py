@@ -172,7 +172,7 @@ class GroupOptions:
             self._accepted[index] = {key: group[key] for key in self.table}
 
     def next_turn(self, index: int, key: str, step: int) -> int:
-        """The step on which it is due again: a multiple of the interval, so that blocks that began later share passes."""
+        """The step on which it is due again: a multiple of the interval, so that those that began late share passes."""
         group, schedule = self.groups[index], self.schedules.get((index, key))
         if schedule is not None:
             group[key] = self._held[index, key] = interval_at(key, schedule, step)
