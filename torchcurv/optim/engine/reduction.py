@@ -50,6 +50,8 @@ def reduce_pending(engine: Measuring, due: list[Curvature]) -> None:
     divided by their number. A process that measured nothing of a block has zeros, and no rows.
     """
     ranks = engine.ranks
+    if ranks.searching and not any(block.pending for block in engine.blocks):
+        return  # the step of zeros by which a checkpoint library makes the state, before the model has run
     if not (due or (engine.blocks and not ranks.agreed)) or ranks.count == 1:
         return
     moving = [block for block in due if not (engine.rows_stay and block.approx.of_one_step)]
