@@ -108,23 +108,27 @@ POSTERIORS = {
     "pairs": {"approx": "kfac", "antithetic": True, "shared_noise": True, "update_every": 2},
     "several draws": {"approx": "diag", "num_samples": 3},
     "sums": {"approx": "diag", "loss_fn": nn.CrossEntropyLoss(reduction="sum")},
+    "same draws": {"approx": "kfac", "draws": "same", "samples": None},
     "price": {"approx": "diag", "curv_type": "hessian", "hessian_method": "price", "init_precision": 20.0},
 }
 
 
-def posterior(options, rank):
+def posterior(options, rank, wrap=True):
+    """Without a wrapper one process with the parts of all, at the same draw."""
     model = network()
-    wrapped, loss_fn = DistributedDataParallel(model), options.get("loss_fn", nn.CrossEntropyLoss())
+    wrapped = DistributedDataParallel(model) if wrap else model
+    loss_fn = options.get("loss_fn", nn.CrossEntropyLoss())
     given = {"dataset_size": 2 * N, "loss_fn": loss_fn, "lr": 0.02, "update_every": 1, "refactor_every": 1}
     opt = VIOptimizer(model, **{**given, **options})
     for step in range(STEPS):
 
         def closure(step=step):
             opt.zero_grad()
-            x, y = part(step, rank)
-            loss = loss_fn(wrapped(x), y)
-            loss.backward()
-            return loss
+            parts = [part(step, r) for r in ([rank] if wrap else range(WORLD))]
+            losses = [loss_fn(wrapped(x), y) / len(parts) for x, y in parts]
+            for loss in losses:
+                loss.backward()
+            return sum(losses)
 
         opt.step(closure)
     kept = [x.flatten() for block in opt.blocks.values() for x in block.tensors.values() if x.dim()]
@@ -140,6 +144,9 @@ def test_posteriors_stay_equal():
     assert first == second
     assert all(torch.tensor(found).isfinite().all() for found in first.values())
     assert len({tuple(found[:10]) for found in first.values()}) == len(POSTERIORS)
+    name = "same draws"
+    alone, found = (torch.tensor(x, dtype=torch.float64) for x in (posterior(POSTERIORS[name], 0, False), first[name]))
+    assert (found - alone).norm() <= 1e-10 * alone.norm()
 
 
 SOLVED = {

@@ -171,6 +171,15 @@ class DrawOptions(TypedDict, total=False):
         bool, Option(False, flag, OPTIMIZER, "every second draw is the mirror image of the one before")
     ]
     shared_noise: Annotated[bool, Option(False, flag, OPTIMIZER, "draws share ε but for signs while Σ is the same")]
+    draws: Annotated[
+        str,
+        Option(
+            "different",
+            one_of("different", "same"),
+            OPTIMIZER,
+            'of several processes: "different" in each, or the "same" in all',
+        ),
+    ]
     kl_warmup: Annotated[
         int | Callable[[int], float] | None, Option(None, anything, OPTIMIZER, "what τ is multiplied by at first")
     ]

@@ -78,7 +78,8 @@ class PosteriorDraws(Companion):
     def generator(self, stream: str, index: int, device: torch.device) -> torch.Generator:
         """That of the noise of one draw of a stream."""
         # Price's estimate multiplies a draw with its own gradient, which is an average over the ranks
-        rank = 0 if self._priced() or not running() else torch.distributed.get_rank()
+        same = self._priced() or self.optimizer.settings["draws"] == "same"
+        rank = 0 if same or not running() else torch.distributed.get_rank()
         seed = hash((self.optimizer.engine.recording["seed"], STREAMS[stream], index, rank, 0x5EED)) & (2**63 - 1)
         return torch.Generator(device).manual_seed(seed)
 

@@ -92,6 +92,8 @@ class VIOptimizer(CurvatureOptimizer, WeightPosterior):
             product: approx="kfac" and "ekfac". Each alone is a draw from the posterior, and any two are uncorrelated;
             they cost one product instead of two. That with ε is kept: as much memory as the drawn parameters.
         init_precision: Σ^-1 of the first draws, per group; None: that of the prior.
+        draws: of several processes, "different" in each, which are more draws, or the "same" in all. Price's estimate
+            needs the same, and has them.
         noise_variance: σ² of a Gaussian likelihood, for losses that are the mean or the sum of squared errors.
         update_every, refactor_every: with "auto" or a function of the step that is 1 at first, the covariance follows
             the first steps of training, where curvature changes fast and a step by an old one can be the last.
@@ -149,6 +151,7 @@ class VIOptimizer(CurvatureOptimizer, WeightPosterior):
             "num_samples": chosen["num_samples"],
             "antithetic": chosen["antithetic"],
             "shared_noise": chosen["shared_noise"],
+            "draws": chosen["draws"],
             "noise_variance": checked_noise(chosen["noise_variance"], loss_fn),
             "kl_warmup": checked_warmup(chosen["kl_warmup"]),
             "kl_clip": checked_kl_clip(kl_clip),
