@@ -191,7 +191,6 @@ class Forward:
 
     def _note(self, out: Tensor, calls: list[Call]) -> Tensor | None:
         """Keep calls at the node of their output; a tensor is to take the place of that output."""
-        calls = [call for call in calls if call.batch]  # an expert that gets no token
         with no_torch_function():
             edge = edge_of(out)
             self.notes.at(edge).calls.extend(calls)
@@ -303,6 +302,8 @@ class Forward:
                     continue
                 if site.view is one.layout.view and rows == one.rows:
                     x = one.given()
+                    if one.expert is not None and not len(x):
+                        continue  # it gets no token
                     seen = None if one.read is None else x.shape[:2].numel()
                     batch = x.shape[0] if x.dim() else 1
                     calls.append(Call(k, site, (x,), out.shape, batch, one.read, seen=seen))
