@@ -71,8 +71,8 @@ def test_the_diagonal_is_that_of_the_logits(name):
 
 FULL = [
     "gpt2", "gpt neox", "opt", "llama", "qwen3", "bloom", "mamba", "bert", "albert", "deberta v2", "xlnet", "t5",
-    "llama4", "bart", "whisper", "vit", "dinov2", "swin v2", "convnext", "perceiver", "gpt2, LoRA", "gpt2, IA3", "gpt2, prefixes",
-    "llama, DoRA", "llama, prompts",
+    "llama4", "bart", "whisper", "vit", "dinov2", "swin v2", "convnext", "perceiver", "gpt2, LoRA", "gpt2, IA3",
+    "gpt2, prefixes", "llama, DoRA", "llama, prompts",
 ]  # fmt: skip
 
 
