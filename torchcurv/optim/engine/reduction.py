@@ -56,6 +56,7 @@ def reduce_pending(engine: Measuring, due: list[Curvature]) -> None:
     moving = [block for block in due if not (engine.rows_stay and block.approx.of_one_step)]
     present = [_present(block) for block in moving]
     said = description(engine.step, engine.groups, engine.blocks, due)
+    said["factor_placement="] = repr(ranks.placement)
     same = _exchange(due, ranks, engine.blocks[0].params[0].device, said, present)
     if moving:
         _condense(moving, ranks)
