@@ -149,6 +149,7 @@ def test_what_is_sent_and_when():
 def test_the_most_expensive_go_first_to_whoever_has_least_to_do():
     assert owners_of([1, 8, 5, 4, 1], 2) == [0, 0, 1, 1, 0]
     assert owners_of([3, 3, 3], 8) == [0, 1, 2]
+    assert owners_of([1, 9, 1, 1], 8) == [1, 0, 1, 1]  # no more messages than it takes
     assert owners_of([], 2) == []
     assert is_shared("shared", [1], [0]) and not is_shared("replicated", [1e12, 1e12], [0, 1])
     assert is_shared("auto", [1e12, 1e12], [0, 1]) and not is_shared("auto", [1e12], [0])

@@ -26,6 +26,10 @@ BYTES = 8  # of a number
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
 )
 def test_a_triangle_is_exact(batch, d, dtype):
+    check(batch, d, dtype)
+
+
+def check(batch, d, dtype):
     matrix = torch.randn(*batch, d, d, dtype=torch.float64).to(dtype)
     matrix.view(-1)[:1] = torch.nan
     rectangle = to_triangle(matrix)
@@ -33,6 +37,11 @@ def test_a_triangle_is_exact(batch, d, dtype):
     mirrored = from_triangle(rectangle, d)
     expected = torch.where(torch.ones(d, d, dtype=torch.bool).tril(), matrix, matrix.mT)
     assert torch.equal(mirrored.nan_to_num(7), expected.nan_to_num(7)) and mirrored.dtype == dtype
+
+
+@pytest.mark.parametrize("d", [127, 128, 129, 255, 256, 257, 258, 300])
+def test_large_triangles_are_exact(d):
+    check([2], d, torch.float32)
 
 
 def test_what_is_no_square_is_refused():

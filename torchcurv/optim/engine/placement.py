@@ -19,10 +19,10 @@ from torchcurv.optim.engine.reduction import slots_of
 Dampings = tuple[float | Tensor, float | Tensor | None, float | None]  # of steps, the same as it was given, of draws
 Job = tuple[Curvature, float | Tensor, float | Tensor | None, float | None]  # a block, and these
 
-# Sum of n³ that sharing must spare the process with most to do. So much takes some 20 ms on a CPU core and at least 2
-# on a GPU, whose rate on matrices of a thousand rows is below 1 TF/s; the factors, of some n² numbers, arrive in a
-# tenth of that over the links inside of a machine, where a message takes some 50 µs.
-PAYS = 1e9
+# Sum of n³ that sharing must spare the process with most to do. Two processes on a CPU break even at 2e9, in matrices
+# of a thousand rows (docs/results/communication.md), and gain with more rows or processes, since the factors to be
+# sent are some n² numbers. On a GPU 5e9 takes 1 to 5 ms, and such a message less than one inside of a machine.
+PAYS = 5e9
 
 _forms: WeakKeyDictionary[Curvature, dict[torch.dtype, Factor | None]] = WeakKeyDictionary()
 
@@ -50,10 +50,16 @@ def cost_of(block: Curvature) -> int:
 
 
 def owners_of(costs: Sequence[int], count: int) -> list[int]:
-    """The process that makes each: the most expensive first, to the one that has least to do."""
+    """The process that makes each: the most expensive first, to the one that has least to do.
+
+    More processes than have equal shares send more messages and are not done earlier: while all of the shares are
+    below the largest cost, or the mean, a process takes more before another one begins.
+    """
     loads, owners = [0] * count, [0] * len(costs)
+    share = max([sum(costs) / count, *costs])
     for k in sorted(range(len(costs)), key=lambda k: -costs[k]):
-        owners[k] = loads.index(min(loads))
+        fits = (owner for owner, load in enumerate(loads) if load + costs[k] <= share)
+        owners[k] = next(fits, loads.index(min(loads)))
         loads[owners[k]] += costs[k]
     return owners
 
