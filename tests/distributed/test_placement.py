@@ -1,6 +1,7 @@
 """Factors that each process makes some of are those that all would make."""
 
 import warnings
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchcurv import SecondOrderOptimizer, VIOptimizer
 from torchcurv.curv.approximations.kronecker import Kronecker
 from torchcurv.curv.distributed import Ranks
+from torchcurv.curv.numerics import assume_accelerator
 from torchcurv.optim.engine import placement
 from torchcurv.optim.engine.placement import is_shared, owners_of
 
@@ -30,6 +32,7 @@ CASES = {
     "draws": (VIOptimizer, {**POSTERIOR, "approx": "kfac"}),
     "draws, ekfac": (VIOptimizer, {**POSTERIOR, "approx": "ekfac"}),
     "draws apart": (VIOptimizer, {**POSTERIOR, "damping_type": "factored", "damping": 0.01}),
+    "as on an accelerator": (SecondOrderOptimizer, EXACT),
     "nan": (SecondOrderOptimizer, EXACT),
     "failed": (SecondOrderOptimizer, EXACT),
 }
@@ -40,6 +43,12 @@ def failing(self, tensors, *args):
     """K-FAC factors as they are, but that those of the first layer do not succeed."""
     factor, ok = Kronecker.made(self, tensors, *args)
     return factor, ok & (tensors["A"].shape[-1] != 5)
+
+
+def reading(self, tensors, *args):
+    """K-FAC factors by a rule that reads numbers."""
+    assert tensors["A"].isfinite().all()
+    return Kronecker.made(self, tensors, *args)
 
 
 def run(name, rank, where):
@@ -63,6 +72,7 @@ def run(name, rank, where):
     with (
         mock.patch.object(placement, "factors_of", noted),
         mock.patch.object(Kronecker, "made", Kronecker.factor, create=True),
+        assume_accelerator() if name == "as on an accelerator" else nullcontext(),
         warnings.catch_warnings(record=True) as said,
     ):
         warnings.simplefilter("always")
@@ -126,6 +136,11 @@ def odd_ends(rank):
         found["auto, where it pays"] = steps(network(), factor_placement="auto")
     for name, options in ALONE.items():
         found[name] = steps(network(), **options)
+    with (
+        mock.patch.object(Kronecker, "made", Kronecker.factor, create=True),
+        mock.patch.object(Kronecker, "factor", reading),
+    ):
+        found["reading"] = steps(network())
     found["unlike"] = steps(network(), factor_placement=("shared", "replicated")[rank])
     raising = mock.Mock(side_effect=ArithmeticError("no memory"))
     with mock.patch.object(placement, "factors_of", raising) if rank else mock.MagicMock():
@@ -139,7 +154,7 @@ def test_what_is_sent_and_when():
     assert sorted(first["messages"][0]) == sorted(sizes) and first["messages"] == second["messages"]
     assert [len(step) for step in first["messages"]] == [6, 0, 0, 6, 0, 0]
     assert first["auto"] == [[]] and first["auto, where it pays"] == [first["messages"][0]]
-    assert all(first[name] == [[]] for name in ALONE)
+    assert all(first[name] == [[]] for name in (*ALONE, "reading"))
     assert "factor_placement= is 'shared' in process 0 and 'replicated' in process 1" in first["unlike"]
     assert first["unlike"] == second["unlike"]
     assert second["raised"] == "ArithmeticError: no memory"

@@ -32,7 +32,7 @@ def factorise(jobs: Sequence[Job], ranks: Ranks) -> None:
     alone = ranks.placement == "replicated" or ranks.count == 1
     costs = [0 if alone else cost_of(block) for block, *_ in jobs]
     owners = owners_of(costs, ranks.count)
-    shared = [k for k, cost in enumerate(costs) if cost and is_shared(ranks.placement, costs, owners)]
+    shared = [k for k, cost in enumerate(costs) if cost] if is_shared(ranks.placement, costs, owners) else []
     found = _shared([jobs[k] for k in shared], [owners[k] for k in shared], ranks) if shared else {}
     for block, damping, nominal, of_draws in jobs:
         block.refactor(damping, nominal, of_draws, found.get(block))
@@ -66,8 +66,10 @@ def owners_of(costs: Sequence[int], count: int) -> list[int]:
 
 def is_shared(placement: str, costs: Sequence[int], owners: Sequence[int]) -> bool:
     """Whether each makes its own factors alone."""
-    loads = [sum(c for c, other in zip(costs, owners, strict=True) if other == owner) for owner in set(owners)]
-    spared = sum(costs) - max(loads, default=0)
+    loads = dict.fromkeys(owners, 0)
+    for owner, cost in zip(owners, costs, strict=True):
+        loads[owner] += cost
+    spared = sum(costs) - max(loads.values(), default=0)
     return placement == "shared" or (placement == "auto" and spared > PAYS)
 
 
