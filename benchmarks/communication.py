@@ -150,8 +150,8 @@ def counted(blocks: list[Curvature], count: int, where: str) -> Counted:
     owners = placement.owners_of(costs, count)
     shared = placement.is_shared(where, costs, owners)
     kept = [(x, key in block.approx.symmetric) for block in blocks for key, x in slots_of(block).items()]
-    forms, ok = [form for block in blocks if (form := placement.form_of(block))], torch.ones((), device="meta")
-    sent = [x for form in forms for x in placement.message_of(form, form, ok)] if shared else []
+    forms = [form for block in blocks if (form := placement.form_of(block))]
+    sent = [x for form in forms for x in form.message] if shared else []
     loads = Counter(dict.fromkeys(owners, 0))
     for owner, cost in zip(owners, costs, strict=True):
         loads[owner] += cost
@@ -159,7 +159,7 @@ def counted(blocks: list[Curvature], count: int, where: str) -> Counted:
         summed=sum((triangle_shape(x.shape).numel() if half else x.numel()) * x.itemsize for x, half in kept),
         whole=(whole := sum(x.nbytes for x, _ in kept)),
         spread=sum(x.nbytes for x in sent),
-        held=whole + sum(x.nbytes for form in forms for x in form.state().values()),
+        held=whole + sum(x.nbytes for form in forms for x in form.factor.state().values()),
         messages=2 + (1 + len(loads) if shared else 0),
         work=max(loads.values()) if shared else sum(costs),
     )

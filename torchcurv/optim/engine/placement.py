@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,7 +25,16 @@ Job = tuple[Curvature, float | Tensor, float | Tensor | None, float | None]  # a
 # sent are some n² numbers. On a GPU 5e9 takes 1 to 5 ms, and such a message less than one inside of a machine.
 PAYS = 5e9
 
-_forms: WeakKeyDictionary[Curvature, dict[torch.dtype, Factor | None]] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class Form:
+    """What a factor of a block is like, on the meta device; message: what is sent of one."""
+
+    factor: Factor
+    message: list[Tensor]
+
+
+_forms: WeakKeyDictionary[Curvature, dict[torch.dtype, Form | None]] = WeakKeyDictionary()
 
 
 def factorise(jobs: Sequence[Job], ranks: Ranks) -> None:
@@ -73,23 +83,23 @@ def is_shared(placement: str, costs: Sequence[int], owners: Sequence[int]) -> bo
     return placement == "shared" or (placement == "auto" and spared > PAYS)
 
 
-def form_of(block: Curvature) -> Factor | None:
-    """The factor of nothing, on the meta device: what others send; None: that is not known without data."""
+def form_of(block: Curvature) -> Form | None:
+    """That of the factor of nothing; None: it is not known without data."""
     p, known = block.params[0], _forms.setdefault(block, {})
     dtype = torch.promote_types(p.dtype, torch.float32)
     if dtype not in known:
         empty = block.approx.empty(block.layers, torch.zeros((), dtype=dtype, device="meta"))
         try:
-            form = block.approx.factor(empty, 1.0, block.options.damping_type)[0]
-            known[dtype] = form if form.state() else None
+            factor, ok = block.approx.factor(empty, 1.0, block.options.damping_type)
+            known[dtype] = Form(factor, message_of(factor, ok)) if factor.state() else None
         except RuntimeError:  # it reads numbers
             known[dtype] = None
     return known[dtype]
 
 
-def message_of(form: Factor, factor: Factor, ok: Tensor) -> list[Tensor]:
+def message_of(factor: Factor, ok: Tensor) -> list[Tensor]:
     """What is sent of a factor: its state, of symmetric matrices the triangles, and whether it succeeded."""
-    parts = [to_triangle(x) if key in form.symmetric else x.contiguous() for key, x in factor.state().items()]
+    parts = [to_triangle(x) if key in factor.symmetric else x.contiguous() for key, x in factor.state().items()]
     return [*parts, ok.to(parts[0].dtype)]
 
 
@@ -118,7 +128,7 @@ def _shared(jobs: Sequence[Job], owners: Sequence[int], ranks: Ranks) -> dict[Cu
     for (block, *_), message in zip(jobs, sent, strict=True):
         form = form_of(block)
         assert form is not None
-        found[block] = [_received(form, one) for one in message]
+        found[block] = [_received(form.factor, one) for one in message]
     return found
 
 
@@ -126,12 +136,11 @@ def _message(block: Curvature, damping: float | Tensor, of_draws: float | None, 
     """What is sent of a block, or room for it."""
     form, device = form_of(block), block.params[0].device
     assert form is not None
-    room = message_of(form, form, torch.ones((), device="meta"))
     if not own:
-        return [[torch.zeros_like(x, device=device) for x in room] for _ in range(1 if of_draws is None else 2)]
-    made = [message_of(form, factor, ok) for factor, ok in factors_of(block, damping, of_draws)]
+        return [[torch.empty_like(x, device=device) for x in form.message] for _ in range(1 if of_draws is None else 2)]
+    made = [message_of(factor, ok) for factor, ok in factors_of(block, damping, of_draws)]
     for one in made:
-        if [(x.shape, x.dtype) for x in one] != [(x.shape, x.dtype) for x in room]:
+        if [(x.shape, x.dtype) for x in one] != [(x.shape, x.dtype) for x in form.message]:
             raise ValueError(
                 f"{type(block.approx).__name__} makes factors of other shapes of measurements than of `empty`: pass "
                 'factor_placement="replicated"'
