@@ -25,6 +25,7 @@ LONG = {
 }
 SHORT = {
     "kfac": {**EXACT, "lr": 0.1, "momentum": 0.9},
+    "shared": {**EXACT, "factor_placement": "shared", "lr": 0.1},
     "low rank": {**EXACT, "approx": "lowrank", "lr": 0.1},
     "rows": {**EXACT, "approx": "full", "rows_limit": 1, "lr": 0.1},
     "input": {"curv_type": "input", "ema_decay": 0.0, "update_every": 1, "refactor_every": 1, "lr": 0.01},

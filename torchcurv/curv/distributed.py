@@ -23,10 +23,11 @@ class Ranks:
 
     process_group: "auto": that of the DistributedDataParallel that is seen around the forward pass; a group, whose
     gradients somebody else averages; None: each process trains a model of its own.
+    placement: where factors are made, see `factor_placement` of the optimizers.
     """
 
-    def __init__(self, process_group: Any = "auto") -> None:
-        self.said = process_group
+    def __init__(self, process_group: Any = "auto", placement: str = "replicated") -> None:
+        self.said, self.placement = process_group, placement
         self.agreed = False  # whether they have compared what they train, since it was built or loaded
         self._seen: Any = None
         self._wrapper: Callable[[], DistributedDataParallel | None] = lambda: None
@@ -83,6 +84,20 @@ class Ranks:
             for tensor, part in zip(own, flat.split([tensor.numel() for tensor in own]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def spread_(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
+        """Each tensor becomes that of the process that owns it; one message for each owner, type and device."""
+        kinds: dict[tuple[Any, ...], list[Tensor]] = {}
+        for tensor, owner in zip(tensors, owners, strict=True):
+            kinds.setdefault((owner, tensor.dtype, tensor.device), []).append(tensor)
+        group, waiting = self.group, []
+        for (owner, *_), own in kinds.items():
+            flat, source = torch.cat([tensor.reshape(-1) for tensor in own]), distributed.get_global_rank(group, owner)
+            waiting.append((own, flat, distributed.broadcast(flat, source, group, async_op=True)))
+        for own, flat, work in waiting:
+            work.wait()
+            for tensor, part in zip(own, flat.split([tensor.numel() for tensor in own]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
     def gathered(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """What each process has, in their order; sizes: how many elements that is."""
         width = max(sizes)
@@ -91,9 +106,15 @@ class Ranks:
         distributed.all_gather(list(every), padded, group=self.group)
         return [row[:size] for row, size in zip(every, sizes, strict=True)]
 
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
+        group = self.group
+        return 0 if group is None else distributed.get_rank(group)
+
     def at_own_place(self, own: list[int]) -> list[int]:
         """Numbers among zeros, so that the sum over processes has those of each, in their order."""
-        before = distributed.get_rank(self.group) * len(own)
+        before = self.rank * len(own)
         return [0] * before + own + [0] * (self.count * len(own) - before - len(own))
 
     def texts(self, own: str, device: torch.device) -> list[str]:

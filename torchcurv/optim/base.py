@@ -91,6 +91,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC):
         recording["loss_fn"] = watched(recording["loss_fn"])
         blueprint = Blueprint(model, whole["unsupported"], arrange, tuple(block_rules))
         engine_options["process_group"] = whole["process_group"]
+        engine_options["placement"] = whole.get("factor_placement", "replicated")
         self._make_engine(blueprint, recording, damping or StepDamping(), engine_options)
         self._companions |= {companion: companion(self) for companion in companions}
         self._group_options.check(self._group_options.at_step(defaults, 0))

@@ -17,7 +17,7 @@ from torchcurv.curv.losses.autograd import hessian_times
 from torchcurv.curv.options import LIVE, BlockOptions, MainOptions, Option, Options, complete, table_of, with_defaults
 from torchcurv.optim.base import CurvatureOptimizer
 from torchcurv.optim.engine.companion import Group
-from torchcurv.optim.engine.engine import descend_uncovered
+from torchcurv.optim.engine.fallback import descend_uncovered
 from torchcurv.optim.options import LossOptions, MainLossOption
 from torchcurv.optim.rules import no_price
 from torchcurv.optim.update import inner

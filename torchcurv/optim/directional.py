@@ -21,7 +21,7 @@ from torchcurv.curv.checks import number
 from torchcurv.curv.kinds.base import GRADIENT_SHARES
 from torchcurv.curv.options import LIVE, BlockOptions, MainOptions, Option, complete, table_of, with_defaults
 from torchcurv.optim.base import CurvatureOptimizer
-from torchcurv.optim.engine.engine import descend_uncovered
+from torchcurv.optim.engine.fallback import descend_uncovered
 from torchcurv.optim.engine.report import warn_of_failures
 from torchcurv.optim.options import LossOptions, MainLossOption
 

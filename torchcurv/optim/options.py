@@ -252,13 +252,28 @@ class LossOptions(TypedDict, total=False):
     ]
 
 
-class SecondOrderOptions(BlockOptions, StepOptions, KLClipOption, ControlOptions, LossOptions):
+class PlacementOption(TypedDict, total=False):
+    """Where factors are made, for the whole optimizer."""
+
+    factor_placement: Annotated[
+        str,
+        Option(
+            "auto",
+            one_of("replicated", "shared", "auto"),
+            OPTIMIZER,
+            'where several processes make factors: "replicated", each makes all of them; "shared", each makes some and '
+            'sends them to all; "auto", shared where that spares enough work',
+        ),
+    ]
+
+
+class SecondOrderOptions(BlockOptions, StepOptions, KLClipOption, ControlOptions, LossOptions, PlacementOption):
     """What SecondOrderOptimizer takes beside the keywords that it names."""
 
 
-class PreconditionerOptions(BlockOptions, LossOptions):
+class PreconditionerOptions(BlockOptions, LossOptions, PlacementOption):
     """What Preconditioner takes beside the keywords that it names."""
 
 
-class VariationalOptions(BlockOptions, PosteriorOptions, DrawOptions, LossOptions):
+class VariationalOptions(BlockOptions, PosteriorOptions, DrawOptions, LossOptions, PlacementOption):
     """What VIOptimizer takes beside the keywords that it names."""

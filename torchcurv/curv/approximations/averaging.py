@@ -78,6 +78,8 @@ class Averaging(Refusing):
 
     forms: ClassVar[Forms] = ONE_FORM
 
+    symmetric: ClassVar[tuple[str, ...]] = ()  # keys of matrices that are, or that count by their lower triangle
+
     @property
     def statistics(self) -> Mapping[str, Statistic]:
         """What is measured on its own where intervals are adaptive, by name; {"": Statistic(...)} where it is one."""

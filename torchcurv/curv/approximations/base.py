@@ -3,7 +3,8 @@
 Its statistics are tensors by key, {key: tensor}, and a `Statistic` is a group of keys that are measured together. What
 an entry must say is what adds up (`measure`), what nothing is (`empty`), the factor, C x and tr C. The rest follows for
 statistics that add up over signals, micro-batches and ranks; approximations that keep rows say it themselves, with the
-keys that processes collect of one another (`gathered`; by_rows.py, low_rank.py).
+keys that processes collect of one another (`gathered`; by_rows.py, low_rank.py). Those that are symmetric matrices may
+be named in `symmetric`: processes then send half of them.
 """
 
 from __future__ import annotations

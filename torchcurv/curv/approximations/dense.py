@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class Dense(Approximation):
     per_unit: bool = False
     wide: bool = False
     spectrum: str | None = None
+
+    symmetric: ClassVar = ("matrix",)
 
     @property
     def statistics(self) -> Mapping[str, Statistic]:

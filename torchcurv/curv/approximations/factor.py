@@ -18,6 +18,7 @@ class Factor:
 
     holds_damping: ClassVar[bool] = False  # whether another damping asks for another factor
     layer_by_layer: ClassVar[bool] = False  # whether vectors are lists with one tensor per layer
+    symmetric: ClassVar[tuple[str, ...]] = ()  # the symmetric matrices in its state
     damping: Tensor | None
     finite: Any = None  # whether what it was made of was, where that was not known before: a 0-d bool tensor
 

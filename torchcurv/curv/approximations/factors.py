@@ -156,6 +156,7 @@ class KroneckerInverse(Factor):
     damping: Tensor | None = None
 
     holds_damping: ClassVar[bool] = True
+    symmetric: ClassVar = ("right", "left")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "right", _aligned(self.right))

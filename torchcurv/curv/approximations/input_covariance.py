@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ class InputCurvature(Approximation):
     sides: Sides
     sharing: str = "expand"
     by_rows: bool = False
+
+    symmetric: ClassVar = ("A",)
 
     @property
     def statistics(self) -> Mapping[str, Statistic]:
@@ -102,7 +105,7 @@ class InputCurvature(Approximation):
         return self.collected(rest, {"A": own.mT @ own})
 
     def norm_of(self, key: str, value: Tensor) -> Tensor:
-        return norm_of_side(value) if key == "A" else value.norm()
+        return norm_of_side(value) if key in self.symmetric else value.norm()
 
     def product(self, tensors: Tensors, x: Tensor) -> Tensor:
         """x A for x [g, o, d]."""

@@ -101,6 +101,7 @@ class Kronecker(Approximation):
     of_mean_input: bool = False
 
     forms: ClassVar[Forms] = OneOrMany()
+    symmetric: ClassVar = ("A", "B", "A_t", "B_t")
 
     @property
     def statistics(self) -> Mapping[str, Statistic]:
@@ -162,7 +163,7 @@ class Kronecker(Approximation):
         return tensors
 
     def norm_of(self, key: str, value: Tensor) -> Tensor:
-        return norm_of_side(value) if key in ("A", "B", "A_t", "B_t") else value.norm()
+        return norm_of_side(value) if key in self.symmetric else value.norm()
 
     def collected(self, held: Tensors, new: Tensors) -> Tensors:
         return super().collected(*_in_one_unit(held, new)) if self.sharing == "whole" else super().collected(held, new)

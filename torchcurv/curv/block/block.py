@@ -7,14 +7,14 @@ A block is one layer, or for "full" all the layers that ask for it. It measures 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchcurv.curv.approximations.base import Approximation, Tensors
+from torchcurv.curv.approximations.base import Approximation, Basis, Tensors
 from torchcurv.curv.approximations.factor import Factor, with_tensors
 from torchcurv.curv.approximations.table import approximation_of
 from torchcurv.curv.block.average import RunningAverage
@@ -31,6 +31,7 @@ from torchcurv.curv.options import STRUCTURE_NAMES, Options
 from torchcurv.curv.statistics.block import Stats
 
 STEP, POSTERIOR = "step", "posterior"  # what a factor is for
+Made = tuple[Factor, Tensor]  # a factor, and whether it could be computed: a 0-d bool tensor
 
 
 class Curvature:
@@ -164,17 +165,21 @@ class Curvature:
 
     @torch.no_grad()
     def refactor(
-        self, damping: float | Tensor, nominal: float | Tensor | None = None, of_draws: float | None = None
+        self,
+        damping: float | Tensor,
+        nominal: float | Tensor | None = None,
+        of_draws: float | None = None,
+        made: Sequence[Made] | None = None,
     ) -> None:
         """Compute the factors anew; where that fails the last good one stays, and the failure is counted.
 
         nominal: the damping as the user gave it; None: the damping itself. of_draws: that of draws, where they need
-        a factor of their own.
+        a factor of their own. made: what `factors_of` has made of these, maybe in another process.
         """
-        again, self.health.retry = self.health.retry, False
+        made = factors_of(self, damping, of_draws) if made is None else made
+        self.health.retry = False
         self.health.factorisations += 1
-        basis = None if self.factor is None else self.factor.basis
-        new, ok = self._factored(damping, again, basis)
+        (new, ok), (apart, fine) = made[0], made[-1]
         self.factors[STEP].put(new, ok, damping if nominal is None else nominal)
         kept = self.factor
         assert kept is not None
@@ -184,17 +189,9 @@ class Curvature:
         if of_draws is None:
             self.factors.pop(POSTERIOR, None)
         else:
-            apart, fine = self._factored(of_draws, again, kept.basis)
             self.factors.setdefault(POSTERIOR, FactorSlot()).put(apart, fine, of_draws)
-            ok = ok & fine
-        self.health.note_failed(~ok)
+        self.health.note_failed(~(ok & fine))
         self.refresh.factored()
-
-    def _factored(self, damping: float | Tensor, again: bool, basis: Any) -> tuple[Factor, Tensor]:
-        """(the factor of the running average, whether it succeeded); again: more carefully, after a failure."""
-        compute = self.approx.factored_again if again else self.approx.factor
-        new, ok = compute(self.tensors, damping, self.options.damping_type, basis)
-        return self.approx.owned(new, self.tensors), ok
 
     def solve(self, tensors: list[Tensor], damping: float | Tensor | None = None) -> list[Tensor]:
         """(C + damping I)^-1 applied to tensors shaped like `pieces` (leading dimensions are a batch)."""
@@ -267,6 +264,23 @@ class Curvature:
         if not saved.get("known", {}).get(name):
             return None
         return self.approx.restored(saved[name], self.layers, self.options.damping_type)
+
+
+@torch.no_grad()
+def factors_of(block: Curvature, damping: float | Tensor, of_draws: float | None = None) -> list[Made]:
+    """What `refactor` puts into place: the factor of steps, and that of draws where they need one; nothing changes."""
+    made = [_factored(block, block.tensors, damping, None if block.factor is None else block.factor.basis)]
+    if of_draws is not None:
+        kept = block.factors[STEP].after(*made[0])
+        made.append(_factored(block, block.approx.rebased(block.tensors, kept), of_draws, kept.basis))
+    return made
+
+
+def _factored(block: Curvature, tensors: Tensors, damping: float | Tensor, basis: Basis | None) -> Made:
+    """Of running averages, more carefully after a failure."""
+    compute = block.approx.factored_again if block.health.retry else block.approx.factor
+    new, ok = compute(tensors, damping, block.options.damping_type, basis)
+    return block.approx.owned(new, tensors), ok
 
 
 def partition(chosen: Iterable[tuple[Layer, Options, int]]) -> Iterator[tuple[str, list[Layer], Options]]:

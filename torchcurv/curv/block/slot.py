@@ -34,8 +34,12 @@ class FactorSlot:
 
     def put(self, new: Factor, ok: Tensor, damping: float | Tensor) -> None:
         """Take a new factor if it could be computed; else the last good one stays."""
-        self.factor = new if self.factor is None else _choose(ok, new, self.factor)
+        self.factor = self.after(new, ok)
         self.damping = math.nan if isinstance(damping, Tensor) else float(damping)
+
+    def after(self, new: Factor, ok: Tensor) -> Factor:
+        """What the factor is once a new one was put."""
+        return new if self.factor is None else _choose(ok, new, self.factor)
 
 
 def _choose(ok: Tensor, new: Factor, old: Factor) -> Factor:

@@ -24,6 +24,7 @@ from torchcurv.optim.engine.fallback import (
     short,
     usable_direction,
 )
+from torchcurv.optim.engine.placement import Dampings, factorise
 from torchcurv.optim.engine.reduction import reduce_pending
 from torchcurv.optim.engine.report import warn, warn_of_failures, warn_of_plain, without_curvature
 from torchcurv.optim.engine.witness import check_captured, check_objections, check_present, check_unfrozen, remarks_on
@@ -54,7 +55,7 @@ class CurvatureEngine:
     functions of the step. damping: what is added to eigenvalues.
     factors: whether steps solve with factors, or only multiply with what was measured.
     warmup: so many steps only measure. waits_for_gradients: whether a step without gradients does nothing.
-    hint: why nothing may have been captured, beyond what the recorder knows. process_group: see `Ranks`.
+    hint: why nothing may have been captured, beyond what the recorder knows. process_group, placement: see `Ranks`.
     rows_stay: whether what is kept as rows is used where it was measured, and not to be sent.
     """
 
@@ -70,11 +71,12 @@ class CurvatureEngine:
         waits_for_gradients: bool = True,
         hint: Callable[[], str | None] = lambda: None,
         process_group: Any = "auto",
+        placement: str = "replicated",
         rows_stay: bool = False,
     ) -> None:
         self.blueprint, self.recording, self.schedule, self.damping = blueprint, recording, schedule, damping
         self.factors, self.warmup, self.waits_for_gradients = factors, warmup, waits_for_gradients
-        self.ranks, self.rows_stay = Ranks(process_group), rows_stay
+        self.ranks, self.rows_stay = Ranks(process_group, placement), rows_stay
         self.step = 0
         self.groups: Sequence[Group] = ()
         self.pairs: list[tuple[Curvature, int]] = []
@@ -280,13 +282,15 @@ class CurvatureEngine:
         warn_of_failures(read)
         stale = [(block, index) for block, index in reached if self._is_stale(block, index)]
         warn_of_failures([block for block, _ in stale if block not in read])
+        factorise([(block, *self._dampings(block, self.groups[index])) for block, index in stale], self.ranks)
         for block, index in stale:
-            group = self.groups[index]
-            nominal, of_draws = self.damping.nominal(group, self.step), self.damping.of_draws(group, self.step)
-            block.refactor(self.damping.shift(block, group, self.step), nominal, of_draws)
             if not self.schedule.adaptive(index, "refactor_every"):
                 block.refresh.next_refactor = self.schedule.next_turn(index, "refactor_every", self.step)
             self.unsaved.append(block)
+
+    def _dampings(self, block: Curvature, group: Group) -> Dampings:
+        nominal, of_draws = self.damping.nominal(group, self.step), self.damping.of_draws(group, self.step)
+        return self.damping.shift(block, group, self.step), nominal, of_draws
 
     def _is_due(self, block: Curvature, index: int) -> bool:
         """Whether a factorisation is due whatever was measured."""
@@ -389,12 +393,3 @@ class CurvatureEngine:
             block.load_state(state.get(block.params[0], {}).get(block.layout.state_key, {}))
         self.ranks.agreed = False
         self.begin_step()
-
-
-def descend_uncovered(groups: Sequence[Group], blocks: Sequence[Curvature]) -> None:
-    """Parameters without a curvature follow the gradient."""
-    covered = {p for block in blocks for p in block.params}
-    for group in groups:
-        for p in group["params"]:
-            if p.grad is not None and p not in covered:
-                p.add_(finite_or_zero(p.grad), alpha=-group["lr"])

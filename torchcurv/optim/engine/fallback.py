@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.kinds.table import kind_of
 from torchcurv.curv.numerics import at_least_float32, on_cpu, sum_of
+from torchcurv.optim.engine.damping import Group
 
 
 def finite_or_zero(gradient: Tensor) -> Tensor:
@@ -102,3 +103,12 @@ def put(block: Curvature, taken: list[Tensor], gradients: dict[Tensor, Tensor], 
             solved[p] = x
         elif p in gradients:
             piece.of(solved.setdefault(p, gradients[p].to(x.dtype, copy=True))).copy_(x)
+
+
+def descend_uncovered(groups: Sequence[Group], blocks: Sequence[Curvature]) -> None:
+    """Parameters without a curvature follow the gradient."""
+    covered = {p for block in blocks for p in block.params}
+    for group in groups:
+        for p in group["params"]:
+            if p.grad is not None and p not in covered:
+                p.add_(finite_or_zero(p.grad), alpha=-group["lr"])

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchcurv.curv.approximations.base import Tensors
 from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.distributed import Ranks
+from torchcurv.curv.linalg.triangles import from_triangle, to_triangle
 from torchcurv.curv.statistics.packing import packed, unpacked
 from torchcurv.optim.engine.agreement import alike, description, difference, digest
 from torchcurv.optim.engine.damping import Group
@@ -57,6 +58,7 @@ def reduce_pending(engine: Measuring, due: list[Curvature]) -> None:
     moving = [block for block in due if not (engine.rows_stay and block.approx.of_one_step)]
     present = [_present(block) for block in moving]
     said = description(engine.step, engine.groups, engine.blocks, due)
+    said["factor_placement="] = repr(ranks.placement)
     same = _exchange(due, ranks, engine.blocks[0].params[0].device, said, present)
     if moving:
         _condense(moving, ranks)
@@ -155,8 +157,12 @@ def _present(block: Curvature) -> list[int]:
 
 
 def _sum(blocks: list[Curvature], there: list[list[int]], ranks: Ranks) -> None:
-    """Sums of what some process has measured; there: for each block, how many have what `_present` says."""
+    """Sums of what some process has measured, of symmetric matrices as triangles.
+
+    there: for each block, how many have what `_present` says.
+    """
     sent: list[Tensor] = []
+    triangles: list[tuple[Tensors, str, int]] = []
     for block, counts in zip(blocks, there, strict=True):
         own, device, slots = block.pending, block.params[0].device, slots_of(block)
         forms = [n > 0 for n in counts[len(slots) :]]
@@ -169,10 +175,14 @@ def _sum(blocks: list[Curvature], there: list[list[int]], ranks: Ranks) -> None:
         }
         if not summed:
             continue
-        own.tensors = {**own.tensors, **summed}
         own.total = next(iter(summed.values())).new_zeros(()) if own.total is None else own.total
-        sent += [*summed.values(), own.total]
+        halves = {key: to_triangle(x) for key, x in summed.items() if key in block.approx.symmetric}
+        own.tensors = {**own.tensors, **summed, **halves}
+        sent += [*(summed | halves).values(), own.total]
+        triangles += [(own.tensors, key, summed[key].shape[-1]) for key in halves]
     ranks.sum_(sent)
+    for tensors, key, d in triangles:
+        tensors[key] = from_triangle(tensors[key], d)
 
 
 class PackedRows:
