@@ -310,3 +310,25 @@ def test_sentences_and_odd_ends():
     for said in (first, second):
         assert "LowRank does not say what several processes make of it: return zeros" in said["unknown"]
         assert "wrap the model in DistributedDataParallel, or pass process_group=" in said["not wrapped"]
+
+
+def moved(rank):
+    """To double precision after a step, with a process that has no data in the next."""
+    model = network().float()
+    called = DistributedDataParallel(model)
+    opt = SecondOrderOptimizer(model, loss_fn=nn.CrossEntropyLoss(reduction="sum"), update_every=1, refactor_every=1)
+    for step in range(3):
+        if step == 1:
+            model.double()
+            called = DistributedDataParallel(model)
+        opt.zero_grad()
+        x, y = part(step, rank)
+        y = torch.full_like(y, -100) if rank == step == 1 else y
+        opt.loss_fn(called(x.to(next(model.parameters()))), y).backward()
+        opt.step()
+    return weights(model).tolist()
+
+
+def test_models_that_move_to_another_precision_stay_equal():
+    first, second = together(moved)
+    assert first == second and torch.tensor(first).isfinite().all()

@@ -19,17 +19,19 @@ from torchcurv.curv.statistics.packing import packed, unpacked
 from torchcurv.optim.engine.agreement import alike, description, difference, digest
 from torchcurv.optim.engine.damping import Group
 
-_slots: WeakKeyDictionary[Curvature, dict[str, Tensor]] = WeakKeyDictionary()
+_slots: WeakKeyDictionary[Curvature, tuple[torch.dtype, dict[str, Tensor]]] = WeakKeyDictionary()
 
 
 def slots_of(block: Curvature) -> dict[str, Tensor]:
     """What a measurement of a block can hold, on the meta device: a process without data knows what to send."""
-    if block not in _slots:
-        p = block.params[0]
-        like = torch.zeros((), dtype=torch.promote_types(p.dtype, torch.float32), device="meta")
+    wanted = torch.promote_types(block.params[0].dtype, torch.float32)
+    dtype, slots = _slots.get(block, (None, {}))
+    if dtype != wanted:  # the model may have moved
+        like = torch.zeros((), dtype=wanted, device="meta")
         marks = dict.fromkeys(block.approx.forms.marks, like)
-        _slots[block] = {**block.approx.empty(block.layers, like), **marks}
-    return _slots[block]
+        slots = {**block.approx.empty(block.layers, like), **marks}
+        _slots[block] = wanted, slots
+    return slots
 
 
 class Measuring(Protocol):
