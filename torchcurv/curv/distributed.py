@@ -29,7 +29,7 @@ class Ranks:
     def __init__(self, process_group: Any = "auto", placement: str = "replicated") -> None:
         self.said, self.placement = process_group, placement
         self.agreed = False  # whether they have compared what they train, since it was built or loaded
-        self._seen: Any = None
+        self._seen: Callable[[], Any] = lambda: None  # weakly: a group that outlives its end aborts the process at exit
         self._wrapper: Callable[[], DistributedDataParallel | None] = lambda: None
 
     def saw(self, module: nn.Module) -> None:
@@ -38,12 +38,12 @@ class Ranks:
             return
         wrapper = module if isinstance(module, DistributedDataParallel) else wrapper_that_runs()
         if wrapper is not None:
-            self._seen, self._wrapper = wrapper.process_group, weakref.ref(wrapper)
+            self._seen, self._wrapper = weakref.ref(wrapper.process_group), weakref.ref(wrapper)
 
     @property
     def searching(self) -> bool:
         """Whether a wrapper is still to be seen around the forward pass."""
-        return self.said == "auto" and self._seen is None and running() and distributed.get_world_size() > 1
+        return self.said == "auto" and self._seen() is None and running() and distributed.get_world_size() > 1
 
     def pass_of_ours(self) -> AbstractContextManager[None]:
         """What a pass through the graph runs in that is none of the user's."""
@@ -55,7 +55,7 @@ class Ranks:
         """None: this process is alone."""
         if self.said is None or not running():
             return None
-        group = self._seen if self.said == "auto" else self.said
+        group = self._seen() if self.said == "auto" else self.said
         if group is None and distributed.get_world_size() > 1:
             raise RuntimeError(
                 f"torch.distributed runs {distributed.get_world_size()} processes, and the model was not called "
