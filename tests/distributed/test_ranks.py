@@ -21,6 +21,10 @@ OPTIONS = {
     "input": {"curv_type": "input", "lr": 0.01},
     "kfac, adaptive": {"update_every": "adaptive", "refactor_every": "adaptive"},
     "kfac, at intervals": {"update_every": 2, "refactor_every": 2},
+    "drawn signals": {"samples": 1},
+    "drawn labels": {"samples": 2, "curv_type": "fisher"},
+    "drawn, by elements": {"samples": 1, "approx": "diag"},
+    "Hutchinson": {"samples": 1, "curv_type": "hessian", "approx": "diag", "hessian_method": "hutchinson"},
 }
 
 
@@ -332,3 +336,39 @@ def moved(rank):
 def test_models_that_move_to_another_precision_stay_equal():
     first, second = together(moved)
     assert first == second and torch.tensor(first).isfinite().all()
+
+
+ADDITIVE = {
+    **{a: {"approx": a, "samples": None} for a in ("kfac", "diag", "unit", "block", "full")},
+    "fisher": {"curv_type": "fisher", "samples": None},
+    "empirical": {"curv_type": "empirical_fisher", "approx": "block"},
+    "hessian": {"curv_type": "hessian", "approx": "full"},
+    "input": {"curv_type": "input", "lr": 0.01},
+}
+
+
+def of_equal_parts(name, layers, rank):
+    model = NETWORKS[layers]()
+    called = model if rank is None else DistributedDataParallel(model)
+    every = {"update_every": 1, "refactor_every": 1, "lr": 0.1, "sharing": "expand", **ADDITIVE[name]}
+    opt = SecondOrderOptimizer(model, loss_fn="cross_entropy", **every)
+    for step in range(STEPS):
+        parts = [part(step + 100 * r, 0) for r in (range(WORLD) if rank is None else [rank])]
+        x, y = (torch.cat(both) for both in zip(*parts, strict=True))
+        opt.zero_grad()
+        F.cross_entropy(called(x), y).backward()
+        opt.step()
+    return weights(model).tolist()
+
+
+def all_of_equal_parts(rank):
+    return {(name, layers): of_equal_parts(name, layers, rank) for name in ADDITIVE for layers in NETWORKS}
+
+
+def test_equal_parts_equal_the_whole_batch():
+    """Where what is measured of a batch is a sum over its samples."""
+    first, second = together(all_of_equal_parts)
+    for (name, layers), own in first.items():
+        assert own == second[name, layers]
+        found, truth = (torch.tensor(x, dtype=torch.float64) for x in (own, of_equal_parts(name, layers, None)))
+        assert (found - truth).norm() <= 1e-10 * truth.norm(), (name, layers, (found - truth).norm())

@@ -66,6 +66,12 @@ class Ranks:
         return None if group is None or distributed.get_world_size(group) == 1 else group
 
     @property
+    def place(self) -> tuple[int, int]:
+        """(the number of this process, how many there are), as far as is known."""
+        group = None if self.searching else self.group
+        return (0, 1) if group is None else (distributed.get_rank(group), distributed.get_world_size(group))
+
+    @property
     def count(self) -> int:
         group = self.group
         return 1 if group is None else distributed.get_world_size(group)

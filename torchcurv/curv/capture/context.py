@@ -15,7 +15,6 @@ from torchcurv.curv.block.block import Curvature
 from torchcurv.curv.capture.calls import Call, Capture
 from torchcurv.curv.capture.forward import Ended, Forward
 from torchcurv.curv.capture.verify import GradientCheck
-from torchcurv.curv.distributed import running
 from torchcurv.curv.graph import Edge
 from torchcurv.curv.hessian.tape import Tape
 from torchcurv.curv.kinds.base import CurvatureKind
@@ -132,9 +131,10 @@ class PassContext:
         return block.measured_kind()
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """Draws that a resumed run repeats, and that leave the global generators alone."""
-        rank = torch.distributed.get_rank() if running() else 0
-        seed = hash((self.seed, self.step, self.passes, rank)) & (2**63 - 1)
+        """Draws that a resumed run repeats, and that leave the global generators alone. Pass p of process k of W has
+        the draws of pass p W + k of one process, which accumulates the parts of all."""
+        rank, count = self.forward.ranks.place
+        seed = hash((self.seed, self.step, self.passes * count + rank)) & (2**63 - 1)
         return torch.Generator(device).manual_seed(seed)
 
     @contextmanager
