@@ -121,44 +121,42 @@ def products_with(owner: Owner, func: Any, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _product(owner: Owner, one: Contraction) -> Product | None:
+    """What a contraction is with the parameter that one of its operands is, or is a view of."""
     second = owner(one.b) is not None
-    if second and owner(one.a) is not None:
-        return None
     weight, x = (one.b, one.a) if second else (one.a, one.b)
-    of_w, of_x = (one.of_b, one.of_a) if second else (one.of_a, one.of_b)
+    of_w, of_x, of_z = (one.of_b, one.of_a, one.of_z) if second else (one.of_a, one.of_b, one.of_z)
     param = owner(weight)
-    place = None if param is None else _place(weight, param)
-    letters = of_w + of_x + one.of_z
-    if param is None or place is None or " " in of_w or _repeats(of_w) or _repeats(of_x):
+    place = None if param is None or owner(x) is not None else _place(weight, param)
+    if param is None or place is None or not _is_linear_map(of_w, of_x, of_z):
         return None
-    if any(letters.count(letter) < 2 for letter in set(letters) - {" "}):
-        return None  # a sum of one of them alone
-    dim_of, index = place
-    count = dict(zip(of_w, dim_of, strict=True))
-    by_dim = sorted(count, key=lambda letter: count[letter])
-    groups = [letter for letter in by_dim if letter in of_x and letter in one.of_z]
-    outputs = [letter for letter in by_dim if letter not in of_x]
-    inputs = [letter for letter in by_dim if letter not in one.of_z]
-    positions = [letter for letter in one.of_z if letter in of_x and letter not in count]
-    own: tuple[tuple[int, ...], ...] = tuple(tuple(count[k] for k in part) for part in (groups, outputs, inputs))
-    dims = Dimensions((0, *own[0]) if index is not None else own[0], own[1], own[2])
-    natural = list(of_x) == positions + inputs and list(one.of_z) == positions + outputs
-    plain = natural and len(positions) > 0 and len(inputs) == len(outputs) == 1 and one.rows is None
-    given = x.detach() if x.requires_grad else x
-    layout = Layout(dims, index is not None)
-    if plain:
-        return Product(param, layout, index, lambda: given, None)
-    first = bool(positions) and of_x[0] == one.of_z[0] == positions[0] and one.rows is None
-    split = 1 if first else len(positions)
-    bring = partial(_brought, letters=one.of_z, parts=(positions[:split], positions[split:], groups, outputs))
-    rows = one.rows
-    return Product(
-        param,
-        layout,
-        index,
-        lambda: _brought(given, of_x, (positions[:split], positions[split:], groups, inputs)),
-        bring if rows is None else lambda dz: bring(dz[rows]),
-    )
+    dims, expert = place
+    dim_of = dict(zip(of_w, dims, strict=True))
+    in_order = sorted(dim_of, key=lambda letter: dim_of[letter])
+    groups = [letter for letter in in_order if letter in of_x and letter in of_z]
+    outputs = [letter for letter in in_order if letter not in of_x]
+    inputs = [letter for letter in in_order if letter not in of_z]
+    positions = [letter for letter in of_z if letter in of_x and letter not in dim_of]
+    counted = (tuple(dim_of[letter] for letter in part) for part in (groups, outputs, inputs))
+    layout = Layout(Dimensions(*counted), expert is not None)
+    if expert is not None:
+        layout = layout._replace(dims=layout.dims._replace(groups=(0, *layout.dims.groups)))
+    given, rows = x.detach() if x.requires_grad else x, one.rows
+    as_they_are = list(of_x) == positions + inputs and list(of_z) == positions + outputs
+    if as_they_are and positions and len(inputs) == len(outputs) == 1 and rows is None:
+        return Product(param, layout, expert, lambda: given, None)
+    by_sample = bool(positions) and of_x[0] == of_z[0] == positions[0] and rows is None
+    split = 1 if by_sample else len(positions)
+    lead = positions[:split], positions[split:], groups
+    bring = partial(_brought, letters=of_z, parts=(*lead, outputs))
+    read = bring if rows is None else lambda dz: bring(dz[rows])
+    return Product(param, layout, expert, partial(_brought, given, of_x, (*lead, inputs)), read)
+
+
+def _is_linear_map(of_w: str, of_x: str, of_z: str) -> bool:
+    """Whether no letter is repeated or summed in one of them alone, and the weight itself is not repeated."""
+    letters = of_w + of_x + of_z
+    alone = any(letters.count(letter) < 2 for letter in set(letters) - {" "})
+    return not (alone or " " in of_w or _repeats(of_w) or _repeats(of_x))
 
 
 def _repeats(letters: str) -> bool:
