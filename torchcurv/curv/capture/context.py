@@ -134,7 +134,7 @@ class PassContext:
         """Draws that a resumed run repeats, and that leave the global generators alone. Pass p of process k of W has
         the draws of pass p W + k of one process, which accumulates the parts of all."""
         rank, count = self.forward.ranks.place
-        seed = hash((self.seed, self.step, self.passes * count + rank)) & (2**63 - 1)
+        seed = hash((self.seed, self.step, self.passes * count + rank, 0)) & (2**63 - 1)
         return torch.Generator(device).manual_seed(seed)
 
     @contextmanager
