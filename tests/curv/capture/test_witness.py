@@ -362,3 +362,20 @@ def test_a_batch_is_the_only_word_for_samples():
     opt = optimizer(mlp(), None)
     with pytest.raises(ValueError, match=r"samples='all'; pass \"batch\""):
         opt.observe(opt.model(X), Y, CE, samples="all")
+
+
+SURE = [[-31.57029, 62.26093, -31.06781], [13.95065, -3.05188, -11.82039], [19.41863, -30.07877, 11.84760],
+        [-14.60568, 52.21463, -36.93744], [14.78140, -4.24383, -11.46913]]  # fmt: skip
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3, 1.7, 3.1])
+def test_terms_that_are_sure_and_wrong_leave_the_sign_of_a_named_loss_to_rounding(shift):
+    """Of such a row the two largest entries of the gradient are of one size."""
+    model = nn.Linear(5, 3, bias=False)
+    model.weight.data = torch.tensor(SURE).T + shift
+    optimizer = SecondOrderOptimizer(model, lr=1e-30)
+    for factor in (1.0, 0.25, 0.1):
+        optimizer.zero_grad()
+        (factor * nn.functional.cross_entropy(model(torch.eye(5)), torch.tensor([0, 1, 2, 0, 1]))).backward()
+        optimizer.step()
+    assert optimizer.coverage() == 1.0

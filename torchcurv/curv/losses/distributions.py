@@ -43,15 +43,12 @@ def _shrunk(p: Tensor, gradient: Tensor) -> float | None:
 def label_factor(p: Tensor, gradient: Tensor, counted: Tensor | None, tolerance: float) -> LabelFactor:
     """k for which a gradient [..., c] is k (p - y) for labels y: ± Σ |gradient| / Σ |p - y| over the rows that count.
 
-    Of more than two classes the largest entry of k (p - y) belongs to the label, and its sign is that of -k. Of two, a
-    gradient of either sign may be that of some labels, and the negative k is taken where the positive one does not fit.
+    The negative k is taken where the positive one does not fit. Of two classes a gradient of either sign may be that of
+    some labels, and so may that of rows whose p is 1 for a wrong class: there rounding decides which entry is larger.
     """
-    if p.shape[-1] == 2:
-        positive, negative = (_label_factor(p, g, counted, tolerance) for g in (gradient, -gradient))
-        swapped = negative.close & ~positive.close
-        return LabelFactor(*(torch.where(swapped, x, y) for x, y in zip(_times(negative, -1.0), positive, strict=True)))
-    sign = torch.where((gradient.amax(-1) + gradient.amin(-1)).sum() > 0, -1.0, 1.0).to(gradient.dtype)
-    return _times(_label_factor(p, sign * gradient, counted, tolerance), sign)
+    positive, negative = (_label_factor(p, g, counted, tolerance) for g in (gradient, -gradient))
+    swapped = negative.close & ~positive.close
+    return LabelFactor(*(torch.where(swapped, x, y) for x, y in zip(_times(negative, -1.0), positive, strict=True)))
 
 
 def _times(found: LabelFactor, sign: Tensor | float) -> LabelFactor:
@@ -83,7 +80,8 @@ def row_factors(p: Tensor, gradient: Tensor, tolerance: float) -> str | None:
     """
     if p.shape[-1] < 3:
         return None
-    sign = torch.where(gradient.amax(-1, keepdim=True) + gradient.amin(-1, keepdim=True) > 0, -1.0, 1.0)
+    most, least = gradient.amax(-1, keepdim=True), gradient.amin(-1, keepdim=True)
+    sign = torch.where(most + least > tolerance * most.abs(), -1.0, 1.0)  # the larger entry is that of the label
     gap = _to_labels(p, sign * gradient)
     size = gap.abs().sum(-1, keepdim=True)
     kept = (size > tolerance).squeeze(-1) & torch.isfinite(gradient).all(-1)
