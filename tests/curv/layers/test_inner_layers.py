@@ -282,6 +282,15 @@ def step(model: nn.Module, x, y: Tensor, **options) -> tuple[dict[str, Tensor], 
     return {name: before[name] - p.detach() for name, p in model.named_parameters()}, grads
 
 
+def test_a_use_by_one_sample_alone_is_noticed_whichever_half_sends_first():
+    """The gradients of samples are taken one by one, where each is the first of its batch."""
+    function, shapes = REFUSED["of_the_sample"]
+    model, (x, y) = using(function, {"b": cases.randn(5, 4, seed=5)}, **shapes), data(3)
+    truth = dense(model, CE, x, y, "ggn").diag()
+    for seed in range(10):
+        close(curvature(model, CE, [(x, y)], approx="diag", seed=seed).diag(), truth)
+
+
 @pytest.mark.parametrize("use", REFUSED)
 def test_other_uses_have_a_curvature_of_their_elements(use):
     function, shapes = REFUSED[use]

@@ -115,7 +115,7 @@ class Probe:
         """
         findings: dict[str, Findings] = {}
         for number, silent in enumerate(self._halves(light)):
-            findings = self._sent(silent, findings, number == 0)
+            findings = self._sent(silent, findings, number < 2)  # a half and the other: all samples
             if not findings:
                 return None
         return findings
