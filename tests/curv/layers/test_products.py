@@ -367,3 +367,13 @@ def test_two_optimizers_see_the_same_layers(name):
         for optimizer in two:
             optimizer.step()
     assert [next(iter(optimizer.blocks.values())).layers[0].shape for optimizer in two] == [layer] * 2
+
+
+class BySums(nn.Linear):
+    def forward(self, x):
+        return torch.einsum("ntd,od->nto", x, self.weight).tanh().mean(1) + self.bias
+
+
+def test_a_linear_layer_that_computes_by_another_function_is_right():
+    model, x, y = cases.seeded(lambda: BySums(D, V)), cases.randn(6, 5, D), labels(6)
+    assert error_of_full(model, lambda: CE(model(x), y), lambda: model(x), loss_fn=CE) <= 1e-9

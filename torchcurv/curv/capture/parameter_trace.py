@@ -69,8 +69,9 @@ LAYER_FUNCTIONS = {
     *(F.linear, F.embedding, F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, F.prelu),
     *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
 }
-_WITH_WEIGHTS = LAYER_FUNCTIONS | CONTRACTIONS.keys()
-_WITH_BIAS_FIRST = {torch.addmm, torch.baddbmm}
+# What else may be done with the weight of a linear layer, or its transpose, as second argument (after a bias: third).
+_MATRIX_PRODUCTS = _of("matmul", "mm") | {torch.Tensor.__matmul__, torch.addmm}
+_WITH_WEIGHTS = LAYER_FUNCTIONS | _MATRIX_PRODUCTS
 _ADDS, _SUBTRACTS = _of("add", "add_", "__radd__"), _of("sub", "sub_", "subtract")
 _MULTIPLIES = _of("mul", "mul_", "multiply", "__rmul__")
 
@@ -162,10 +163,10 @@ class ParameterTrace(TorchFunctionMode):
         if func in _WITH_WEIGHTS and len(args) > 1:
             own = next((p for x in (*args[1:], *kwargs.values()) if (p := self._of_function(x)) is not None), None)
             if own is not None:
-                return self.at_function(own, args[func in _WITH_BIAS_FIRST], func(*args, **kwargs))
-            known = self._products(func, args, kwargs)
-            if known:
-                return self.at_products(known, func(*args, **kwargs))
+                return self.at_function(own, args[func is torch.addmm], func(*args, **kwargs))
+        known = self._products(func, args, kwargs) if len(args) > 1 else []
+        if known:
+            return self.at_products(known, func(*args, **kwargs))
         if self.bare:
             return self._bare_function(func, args, kwargs)
         return func(*args, **kwargs)
